@@ -1,0 +1,237 @@
+"""The command line: parse, call one function. No logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trimlingual import __version__
+from trimlingual.progress import say
+from trimlingual.recipe import Recipe, list_recipes, load_recipe
+
+app = typer.Typer(
+    name="trimlingual",
+    help="Cut speech-translation models, keep the translation.",
+    epilog="Example: trimlingual compress mini",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+
+RecipeArg = Annotated[
+    str, typer.Argument(help="Name of a shipped recipe (see `trimlingual recipes`) or path of a YAML file.")
+]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/<recipe name>.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. Can be repeated.")]
+Force = Annotated[bool, typer.Option("--force", help="Make stages again whose recipe or data has changed.")]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="Start from this model folder instead of the run's own.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instead of the run's own folder.")]
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        out.print(f"trimlingual {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Example: trimlingual compress qwen2-audio-en-de --run-dir runs/de --set rank.num_layers_to_remove=10"
+)
+def compress(
+    recipe: RecipeArg = "mini",
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stages and estimates; run nothing.")] = False,
+) -> None:
+    """Run a whole recipe: fine-tune, rank, prune, distill, recover, quantize, evaluate, export, report."""
+    started = time.perf_counter()
+    settings, folder = _load(recipe, run_dir, overrides)
+    if dry_run:
+        _show_plan(settings, folder)
+        return
+    from trimlingual.pipeline import compress as run
+    from trimlingual.report import result_table
+
+    report = run(settings, folder, force=force)
+    out.print(result_table(report))
+    say(f"report: {folder / 'report' / 'report.html'}")
+    last = {
+        "report": str(folder / "report" / "report.json"),
+        "export": str(folder / "exported"),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print(json.dumps(last))
+
+
+@app.command(epilog="Example: trimlingual finetune my.yaml --run-dir runs/my --set finetune.epochs=5")
+def finetune(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+    stage: Annotated[str, typer.Option(help="teacher (section finetune) or recovered (section recover).")] = "teacher",
+) -> None:  # fmt: skip
+    """Train the teacher, or recover a pruned student."""
+    _stage(recipe, run_dir, overrides, force, stage, "model", model, out_dir)
+
+
+@app.command(epilog="Example: trimlingual rank my.yaml --model runs/my/teacher --set rank.strategy=block-influence")
+def rank(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+) -> None:  # fmt: skip
+    """Find the layers that matter least; writes plan.json."""
+    _stage(recipe, run_dir, overrides, force, "rank", "model", model, out_dir)
+
+
+@app.command(epilog="Example: trimlingual prune my.yaml --model runs/my/teacher --plan plan.json --out pruned")
+def prune(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Apply this plan.json (yours or a search's).")] = None,
+) -> None:  # fmt: skip
+    """Apply a plan and prove the result."""
+    _stage(recipe, run_dir, overrides, force, "pruned", "model", model, out_dir, plan)
+
+
+@app.command(epilog="Example: trimlingual distill my.yaml --run-dir runs/my")
+def distill(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+) -> None:  # fmt: skip
+    """Translate the training audio with the teacher, as training data for the student."""
+    _stage(recipe, run_dir, overrides, force, "distilled", "teacher", model, out_dir)
+
+
+@app.command(epilog="Example: trimlingual quantize my.yaml --model runs/my/recovered --out small")
+def quantize(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+) -> None:  # fmt: skip
+    """QLoRA: train an adapter on the 4-bit model, merge it, quantise again."""
+    _stage(recipe, run_dir, overrides, force, "quantized", "model", model, out_dir)
+
+
+@app.command(epilog="Example: trimlingual evaluate my.yaml --model runs/my/pruned --out pruned-scores")
+def evaluate(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+    name: Annotated[str, typer.Option(help="Which model of the run: base, teacher, pruned, recovered, quantized.")] = "base",
+) -> None:  # fmt: skip
+    """Translate the test split, score it and measure the model."""
+    _stage(recipe, run_dir, overrides, force, f"evaluate {name}", "model", model, out_dir)
+
+
+@app.command(epilog="Example: trimlingual export my.yaml --model runs/my/quantized --out to-ship")
+def export(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+) -> None:  # fmt: skip
+    """Write the folder that ships, with its model card."""
+    _stage(recipe, run_dir, overrides, force, "exported", "model", model, out_dir)
+
+
+@app.command(epilog="Example: trimlingual report runs/mini")
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Default: <run>/report.")] = None,
+) -> None:
+    """Write report.json, report.md and report.html from what a run has so far, and show the table."""
+    from trimlingual.report import result_table, write_report
+
+    folder = out_dir or run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    out.print(result_table(write_report(run_dir, folder)))
+    say(f"report: {folder / 'report.html'}")
+
+
+@app.command(epilog="Example: trimlingual translate runs/mini/exported talk.wav --to de")
+def translate(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    audio: Annotated[list[Path], typer.Argument(help="Audio files, each no longer than the model's window.")],
+    to: Annotated[list[str], typer.Option("--to", help="Target language; can be repeated.")],
+    recipe: Annotated[str, typer.Option(help="Recipe whose prompt and decoding settings are used.")] = "mini",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Translate audio files; one line of JSON each."""
+    from trimlingual.translate import translate_files
+
+    settings = load_recipe(recipe)
+    for line in translate_files(model, audio, to, settings, device):
+        print(json.dumps(line, ensure_ascii=False))
+
+
+@app.command(epilog="Example: trimlingual recipes")
+def recipes() -> None:
+    """List the shipped recipes."""
+    table = Table("recipe", "what it does", "base model")
+    for name in list_recipes():
+        settings = load_recipe(name)
+        table.add_row(name, settings.description, settings.model.base)
+    out.print(table)
+
+
+def _load(recipe: str, run_dir: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
+    settings = load_recipe(recipe, overrides or ())
+    return settings, run_dir or Path("runs") / settings.name
+
+
+def _stage(
+    recipe: str, run_dir: Path | None, overrides: list[str] | None, force: bool, name: str, role: str,
+    model: Path | None, out_dir: Path | None, plan: Path | None = None,
+) -> None:  # fmt: skip
+    """Bring one stage up to date."""
+    settings, folder = _load(recipe, run_dir, overrides)
+    from trimlingual.pipeline import run_stage
+
+    artifact = run_stage(settings, folder, name, force=force, replaced={role: model, "plan": plan}, out=out_dir)
+    say(f"{artifact.stage}: {artifact.path} ({artifact.seconds:.1f} s)")
+    print(
+        json.dumps(
+            {"stage": artifact.stage, "path": str(artifact.path), "info": _brief(artifact.info)}, ensure_ascii=False
+        )
+    )
+
+
+def _brief(info: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in info.items() if not isinstance(value, list) or len(value) <= 64}
+
+
+def _show_plan(recipe: Recipe, run_dir: Path) -> None:
+    from trimlingual.estimate import estimate
+    from trimlingual.pipeline import plan
+
+    table = Table(
+        "stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=f"{recipe.name} in {run_dir}"
+    )
+    guesses = estimate(recipe)
+    for step in plan(recipe, run_dir):
+        disk, memory = guesses.get(step.name, ("", ""))
+        status = step.status()
+        changes = f" ({'; '.join(step.changes()[:2])})" if status == "stale" else ""
+        table.add_row(step.name, str(step.folder), status + changes, disk, memory)
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: errors of the input end with their message and exit code 1. TRIMLINGUAL_DEBUG=1 shows where they arose."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("TRIMLINGUAL_DEBUG") or not str(error):
+            raise
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

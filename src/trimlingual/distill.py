@@ -1,0 +1,118 @@
+"""Sequence-level knowledge distillation (Kim & Rush 2016): the teacher's translations as training data, filtered and mixed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimlingual.artifacts import write_text
+from trimlingual.data import Clip, DataSplits
+from trimlingual.decode import Translation, translate_clips
+from trimlingual.models import load_model, load_processor, pick_device
+from trimlingual.prompts import Example
+from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings
+
+DISTILLED_FILE = "distilled.jsonl"
+JOURNAL_FILE = "translations.jsonl"  # everything the teacher said, kept or not
+REASONS = ("empty", "runaway", "repetition", "duplicate")
+
+
+def distill(
+    teacher_dir: Path,
+    clips: Sequence[Clip],
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    decode: DecodeSettings,
+    settings: DistillSettings,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Translate the training clips with the teacher, keep what is fit to learn from, and write `distilled.jsonl`.
+
+    Goes on from the last batch that is on disk. Returns how many were kept and dropped, by language and reason.
+    """
+    model = load_model(teacher_dir, model_settings.dtype, pick_device(model_settings.device))
+    translations = translate_clips(
+        model,
+        load_processor(teacher_dir),
+        task,
+        clips,
+        decode,
+        label="teacher translates",
+        journal=out_dir / JOURNAL_FILE,
+    )
+    references = {clip.id: clip.references for clip in clips}
+    counts = {language: Counter({reason: 0 for reason in ("kept", *REASONS)}) for language in task.target_languages}
+    lines = []
+    for translation in translations:
+        gold = references[translation.id].get(translation.language, "")
+        reason = reject(translation, gold, settings)
+        counts[translation.language][reason or "kept"] += 1
+        if reason is None:
+            record = {"id": translation.id, "language": translation.language, "text": translation.hypothesis}
+            lines.append(json.dumps(record, ensure_ascii=False))
+    if not lines:
+        raise ValueError(f"no teacher translation is fit to learn from: {counts}; look at {JOURNAL_FILE}")
+    write_text(out_dir / DISTILLED_FILE, "\n".join(lines) + "\n")
+    return {"counts": {language: dict(counter) for language, counter in counts.items()}, "decode": decode.model_dump()}
+
+
+def reject(translation: Translation, gold: str, settings: DistillSettings) -> str | None:
+    """Why a translation is not fit to learn from (one of REASONS), or None."""
+    text = translation.hypothesis
+    if not text:
+        return "empty"
+    if translation.truncated:
+        return "runaway"
+    if has_repetition_loop(text, translation.language, settings.max_repeats):
+        return "repetition"
+    if settings.drop_duplicates and text == gold:
+        return "duplicate"
+    return None
+
+
+def has_repetition_loop(text: str, language: str, max_repeats: int) -> bool:
+    """Whether an n-gram (n = 1 to 4) stands more than `max_repeats` times in a row; over characters where words are not spaced."""
+    units = list(text) if language in ("zh", "ja", "th") else text.split()
+    for n in range(1, 5):
+        run = n
+        for i in range(n, len(units)):
+            run = run + 1 if units[i] == units[i - n] else n
+            if run > n * max_repeats:
+                return True
+    return False
+
+
+def read_distilled(folder: Path) -> list[dict[str, str]]:
+    """Records (id, language, text) of a distilled data set."""
+    return [json.loads(line) for line in (folder / DISTILLED_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def mix(
+    splits: DataSplits, distilled: Sequence[dict[str, str]], mixture: MixSettings, languages: Sequence[str]
+) -> tuple[list[Clip], list[Example]]:
+    """Clips and examples of one epoch: gold, distilled and out-of-domain, each repeated as the mixture says.
+
+    Out-of-domain clips lend whatever target languages they have a reference for. Only clips that are used are returned.
+    """
+    clips: list[Clip] = []
+    examples: list[Example] = []
+    for split, times, pairs in (
+        (splits.train, (mixture.gold, mixture.distilled), distilled),
+        (splits.out_of_domain, (mixture.out_of_domain, 0), ()),
+    ):
+        if split is None or not any(times):
+            continue
+        index = {clip.id: len(clips) + i for i, clip in enumerate(split.clips)}
+        gold = [
+            Example(index[clip.id], clip.id, language, clip.references[language])
+            for clip in split.clips
+            for language in languages
+            if language in clip.references
+        ]
+        taught = [Example(index[r["id"]], r["id"], r["language"], r["text"]) for r in pairs if r["id"] in index]
+        examples += gold * times[0] + taught * times[1]
+        clips += split.clips
+    return clips, examples

@@ -1,0 +1,173 @@
+"""Translate a split with a model, score the translations, measure the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trimlingual.artifacts import machine, write_json, write_text
+from trimlingual.data import Clip, Split
+from trimlingual.decode import Translation, translate_clips
+from trimlingual.lineage import Lineage, check_unseen
+from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory, speed
+from trimlingual.metrics import SentenceStatistics, comet, corpus_score, paired_bootstrap_ratio, sentence_statistics
+from trimlingual.models import load_model, load_processor, pick_device
+from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings
+
+RESULT_FILE = "result.json"
+METRICS = ("bleu", "chrf", "chrfpp")
+
+
+def evaluate(
+    name: str,
+    model_dir: Path,
+    lineage: Lineage,
+    split: Split,
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    decode: DecodeSettings,
+    settings: EvaluateSettings,
+    baseline_dir: Path | None,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Evaluate the model in `model_dir` on `split`; writes `translations.<language>.jsonl` and `result.json`.
+
+    `baseline_dir` is an earlier evaluation on the same split: the share of its score that is kept, with a paired bootstrap interval,
+    is part of the result. Raises LeakError when the model was trained on the split or chosen by it.
+    """
+    check_unseen(lineage, split.name, [(clip.id, clip.audio_sha256) for clip in split.clips])
+    device = pick_device(model_settings.device)
+    with peak_memory(device) as memory:
+        model = load_model(model_dir, model_settings.dtype, device)
+        processor = load_processor(model_dir)
+        with Stopwatch(device) as watch:
+            translations = translate_clips(model, processor, task, split.clips, decode, label=f"evaluating {name}")
+    baseline = _read_baseline(baseline_dir, split) if baseline_dir else None
+    languages = {}
+    for language in task.target_languages:
+        rows = [t for t in translations if t.language == language]
+        _write_translations(out_dir, language, rows, split.clips)
+        languages[language] = _score(language, rows, split.clips, settings, baseline)
+    result = {
+        "name": name,
+        "params": count_parameters(model),
+        "disk_bytes": disk_bytes(model_dir),
+        "num_decoder_layers": len(lineage.layers["decoder"]),
+        "removed_layers": lineage.removed("decoder"),
+        "quantization": lineage.quantization,
+        "split": {"name": split.name, "hash": split.hash, "num_clips": len(split.clips)},
+        "languages": languages,
+        "speed": {**_speed(translations, split.clips, watch.seconds), "batch_size": decode.batch_size},
+        "peak_memory_bytes": memory.num_bytes,
+        "decode": decode.model_dump(),
+        "lineage": {key: value for key, value in asdict(lineage).items() if key != "seen"},
+        "machine": machine(),
+    }
+    write_json(out_dir / RESULT_FILE, result)
+    return {language: {m: round(scores[m]["value"], 2) for m in METRICS} for language, scores in languages.items()}
+
+
+def _speed(translations: Sequence[Translation], clips: Sequence[Clip], wall_s: float) -> dict[str, float]:
+    """Seconds a translation, tokens a second, real-time factor; a clip counts once a target language."""
+    audio_s = sum(clip.duration_s for clip in clips) * len(translations) / len(clips)
+    return speed(len(translations), sum(t.num_tokens for t in translations), audio_s, wall_s)
+
+
+def _score(
+    language: str,
+    rows: Sequence[Translation],
+    clips: Sequence[Clip],
+    settings: EvaluateSettings,
+    baseline: dict[str, Any] | None,
+) -> dict[str, Any]:
+    hypotheses = [row.hypothesis for row in rows]
+    references = [clip.references[language] for clip in clips]
+    scores: dict[str, Any] = {}
+    for metric in METRICS:
+        score = corpus_score(metric, hypotheses, references, language)
+        scores[metric] = {"value": score.value, "signature": score.signature}
+    scores["comet"] = {}
+    for comet_model in settings.comet:
+        sources = [clip.source or "" for clip in clips]
+        scores["comet"][comet_model] = comet(comet_model, sources, references, hypotheses)
+    main = main_metric(language)
+    scores |= {
+        "num_clips": len(rows),
+        "num_truncated": sum(row.truncated for row in rows),
+        "main_metric": main,
+        "retained": None,
+    }
+    if baseline:
+        ours = sentence_statistics(main, hypotheses, references, language)
+        theirs = sentence_statistics(main, baseline["hypotheses"][language], references, language)
+        scores["retained"] = _retained(ours, theirs, baseline["name"], settings.bootstrap_samples)
+    return scores
+
+
+def _retained(
+    ours: SentenceStatistics, theirs: SentenceStatistics, baseline: str, num_samples: int
+) -> dict[str, Any] | None:
+    """Share of the baseline's score that is kept; None when the baseline scores 0 (an untrained model in a rehearsal)."""
+    if theirs.score() == 0:
+        return None
+    kept = paired_bootstrap_ratio(ours, theirs, num_samples)
+    return {
+        "baseline": baseline,
+        "metric": ours.metric,
+        "ratio": kept.value,
+        "low": kept.low,
+        "high": kept.high,
+        "confidence": kept.confidence,
+    }
+
+
+def main_metric(language: str) -> str:
+    """chrF where words are not spaced, chrF++ elsewhere (the paper's choice for Chinese and German)."""
+    return "chrf" if language in ("zh", "ja", "th") else "chrfpp"
+
+
+def _read_baseline(folder: Path, split: Split) -> dict[str, Any]:
+    result = read_result(folder)
+    if result["split"]["hash"] != split.hash:
+        raise ValueError(
+            f"the baseline {folder} was evaluated on split {result['split']['hash']}, not on {split.hash}; evaluate it again"
+        )
+    hypotheses = {
+        language: [row["hypothesis"] for row in read_translations(folder, language)] for language in result["languages"]
+    }
+    return {"name": result["name"], "hypotheses": hypotheses}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The EvalResult in `folder`."""
+    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+
+
+def read_translations(folder: Path, language: str) -> list[dict[str, Any]]:
+    """The recorded translations, in the split's order."""
+    return [
+        json.loads(line)
+        for line in (folder / f"translations.{language}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def _write_translations(out_dir: Path, language: str, rows: Sequence[Translation], clips: Sequence[Clip]) -> None:
+    lines = [
+        json.dumps(
+            {
+                "id": clip.id,
+                "hypothesis": row.hypothesis,
+                "reference": clip.references[language],
+                "source": clip.source,
+                "duration_s": clip.duration_s,
+                "num_tokens": row.num_tokens,
+                "truncated": row.truncated,
+            },
+            ensure_ascii=False,
+        )
+        for clip, row in zip(clips, rows)
+    ]
+    write_text(out_dir / f"translations.{language}.jsonl", "\n".join(lines) + "\n")

@@ -1,0 +1,234 @@
+"""Fine-tuning, full or LoRA: the Hugging Face Trainer set up for speech translation.
+
+Because it is the Trainer, `accelerate launch`, torchrun, FSDP, DeepSpeed, mixed precision, resuming and trackers come with it. What is
+ours: the loss on answer tokens only, weighted by tokens under gradient accumulation; stored audio states when the tower is frozen;
+checkpoints that are either whole or not used; and a stop, with the batch's ids, when the loss is not finite.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from trimlingual.artifacts import SCRATCH, is_main_process, wait_for_everyone, write_json
+from trimlingual.data import Clip, load_audio
+from trimlingual.decode import encode_clips
+from trimlingual.lineage import Lineage
+from trimlingual.loss import answer_forward
+from trimlingual.models import freeze_, load_model, load_processor, pick_device, save_model
+from trimlingual.progress import console
+from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.recipe import LoraSettings, ModelSettings, TaskSettings, TrainSettings
+
+COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else
+ENCODE_BATCH = 16  # clips encoded at once when the frozen tower's output is stored; not a result-changing setting
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and the batch."""
+
+
+class _Examples(Dataset):
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+class _TranslationTrainer(Trainer):
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        ids = inputs.pop("ids")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch holds {', '.join(ids)}. "
+                "Listen to these clips and read their references; if they are sound, lower learning_rate."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Checkpoints keep the names in memory: resuming loads them by these, and skips unknown names without an error."""
+        if hasattr(self.model, "peft_config"):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that does not fit is an error: transformers only warns, and would train on from the wrong weights."""
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise TrainingError(
+                f"the checkpoint does not fit the model ({len(load_result.missing_keys)} weights missing, "
+                f"{len(load_result.unexpected_keys)} unknown); delete the .partial folder and start this stage again"
+            )
+
+
+class _MarkComplete(TrainerCallback):
+    """Marks a checkpoint once it is whole: a killed run must not resume from half of one."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, {"step": state.global_step}
+            )
+
+
+def finetune(
+    model_dir: Path,
+    lineage: Lineage,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    settings: TrainSettings,
+    seed: int,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Train the model in `model_dir` and save it to `out_dir`, with its lineage; goes on from a checkpoint found there.
+
+    Returns what the artefact remembers: steps, examples, the loss curve. With `method: lora` the adapter is saved beside
+    (`adapter/`) and merged into the saved weights.
+    """
+    model = load_model(model_dir, model_settings.dtype, pick_device(model_settings.device))
+    processor = load_processor(model_dir)
+    info = train_(model, processor, clips, examples, task, settings, seed, out_dir / SCRATCH)
+    if settings.method == "lora":
+        adapted, model = info.pop("adapted"), None
+        if is_main_process():
+            adapted.save_pretrained(out_dir / "adapter")
+        model = adapted.merge_and_unload()
+    if is_main_process():
+        save_model(model, processor, out_dir, model_settings.storage_dtype)
+        lineage.with_seen("train", {clip.audio_sha256 for clip in clips}).save(out_dir)
+    return info
+
+
+def train_(
+    model: Any,
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    settings: TrainSettings,
+    seed: int,
+    work_dir: Path,
+) -> dict[str, Any]:
+    """Train `model` in place; checkpoints in `work_dir`. With `method: lora` the info holds the PEFT model under `adapted`.
+
+    Raises TrainingError when the loss is not finite.
+    """
+    if not examples:
+        raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
+    set_seed(seed)
+    prompter = Prompter(processor, task)
+    freeze_(model, settings.freeze)
+    trained = add_lora(model, settings.lora, seed) if settings.method == "lora" else model
+    states = None
+    if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
+        states = [tower.cpu() for tower in encode_clips(model, processor, clips, ENCODE_BATCH)]
+    trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
+        True  # answer_forward divides by num_items_in_batch itself
+    )
+    model.forward = answer_forward(model)
+    trainer = _TranslationTrainer(
+        model=trained,
+        args=training_arguments(settings, seed, work_dir, next(model.parameters()).device),
+        train_dataset=_Examples(examples),
+        data_collator=Collator(prompter, lambda index: load_audio(clips[index].audio), states),
+        callbacks=[_MarkComplete()],
+    )
+    try:
+        result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(work_dir))
+    finally:
+        del model.forward  # the class's own again
+    trained.eval()
+    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    info: dict[str, Any] = {
+        "num_examples": len(examples),
+        "num_clips": len(clips),
+        "steps": result.global_step,
+        "training_loss": round(result.training_loss, 5),
+        "losses": losses,
+        "num_trainable": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+    }
+    model.requires_grad_(False)
+    if trained is not model:
+        info["adapted"] = trained
+    return info
+
+
+def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
+    """The model with a trainable LoRA adapter (Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023)."""
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(seed)
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=settings.target_modules,
+        bias="none",
+    )
+    return get_peft_model(model, config)
+
+
+def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, device: torch.device) -> TrainingArguments:
+    """The recipe's section as TrainingArguments."""
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        bf16=settings.mixed_precision == "bf16",
+        fp16=settings.mixed_precision == "fp16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=device.type == "cpu",
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,  # two, so that one is whole while the other is being written
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=settings.report_to or "none",
+        fsdp=settings.fsdp,
+        deepspeed=settings.deepspeed,
+        dataloader_num_workers=settings.num_workers,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=not console.is_terminal,
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def last_complete_checkpoint(work_dir: Path) -> str | None:
+    """Newest checkpoint that was written to its end, or None; incomplete ones are removed."""
+    wait_for_everyone()
+    found = []
+    for folder in work_dir.glob("checkpoint-*"):
+        if (folder / COMPLETE_FILE).is_file():
+            found.append(folder)
+        elif is_main_process():
+            shutil.rmtree(folder)
+    wait_for_everyone()
+    newest = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None

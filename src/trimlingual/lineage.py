@@ -1,0 +1,93 @@
+"""Where a model comes from: its base, the layers that are left, and every clip that trained it or chose its layers.
+
+`lineage.json` travels in the model folder. It is what lets `evaluate` refuse a test split that was used before, and what makes layer
+maps compose: positions change with every pruning, original layer numbers do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trimlingual.artifacts import write_json
+
+LINEAGE_FILE = "lineage.json"
+
+
+class LeakError(ValueError):
+    """A test split that a training run or a layer search has seen."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Origin of a model.
+
+    `layers[tower][position]` is the original layer that stands at `position` now; `seen[use]` holds the SHA-256 of every audio
+    file used, for use in `train` and `select`.
+    """
+
+    base: str
+    layers: dict[str, list[int]]
+    num_base_layers: dict[str, int]
+    stages: list[str] = field(default_factory=list)
+    seen: dict[str, list[str]] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
+
+    def after(self, stage: str) -> Lineage:
+        """The lineage of what `stage` makes of this model."""
+        return replace(self, stages=[*self.stages, stage])
+
+    def with_seen(self, use: str, hashes: Iterable[str]) -> Lineage:
+        """Add clips to what this model has seen."""
+        return replace(self, seen={**self.seen, use: sorted({*self.seen.get(use, ()), *hashes})})
+
+    def without(self, removed: dict[str, list[int]]) -> Lineage:
+        """Drop original layers from the map; ValueError if one is not there."""
+        layers = {}
+        for tower, current in self.layers.items():
+            gone = removed.get(tower, [])
+            missing = sorted(set(gone) - set(current))
+            if missing:
+                raise ValueError(f"{tower} layers {missing} are not in this model; it has {current}")
+            layers[tower] = [layer for layer in current if layer not in gone]
+        return replace(self, layers=layers)
+
+    def removed(self, tower: str) -> list[int]:
+        """Original layers that are gone."""
+        return sorted(set(range(self.num_base_layers[tower])) - set(self.layers[tower]))
+
+    def save(self, folder: Path) -> None:
+        """Write `lineage.json`."""
+        write_json(folder / LINEAGE_FILE, asdict(self))
+
+
+def read_lineage(folder: Path, name: str | None = None) -> Lineage:
+    """The lineage of a model folder; for a folder made elsewhere, one that starts here."""
+    path = folder / LINEAGE_FILE
+    if path.is_file():
+        return Lineage(**json.loads(path.read_text(encoding="utf-8")))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    counts = {
+        "decoder": config["text_config"].get("num_hidden_layers", 32),
+        "encoder": config["audio_config"].get("encoder_layers", 32),
+    }
+    return Lineage(
+        base=name or str(folder), layers={k: list(range(n)) for k, n in counts.items()}, num_base_layers=counts
+    )
+
+
+def check_unseen(lineage: Lineage, split_name: str, clips: Iterable[tuple[str, str]]) -> None:
+    """LeakError if any of the (id, audio SHA-256) clips was used to train this model or to choose its layers."""
+    clips = list(clips)
+    for use, verb in (("train", "trained on"), ("select", "chose its layers by")):
+        known = set(lineage.seen.get(use, ()))
+        leaked = [clip_id for clip_id, digest in clips if digest in known]
+        if leaked:
+            raise LeakError(
+                f"{len(leaked)} clip(s) of split {split_name!r} are among those this model {verb} "
+                f"({', '.join(leaked[:5])}{', ...' if len(leaked) > 5 else ''}): scores on them would say nothing. "
+                "Evaluate on clips that no stage has used."
+            )

@@ -1,0 +1,78 @@
+"""Loss on the answer tokens, for training and as a measure.
+
+Shapes: B batch, T tokens, F audio states of a clip, A tower width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimlingual.models import embed, lm_head, num_audio_states, project, text_decoder, tower_states, unwrap
+from trimlingual.prompts import IGNORED, Collator, Example
+
+
+def answer_forward(model: Any) -> Any:
+    """A `forward` for training that computes only what is needed: logits at answer positions, loss summed over answer tokens.
+
+    It takes log-mels (`input_features`, `feature_attention_mask`) or, when the tower is frozen, its stored output
+    (`audio_states` (B, F_max, A), `audio_lengths` (B,)). The loss is the sum over answer tokens divided by `num_items_in_batch`,
+    so that gradient accumulation weighs every token alike. Set as the instance's `forward` so that DDP, FSDP and PEFT, which
+    call the module, still see it.
+    """
+
+    def forward(
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        audio_states: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        if audio_states is None:
+            assert input_features is not None
+            assert feature_attention_mask is not None
+            audio_states = tower_states(model, input_features, feature_attention_mask)
+            audio_lengths = num_audio_states(feature_attention_mask.sum(-1))
+        assert audio_lengths is not None
+        decoder = text_decoder(model)
+        projected = project(model, audio_states.to(decoder.embed_tokens.weight.dtype))
+        valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < audio_lengths[:, None]
+        embeds = embed(model, input_ids)
+        is_audio = (input_ids == unwrap(model).config.audio_token_id)[..., None]
+        embeds = embeds.masked_scatter(is_audio, projected[valid].to(embeds.dtype))
+        hidden = decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        answer = targets != IGNORED
+        logits = lm_head(model)(hidden[:, :-1][answer]).float()
+        total = nn.functional.cross_entropy(logits, targets[answer], reduction="sum")
+        count = answer.sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / count, "logits": logits}
+
+    return forward
+
+
+@torch.inference_mode()
+def answer_logits(model: Any, collator: Collator, examples: Sequence[Example], batch_size: int) -> tuple[float, Tensor]:
+    """Teacher-forced mean loss (nats a token) and the logits (tokens, V; float32, CPU) at all answer positions."""
+    forward = answer_forward(model)
+    device = next(unwrap(model).parameters()).device
+    total, logits = 0.0, []
+    for start in range(0, len(examples), batch_size):
+        batch = collator(examples[start : start + batch_size])
+        batch.pop("ids")
+        output = forward(**{name: tensor.to(device) for name, tensor in batch.items()}, num_items_in_batch=1)
+        total += output["loss"].item()
+        logits.append(output["logits"].cpu())
+    every = torch.cat(logits)
+    return total / len(every), every
+
+
+def answer_loss(model: Any, collator: Collator, examples: Sequence[Example], batch_size: int) -> float:
+    """Teacher-forced mean loss in nats a token."""
+    return answer_logits(model, collator, examples, batch_size)[0]

@@ -1,0 +1,273 @@
+"""Load, save and take apart audio-language models: the only place that knows where a family keeps its parts.
+
+In memory (transformers 5) Qwen2-Audio holds `model.audio_tower`, `model.multi_modal_projector`, `model.language_model`, `lm_head`;
+on disk the published names remain and `save_pretrained` maps between them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers.masking_utils import create_bidirectional_mask
+
+from trimlingual.recipe import Dtype, Tower
+
+logger = logging.getLogger(__name__)
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
+# Names of the parts as modules in memory; used by quantisation, freezing and reports.
+PARTS = {
+    "audio_tower": "model.audio_tower",
+    "projector": "model.multi_modal_projector",
+    "decoder": "model.language_model",
+    "lm_head": "lm_head",
+}
+BUILTIN = "builtin:"
+
+
+class ModelError(ValueError):
+    """A model that cannot be used here; the message says what to do."""
+
+
+def resolve_base(base: str, revision: str | None = None) -> Path:
+    """Folder of a base model: `builtin:mini`, a local folder, or a Hub id (downloaded to the Hugging Face cache)."""
+    if base.startswith(BUILTIN):
+        folder = Path(__file__).parent / base.removeprefix(BUILTIN) / "model"
+        if not folder.is_dir():
+            raise ModelError(f"{base!r} is not shipped with this package; built in: builtin:mini")
+        return folder
+    if Path(base).is_dir():
+        return Path(base)
+    if base.startswith((".", "/", "~")):
+        raise ModelError(f"model folder {base} does not exist")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {base!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}). "
+            "Check the name and the network, log in with `hf auth login` if it is gated, or give a local folder."
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU; under torchrun the process's own GPU."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        import os
+
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any = None) -> Any:
+    """Load a model for inference (eval mode). Safetensors only; code in the folder is never run.
+
+    Raises ModelError when the folder holds no usable model.
+    """
+    check_folder(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen2_audio":
+        raise ModelError(f"{folder} holds a {config.model_type!r} model; supported: qwen2_audio")
+    try:
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            device_map={"": device},
+            use_safetensors=True,
+            quantization_config=quantization_config,
+        )
+    except Exception as error:  # safetensors raises its own types for a damaged file
+        raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """ModelError unless `folder` looks like a Hugging Face model with safetensors weights."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json: not a Hugging Face model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)")
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor, padding on the left: right-padded generation is wrong and the setting is not saved with it."""
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def save_model(model: Any, processor: Any, folder: Path, storage_dtype: Dtype | None = None) -> None:
+    """Save model and processor as safetensors.
+
+    With `storage_dtype` the weights are rounded to it in memory too, so that what is evaluated is what is on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = None
+    if storage_dtype is not None:
+        round_weights_(model, storage_dtype)
+        target = DTYPES[storage_dtype]
+        state = {k: v.to(target) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    try:
+        with _config_dtype(model, storage_dtype):
+            model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
+        processor.save_pretrained(folder)
+    except Exception as error:
+        if is_disk_full(error):
+            raise ModelError(
+                f"no space left while saving a model to {folder}; free some disk and run again: finished stages are kept"
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error from any library means a full disk (or a file-size limit); safetensors hides the errno in text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(
+        text in str(error) for text in ("No space left", "StorageFull", "File too large", "FileTooLarge", "os error 28")
+    )
+
+
+@torch.no_grad()
+def round_weights_(model: Any, storage_dtype: Dtype) -> None:
+    """Round every floating-point weight to `storage_dtype`, keeping the dtype it is held in."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(DTYPES[storage_dtype]))
+
+
+class _config_dtype:  # a context manager
+    """While saving, the config must name the dtype that is on disk, not the one in memory."""
+
+    def __init__(self, model: Any, storage_dtype: Dtype | None):
+        self.configs = [model.config, model.config.text_config, model.config.audio_config]
+        self.dtype = storage_dtype
+
+    def __enter__(self) -> None:
+        self.before = [config.dtype for config in self.configs]
+        if self.dtype is not None:
+            for config in self.configs:
+                config.dtype = DTYPES[self.dtype]
+
+    def __exit__(self, *_: object) -> None:
+        for config, dtype in zip(self.configs, self.before):
+            config.dtype = dtype
+
+
+# ---- parts. Shapes: B batch, N clips, M mel frames, F audio states of a clip, A tower width, T tokens, D decoder width, V vocabulary
+
+
+def text_decoder(model: Any) -> Any:
+    """The decoder without its head: embeddings (B, T, D) in, hidden states (B, T, D) out."""
+    return unwrap(model).model.language_model
+
+
+def lm_head(model: Any) -> nn.Module:
+    """The output projection, D -> V."""
+    return unwrap(model).lm_head
+
+
+def layer_list(model: Any, tower: Tower) -> nn.ModuleList:
+    """The layers of the decoder or of the audio encoder."""
+    inner = unwrap(model).model
+    return inner.language_model.layers if tower == "decoder" else inner.audio_tower.layers
+
+
+def set_layer_list(model: Any, tower: Tower, layers: nn.ModuleList) -> None:
+    """Put `layers` in place and make the config and the cache indices agree with them."""
+    inner = unwrap(model).model
+    config = unwrap(model).config
+    if tower == "encoder":
+        inner.audio_tower.layers = layers
+        for audio_config in {id(c): c for c in (config.audio_config, inner.audio_tower.config)}.values():
+            audio_config.encoder_layers = len(layers)
+        return
+    decoder = inner.language_model
+    decoder.layers = layers
+    kinds = [getattr(layer, "attention_type", "full_attention") for layer in layers]
+    for text_config in {id(c): c for c in (config.text_config, decoder.config)}.values():
+        text_config.num_hidden_layers = len(layers)
+        text_config.layer_types = kinds
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PEFT (or DDP) wrapper."""
+    while hasattr(model, "module") or hasattr(model, "get_base_model"):
+        model = model.module if hasattr(model, "module") else model.get_base_model()
+    return model
+
+
+def eos_token_ids(model: Any, processor: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, from the generation config (Qwen2-Audio has two)."""
+    eos = unwrap(model).generation_config.eos_token_id
+    if eos is None:
+        eos = processor.tokenizer.eos_token_id
+    return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+
+
+def window_s(processor: Any) -> float:
+    """Longest clip in seconds that the model takes whole (Qwen2-Audio: 30); what is beyond would be cut silently."""
+    extractor = processor.feature_extractor
+    return extractor.n_samples / extractor.sampling_rate
+
+
+def num_audio_states(num_frames: Tensor) -> Tensor:
+    """Audio states of a clip for its number of mel frames: convolution of stride 2, then average pool of 2."""
+    return ((num_frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def tower_states(model: Any, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
+    """Audio tower output (N, F_max, A) for log-mels (N, mels, M) and their mask (N, M), with padding masked as in training."""
+    tower = unwrap(model).model.audio_tower
+    lengths = (feature_attention_mask.sum(-1) - 1) // 2 + 1
+    num_positions = (input_features.shape[-1] - 2) // 2 + 1
+    valid = torch.arange(num_positions, device=lengths.device)[None, :] < lengths[:, None]
+    dummy = torch.zeros((len(lengths), num_positions, 1), dtype=tower.conv1.weight.dtype, device=input_features.device)
+    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=dummy, attention_mask=valid.long())
+    return tower(input_features, attention_mask=mask).last_hidden_state
+
+
+def project(model: Any, states: Tensor) -> Tensor:
+    """Audio states (..., A) to decoder width (..., D)."""
+    return unwrap(model).model.multi_modal_projector(states)
+
+
+def embed(model: Any, input_ids: Tensor) -> Tensor:
+    """Token embeddings (..., D)."""
+    return text_decoder(model).embed_tokens(input_ids)
+
+
+def freeze_(model: Any, parts: list[str]) -> None:
+    """Stop the named parts from training: audio_tower, projector, embeddings, lm_head."""
+    inner = unwrap(model)
+    modules = {
+        "audio_tower": inner.model.audio_tower,
+        "projector": inner.model.multi_modal_projector,
+        "embeddings": inner.model.language_model.embed_tokens,
+        "lm_head": inner.lm_head,
+    }
+    for part in parts:
+        modules[part].requires_grad_(False)
+
+
+def part_of(module_name: str, parts: Mapping[str, str] = PARTS) -> str | None:
+    """The part (audio_tower, projector, decoder, lm_head) a module name in memory belongs to."""
+    for part, prefix in parts.items():
+        if module_name == prefix or module_name.startswith(prefix + "."):
+            return part
+    return None

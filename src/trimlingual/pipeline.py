@@ -1,0 +1,421 @@
+"""THE MAIN PATH: the stages of a compression run, in order.
+
+    data -> teacher -> rank -> pruned -> distilled -> recovered -> quantized -> evaluations -> exported -> report
+
+Every stage is a Step: where it writes, the settings and inputs that decide its output, and the work. A step whose artefact is there
+with the same fingerprint is skipped; one that was killed goes on. Fingerprints chain (a step's inputs are the fingerprints of the
+steps before it), so what a changed recipe invalidates is known before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimlingual.artifacts import (
+    Artifact,
+    ArtifactError,
+    differences,
+    find_artifact,
+    fingerprint,
+    hash_file,
+    produce,
+    write_json,
+)
+from trimlingual.data import Clip, load_splits, prepare_data, source_fingerprint
+from trimlingual.lineage import Lineage, read_lineage
+from trimlingual.progress import say
+from trimlingual.recipe import Recipe, TrainSettings
+
+if TYPE_CHECKING:
+    from trimlingual.prompts import Example
+
+Status = Literal["done", "unfinished", "missing", "stale"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Something a step reads: its folder, and the fingerprint that stands for its content."""
+
+    folder: Path
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run, not yet done. `work(inputs, partial_folder) -> info` does it."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    inputs: Mapping[str, Ref]
+    work: Callable[[Mapping[str, Ref], Path], dict[str, Any]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Decides whether the artefact in `folder` is this step's."""
+        return fingerprint(self.name, self.settings, self.input_fingerprints)
+
+    @property
+    def input_fingerprints(self) -> dict[str, str]:
+        """Fingerprint by role."""
+        return {role: ref.fingerprint for role, ref in self.inputs.items()}
+
+    @property
+    def ref(self) -> Ref:
+        """This step's output as another's input."""
+        return Ref(self.folder, self.fingerprint)
+
+    def status(self) -> Status:
+        """Whether there is something to do."""
+        existing = find_artifact(self.folder)
+        if existing:
+            return "done" if existing.fingerprint == self.fingerprint else "stale"
+        return "unfinished" if self.folder.with_name(self.folder.name + ".partial").is_dir() else "missing"
+
+    def changes(self) -> list[str]:
+        """What makes it stale."""
+        existing = find_artifact(self.folder)
+        return differences(existing, self.settings, self.input_fingerprints) if existing else []
+
+    def run(self, force: bool = False) -> Artifact:
+        """Bring the artefact up to date."""
+
+        def work(partial: Path) -> dict[str, Any]:
+            return self.work(self.inputs, partial)
+
+        return produce(self.folder, self.name, self.settings, self.input_fingerprints, work, force=force)
+
+
+def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, Any]:
+    """Run the whole recipe in `run_dir`, skipping what is done. Returns the report (the content of report.json).
+
+    Raises ArtifactError, naming the stages, when the recipe has changed since `run_dir` was made; with `force` these are made again.
+    """
+    steps = plan(recipe, run_dir)
+    stale = [step for step in steps if step.status() == "stale"]
+    if stale and not force:
+        lines = [f"  {step.name}: {'; '.join(step.changes()[:4])}" for step in stale]
+        raise ArtifactError(
+            f"the recipe or its data changed since {run_dir} was made; it invalidates {len(stale)} finished stage(s):\n"
+            + "\n".join(lines)
+            + "\nUse --force to make these again, or another --run-dir to keep both."
+        )
+    write_recipe(recipe, run_dir)
+    for number, step in enumerate(steps, 1):
+        if step.status() == "done":
+            say(f"[{number}/{len(steps)}] {step.name}: already done")
+            continue
+        say(f"[{number}/{len(steps)}] {step.name}")
+        artifact = step.run(force=force)
+        say(f"[{number}/{len(steps)}] {step.name}: {artifact.seconds:.1f} s")
+    return json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
+
+
+def run_stage(
+    recipe: Recipe,
+    run_dir: Path,
+    name: str,
+    *,
+    force: bool = False,
+    replaced: Mapping[str, Path | None] | None = None,
+    out: Path | None = None,
+) -> Artifact:
+    """Bring one stage of a run up to date; what it reads must be there, but for the data, which is prepared.
+
+    `replaced` gives another folder (or plan file) for an input role; `out` another folder to write to. ArtifactError names the stage
+    to run first when an input is missing.
+    """
+    steps = {step.name: step for step in plan(recipe, run_dir)}
+    if name not in steps:
+        raise ValueError(f"recipe {recipe.name!r} has no stage {name!r}; it has: {', '.join(steps)}")
+    step = steps[name]
+    inputs = dict(step.inputs)
+    for role, folder in (replaced or {}).items():
+        if folder is not None:
+            if not folder.exists():
+                raise ArtifactError(f"{folder} does not exist (given as the {role} of stage {name!r})")
+            inputs[role] = model_ref(folder) if folder.is_dir() else Ref(folder, hash_file(folder)[:16])
+    step = replace(step, inputs=inputs, folder=out or step.folder)
+    makers = {other.folder: other for other in steps.values()}
+    for role, ref in inputs.items():
+        maker = makers.get(ref.folder)
+        if maker is None or maker.status() == "done":
+            continue
+        if maker.name != "data":
+            raise ArtifactError(
+                f"stage {name!r} needs the {role} in {ref.folder}, which is {maker.status()}; run {maker.name!r} first"
+            )
+        write_recipe(recipe, run_dir)
+        maker.run(force=force)
+    return step.run(force=force)
+
+
+def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
+    """The steps of a run, in order. Nothing is run; only the base model's and the data's identities are read."""
+    steps: dict[str, Step] = {}
+
+    def add(step: Step) -> Step:
+        steps[step.name] = step
+        return step
+
+    base = base_ref(recipe)
+    data = add(data_step(recipe, base, run_dir / "data"))
+    teacher, student, distilled = base, base, None
+    models: dict[str, Ref] = {"base": base}
+    if recipe.finetune:
+        step = finetune_step("teacher", recipe, recipe.finetune, base, data.ref, None, run_dir / "teacher")
+        teacher = student = models["teacher"] = add(step).ref
+    if recipe.rank:
+        ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank"))
+        student = models["pruned"] = add(prune_step(recipe, teacher, ranked.ref, run_dir / "pruned")).ref
+    if recipe.distill:
+        distilled = add(distill_step(recipe, teacher, data.ref, run_dir / "distilled")).ref
+    if recipe.recover:
+        step = finetune_step("recovered", recipe, recipe.recover, student, data.ref, distilled, run_dir / "recovered")
+        student = models["recovered"] = add(step).ref
+    if recipe.quantize:
+        start = models[recipe.quantize.start]
+        student = models["quantized"] = add(
+            quantize_step(recipe, start, data.ref, distilled, run_dir / "quantized")
+        ).ref
+    evaluated: dict[str, Ref] = {}
+    for name in recipe.evaluate.models:
+        if name in models:
+            baseline = evaluated.get("teacher")
+            step = evaluate_step(name, recipe, models[name], data.ref, baseline, run_dir / "evaluations" / name)
+            evaluated[name] = add(step).ref
+    last = list(models)[-1]
+    add(export_step(recipe, student, evaluated.get(last), run_dir / "exported"))
+    add(report_step(recipe, run_dir, [step.ref for step in steps.values()]))
+    return list(steps.values())
+
+
+# ---- one builder a stage. Imports of the heavy modules stay inside the work, so that --dry-run and --help answer at once.
+
+
+def base_ref(recipe: Recipe) -> Ref:
+    """The base model, downloaded if it is on the Hub."""
+    from trimlingual.models import resolve_base
+
+    return model_ref(resolve_base(recipe.model.base, recipe.model.revision))
+
+
+def model_ref(folder: Path) -> Ref:
+    """A model folder as an input: the artefact's fingerprint, or a hash of configuration and weights for one made elsewhere.
+
+    Of weight files above 64 MiB only size, first and last MiB are read.
+    """
+    artifact = find_artifact(folder)
+    if artifact:
+        return Ref(folder, artifact.fingerprint)
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        if size <= 64 << 20:
+            digest.update(hash_file(path).encode())
+        else:
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(-(1 << 20), 2)
+                digest.update(file.read())
+    return Ref(folder, digest.hexdigest()[:16])
+
+
+def data_step(recipe: Recipe, base: Ref, out: Path) -> Step:
+    """Read the sources, split them, prove the splits disjoint."""
+    sources = {"train": recipe.data.train, "out_of_domain": recipe.data.out_of_domain}
+    sources |= {name: s for name in ("select", "test") if not isinstance(s := getattr(recipe.data, name), int)}
+    settings = {
+        **recipe.data.model_dump(),
+        "target_languages": recipe.task.target_languages,
+        "content": {name: source_fingerprint(source) for name, source in sources.items() if source},
+    }
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.models import load_processor, window_s
+
+        return prepare_data(recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["base"].folder)))
+
+    return Step("data", out, settings, {"base": base}, work)
+
+
+def finetune_step(
+    name: str, recipe: Recipe, train: TrainSettings, model: Ref, data: Ref, distilled: Ref | None, out: Path
+) -> Step:
+    """Stage 1 (the teacher) and stage 4 (the recovered student)."""
+    distilled = distilled if train.data.distilled else None
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.finetune import finetune
+
+        clips, examples = _training_data(recipe, train, inputs)
+        lineage = lineage_of(inputs["model"], recipe).after("finetune")
+        return finetune(
+            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, train, recipe.seed, folder
+        )
+
+    return Step(name, out, _settings(recipe, train=train), _inputs(model=model, data=data, distilled=distilled), work)
+
+
+def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
+    """Stage 2: which layers can go."""
+    settings = recipe.rank
+    assert settings is not None
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.rank import TrainingData, rank
+
+        training = None
+        if settings.finetune_each_round:
+            training = TrainingData(*_training_data(recipe, settings.finetune_each_round, inputs))
+        lineage = lineage_of(inputs["model"], recipe)
+        select = load_splits(inputs["data"].folder).select
+        return rank(
+            inputs["model"].folder,
+            lineage,
+            select,
+            recipe.task,
+            recipe.model,
+            recipe.decode,
+            settings,
+            training,
+            recipe.seed,
+            folder,
+        )
+
+    return Step(
+        "rank", out, _settings(recipe, rank=settings, decode=recipe.decode), {"model": model, "data": data}, work
+    )
+
+
+def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
+    """Stage 2, applied."""
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.prune import prune
+
+        model = inputs["model"]
+        return prune(model.folder, lineage_of(model, recipe), inputs["plan"].folder, recipe.model, folder)
+
+    return Step("pruned", out, {"model": recipe.model.model_dump()}, {"model": model, "plan": plan}, work)
+
+
+def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
+    """Stage 3: the teacher translates the training audio."""
+    settings = recipe.distill
+    assert settings is not None
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.distill import distill
+
+        clips = load_splits(inputs["data"].folder).train.clips
+        return distill(inputs["teacher"].folder, clips, recipe.task, recipe.model, recipe.decode, settings, folder)
+
+    wanted = _settings(recipe, distill=settings, decode=recipe.decode)
+    return Step("distilled", out, wanted, {"teacher": teacher, "data": data}, work)
+
+
+def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, out: Path) -> Step:
+    """Stage 5: QLoRA, merge, 4-bit."""
+    settings = recipe.quantize
+    assert settings is not None
+    distilled = distilled if settings.train.data.distilled else None
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.quantize import quantize
+
+        clips, examples = _training_data(recipe, settings.train, inputs)
+        lineage = lineage_of(inputs["model"], recipe)
+        return quantize(
+            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, settings, recipe.seed, folder
+        )
+
+    return Step(
+        "quantized",
+        out,
+        _settings(recipe, quantize=settings),
+        _inputs(model=model, data=data, distilled=distilled),
+        work,
+    )
+
+
+def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Ref | None, out: Path) -> Step:
+    """Stage 6: translate the test split, score, measure."""
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.evaluate import evaluate
+
+        test = load_splits(inputs["data"].folder).test
+        model = inputs["model"]
+        compared = inputs["baseline"].folder if "baseline" in inputs else None
+        return evaluate(
+            name, model.folder, lineage_of(model, recipe), test, recipe.task, recipe.model, recipe.decode, recipe.evaluate,
+            compared, folder,
+        )  # fmt: skip
+
+    settings = _settings(recipe, evaluate=recipe.evaluate, decode=recipe.decode)
+    settings["evaluate"].pop("models")  # which others are evaluated does not change this one
+    return Step(f"evaluate {name}", out, settings, _inputs(model=model, data=data, baseline=baseline), work)
+
+
+def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, out: Path) -> Step:
+    """What ships."""
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.export import export
+
+        model = inputs["model"]
+        scores = inputs["evaluation"].folder if "evaluation" in inputs else None
+        return export(model.folder, lineage_of(model, recipe), recipe, scores, folder)
+
+    settings = _settings(recipe) | {"name": recipe.name}
+    return Step("exported", out, settings, _inputs(model=model, evaluation=evaluation), work)
+
+
+def report_step(recipe: Recipe, run_dir: Path, inputs: Sequence[Ref]) -> Step:
+    """report.json, report.md, report.html of everything in the run folder."""
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.report import write_report
+
+        write_report(run_dir, folder)
+        return {}
+
+    roles = {str(ref.folder.relative_to(run_dir)): ref for ref in inputs}
+    return Step("report", run_dir / "report", {"recipe": recipe.name}, roles, work)
+
+
+def lineage_of(model: Ref, recipe: Recipe) -> Lineage:
+    """Where a model comes from; the base model's lineage starts under the recipe's name for it."""
+    return read_lineage(model.folder, recipe.model.base)
+
+
+def write_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Keep the recipe, with its overrides, beside what it made."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "recipe.json", recipe.model_dump())
+
+
+def _settings(recipe: Recipe, **sections: Any) -> dict[str, Any]:
+    """The part of the recipe that decides a model stage's output."""
+    model = recipe.model.model_dump(exclude={"base", "revision"})  # the base model is an input
+    common = {"model": model, "task": recipe.task.model_dump(), "seed": recipe.seed}
+    return common | {name: section.model_dump() for name, section in sections.items()}
+
+
+def _inputs(**refs: Ref | None) -> dict[str, Ref]:
+    return {role: ref for role, ref in refs.items() if ref is not None}
+
+
+def _training_data(recipe: Recipe, train: TrainSettings, inputs: Mapping[str, Ref]) -> tuple[list[Clip], list[Example]]:
+    from trimlingual.distill import mix, read_distilled
+
+    pairs = read_distilled(inputs["distilled"].folder) if "distilled" in inputs else []
+    return mix(load_splits(inputs["data"].folder), pairs, train.data, recipe.task.target_languages)

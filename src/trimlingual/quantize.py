@@ -1,0 +1,175 @@
+"""QLoRA and what follows it: train an adapter on the 4-bit model, merge it onto the dequantised base, quantise again.
+
+The adapter was trained against the 4-bit weights, so these (dequantised), not the original ones, are the base it belongs to (Dettmers
+et al. 2023, QLoRA). The only file that imports bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from trimlingual.artifacts import SCRATCH
+from trimlingual.data import Clip, load_audio
+from trimlingual.finetune import train_
+from trimlingual.lineage import Lineage
+from trimlingual.loss import answer_logits
+from trimlingual.models import DTYPES, PARTS, load_model, load_processor, part_of, pick_device, save_model
+from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
+
+NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured
+
+
+class QuantizationError(ValueError):
+    """A model whose 4-bit modules are not the ones that were asked for."""
+
+
+def quantize(
+    model_dir: Path,
+    lineage: Lineage,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    settings: QuantizeSettings,
+    seed: int,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Make the 4-bit model of the one in `model_dir`: QLoRA on `examples`, merge, quantise again, save to `out_dir`.
+
+    `out_dir/adapter` keeps the adapter. The change in loss and logits from the trained model (adapter on the 4-bit base) over the
+    merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
+    should not be, or the other way round.
+    """
+    device = pick_device(model_settings.device)
+    processor = load_processor(model_dir)
+    config = bitsandbytes_config(settings)
+    base = load_model(model_dir, model_settings.dtype, device, config)
+    check_quantized(base, settings)
+    scratch = out_dir / SCRATCH
+    info = train_(base, processor, clips, examples, task, settings.train, seed, scratch / "training")
+    adapted = info.pop("adapted")
+    adapted.save_pretrained(out_dir / "adapter")
+
+    step = max(1, len(examples) // NUM_PROBE_EXAMPLES)
+    probe = list(examples)[::step][:NUM_PROBE_EXAMPLES]
+    collator = Collator(Prompter(processor, task), lambda index: load_audio(clips[index].audio))
+
+    def measure(model: Any) -> tuple[float, Tensor]:
+        return answer_logits(model, collator, probe, settings.train.batch_size)
+
+    trained = measure(adapted)
+    merged = load_model(model_dir, model_settings.dtype, device)
+    merge_(merged, adapted)
+    save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
+    plain = measure(merged)
+    del adapted, base, merged
+    final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
+    check_quantized(final_model, settings)
+    final = measure(final_model)
+    save_model(final_model, processor, out_dir)
+    after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in clips})
+    replace(after, quantization=config_summary(settings)).save(out_dir)
+    info["change"] = {
+        "trained_loss": trained[0],
+        "merged_loss": plain[0],
+        "final_loss": final[0],
+        "merged_sqnr_db": sqnr_db(trained[1], plain[1]),
+        "final_sqnr_db": sqnr_db(trained[1], final[1]),
+        "final_max_logit_difference": (trained[1] - final[1]).abs().max().item(),
+        "num_tokens": len(trained[1]),
+    }
+    info["quantization"] = config_summary(settings)
+    return info
+
+
+def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
+    """The 4-bit configuration. Modules are skipped by their names in memory; other spellings match nothing and are ignored."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.scheme,
+        bnb_4bit_use_double_quant=settings.double_quantization,
+        bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
+        llm_int8_skip_modules=[prefix for part, prefix in PARTS.items() if part not in settings.parts],
+    )
+
+
+def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
+    """What is 4-bit and how, for lineage, card and report."""
+    return {
+        "method": "bitsandbytes",
+        "scheme": settings.scheme,
+        "double_quantization": settings.double_quantization,
+        "parts": sorted(settings.parts),
+        "compute_dtype": settings.compute_dtype,
+    }
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether this is a bitsandbytes 4-bit linear layer."""
+    import bitsandbytes
+
+    return isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+def check_quantized(model: Any, settings: QuantizeSettings) -> None:
+    """QuantizationError unless exactly the linear layers of the chosen parts are 4-bit."""
+    wrong, missed = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        wanted = part_of(name) in settings.parts
+        if is_4bit(module) and not wanted:
+            wrong.append(name)
+        if wanted and not is_4bit(module):
+            missed.append(name)
+    if wrong or missed:
+        raise QuantizationError(
+            f"quantize.parts is {sorted(settings.parts)}, but after loading "
+            + "; ".join(
+                f"{len(names)} module(s) {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for names, verb in ((wrong, "are 4-bit that should not be"), (missed, "are not 4-bit that should be"))
+                if names
+            )
+        )
+
+
+@torch.no_grad()
+def merge_(target: Any, adapted: Any) -> None:
+    """Write `dequantised 4-bit weight + adapter` of the PEFT model into the plain model `target`, in float32 before rounding.
+
+    Modules that are neither 4-bit nor adapted keep the target's weights.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    source = dict(adapted.get_base_model().named_modules())
+    for name, module in target.named_modules():
+        other = source.get(name)
+        if not isinstance(module, nn.Linear) or other is None:
+            continue
+        base = other.get_base_layer() if isinstance(other, LoraLayer) else other
+        weight = dequantized(base) if is_4bit(base) else base.weight.float()
+        if isinstance(other, LoraLayer):
+            weight = weight + other.get_delta_weight(adapted.active_adapter).float()
+        module.weight.copy_(weight.to(module.weight.dtype))
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weights a 4-bit layer stands for, float32, (out, in)."""
+    import bitsandbytes
+
+    weight: Any = module.weight
+    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def sqnr_db(signal: Tensor, noisy: Tensor) -> float:
+    """Signal to quantisation noise in dB: 20 log10(|signal| / |signal - noisy|) (Euclidean norms, as torchao's SQNR)."""
+    noise = (signal - noisy).norm()
+    return float("inf") if noise == 0 else (20 * torch.log10(signal.norm() / noise)).item()

@@ -1,0 +1,124 @@
+"""Small real parts: models made in memory, clips that are real files, the built-in mini model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
+
+from trimlingual.data import SAMPLE_RATE, Clip, Split
+from trimlingual.artifacts import hash_file
+from trimlingual.lineage import Lineage, read_lineage
+from trimlingual.mini.network import train_processor
+from trimlingual.models import save_model
+from trimlingual.recipe import DecodeSettings, ModelSettings, TaskSettings
+
+WINDOW_S = 2
+TEXTS = [
+    "Der Hund sieht den kleinen Ball.", "Wir trainieren das Modell.", "Das ist gut.", "Die Ergebnisse sind besser.",
+    "狗看见小球。", "我们训练模型。", "这很好。", "结果更好。",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    """A Qwen2-Audio processor with a small vocabulary and a two-second window."""
+    made = train_processor(TEXTS)
+    made.feature_extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW_S)
+    return made
+
+
+@pytest.fixture(scope="session")
+def make_model(processor: Any) -> Callable[..., Any]:
+    """Random models of chosen shape. The spread of the weights is wide, so that outputs are varied and some answers end."""
+
+    def make(
+        layers: int = 4, heads: int = 4, kv_heads: int = 2, width: int = 64, encoder_layers: int = 2, tied: bool = False, seed: int = 0
+    ) -> Any:
+        torch.manual_seed(seed)
+        tokenizer = processor.tokenizer
+        config = Qwen2AudioConfig(
+            audio_config={
+                "model_type": "qwen2_audio_encoder", "num_mel_bins": 80, "d_model": 64, "encoder_layers": encoder_layers,
+                "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "max_source_positions": WINDOW_S * 50,
+            },
+            text_config={
+                "model_type": "qwen2", "hidden_size": width, "intermediate_size": 128, "num_hidden_layers": layers,
+                "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": len(tokenizer),
+                "tie_word_embeddings": tied, "max_position_embeddings": 512, "initializer_range": 0.15,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = Qwen2AudioForConditionalGeneration(config).eval()
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.do_sample = False
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], processor: Any) -> Path:
+    """A saved random model of 6 decoder layers."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(make_model(layers=6), processor, folder, "float32")
+    return folder
+
+
+@pytest.fixture()
+def lineage(model_dir: Path) -> Lineage:
+    return read_lineage(model_dir, "tiny")
+
+
+def write_clip(path: Path, duration_s: float, seed: int) -> None:
+    """A file of shaped noise; every seed sounds different."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(duration_s * SAMPLE_RATE)) / SAMPLE_RATE
+    tone = np.sin(2 * np.pi * rng.uniform(80, 400) * time * (1 + 0.1 * np.sin(2 * np.pi * 3 * time)))
+    soundfile.write(path, (0.3 * tone + 0.05 * rng.standard_normal(len(time))).astype(np.float32), SAMPLE_RATE)
+
+
+def make_clips(folder: Path, count: int, first_seed: int = 0) -> list[Clip]:
+    """Clips of very different length (0.3 to 1.9 s) with references in both languages."""
+    clips = []
+    for i in range(count):
+        path = folder / f"clip-{first_seed + i}.wav"
+        duration = 0.3 + 1.6 * ((i * 7) % 11) / 11
+        write_clip(path, duration, first_seed + i)
+        references = {"de": TEXTS[i % 4], "zh": TEXTS[4 + i % 4]}
+        info = soundfile.info(path)
+        clips.append(Clip(path.stem, path, references, f"sentence {i}", info.frames / SAMPLE_RATE, hash_file(path)))
+    return clips
+
+
+@pytest.fixture()
+def split(tmp_path: Path) -> Split:
+    return Split("select", tuple(make_clips(tmp_path, 7)))
+
+
+@pytest.fixture()
+def task() -> TaskSettings:
+    return TaskSettings(target_languages=["de", "zh"])
+
+
+@pytest.fixture()
+def decode_settings() -> DecodeSettings:
+    return DecodeSettings(batch_size=4, max_new_tokens=12)
+
+
+@pytest.fixture()
+def model_settings() -> ModelSettings:
+    return ModelSettings(base="tiny", dtype="float32", storage_dtype="float32", device="cpu")

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimlingual.data import load_audio
+from trimlingual.decode import embed_prompt, encode_audio, encode_clips, greedy, max_new_tokens, split_on_oom, translate_clips
+from trimlingual.models import embed, eos_token_ids
+from trimlingual.prompts import Prompter
+from trimlingual.recipe import DecodeSettings
+
+
+def plain_generate(model, processor, prompter, clip, language, limit):
+    """The published way: processor, then Hugging Face generate, one clip at a time."""
+    text = prompter.text(language)
+    inputs = processor(text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"heads": 4, "kv_heads": 2}, {"heads": 4, "kv_heads": 4, "layers": 2}, {"heads": 2, "kv_heads": 1, "width": 48, "tied": True}],
+    ids=["grouped", "plain", "odd-width-tied"],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_equals_generate_one_clip_at_a_time(make_model, processor, split, task, shape, batch_size):
+    model = make_model(**shape)
+    prompter = Prompter(processor, task)
+    settings = DecodeSettings(batch_size=batch_size, max_new_tokens=20)
+    ours = {(t.id, t.language): t for t in translate_clips(model, processor, task, split.clips, settings)}
+    for clip in split.clips:
+        for language in task.target_languages:
+            limit = max_new_tokens(clip.duration_s, settings)
+            theirs = plain_generate(model, processor, prompter, clip, language, limit)
+            assert ours[clip.id, language].hypothesis == prompter.decode(theirs)
+            assert ours[clip.id, language].num_tokens == len(theirs)
+
+
+def test_rows_end_at_different_times(make_model, processor, split, task):
+    """The end token is made likely, so that rows leave the batch one after the other."""
+    model = make_model(seed=3)
+    eos = eos_token_ids(model, processor)
+    prompter = Prompter(processor, task)
+    states = encode_clips(model, processor, split.clips, 4)
+    prompts = [embed_prompt(model, prompter, s, "de") for s in states]
+    with torch.no_grad():
+        model.lm_head.weight[eos[0]] *= 4
+    together = greedy(model, prompts, [20] * len(prompts), eos, 16)
+    alone = [greedy(model, [p], [20], eos, 1)[0] for p in prompts]
+    assert together == alone
+    lengths = {len(tokens) for tokens in together}
+    assert len(lengths) > 2, f"this test needs answers of different length; got {lengths}"
+    assert any(tokens[-1] in eos for tokens in together)
+
+
+def test_limits_bound_each_row(make_model, processor, split, task):
+    model = make_model()
+    prompter = Prompter(processor, task)
+    states = encode_clips(model, processor, split.clips, 4)
+    limits = list(range(1, len(states) + 1))
+    tokens = greedy(model, [embed_prompt(model, prompter, s, "de") for s in states], limits, [], 4)
+    assert [len(t) for t in tokens] == limits
+
+
+def test_prompt_tokens_are_the_processors(make_model, processor, split, task):
+    prompter = Prompter(processor, task)
+    for clip in split.clips:
+        theirs = processor(text=prompter.text("de"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000)
+        num_states = int((theirs["input_ids"] == prompter.audio_token_id).sum())
+        assert prompter.prompt_ids("de", num_states) == theirs["input_ids"][0].tolist()
+
+
+def test_encoded_audio_and_prompt_equal_the_models_own(make_model, processor, split, task):
+    """Logits from our embedded prompt are those of the model's own forward."""
+    model, prompter = make_model(), Prompter(processor, task)
+    clip = split.clips[0]
+    inputs = processor(text=prompter.text("zh"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000)
+    with torch.inference_mode():
+        theirs = model(**inputs).logits[0]
+        states = encode_audio(model, processor, [load_audio(c.audio) for c in split.clips])[0]
+        ours = model(inputs_embeds=embed_prompt(model, prompter, states, "zh")[None]).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+    assert embed(model, torch.tensor([1])).shape == (1, 64)
+
+
+def test_bound_grows_with_the_audio():
+    settings = DecodeSettings(max_new_tokens=100, min_new_tokens=10, tokens_per_second=5.0)
+    assert max_new_tokens(0.0, settings) == 10
+    assert max_new_tokens(4.0, settings) == 30
+    assert max_new_tokens(60.0, settings) == 100
+
+
+def test_truncation_is_counted(make_model, processor, split, task):
+    settings = DecodeSettings(batch_size=8, max_new_tokens=3)
+    done = translate_clips(make_model(), processor, task, split.clips, settings)
+    assert [t.truncated for t in done] == [t.num_tokens == 3 for t in done]
+    assert any(t.truncated for t in done)
+
+
+def test_journal_goes_on_with_equal_results(make_model, processor, split, task, tmp_path):
+    model, settings = make_model(), DecodeSettings(batch_size=3, max_new_tokens=12)
+    whole = translate_clips(model, processor, task, split.clips, settings)
+    journal = tmp_path / "journal.jsonl"
+    assert translate_clips(model, processor, task, split.clips, settings, journal=journal) == whole
+    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    journal.write_text("".join(lines[:5]) + lines[5][:10], encoding="utf-8")  # killed in the middle of a batch and of a line
+    assert translate_clips(model, processor, task, split.clips, settings, journal=journal) == whole
+    again = [line for line in journal.read_text(encoding="utf-8").splitlines()]
+    assert len(again) == len(lines)
+    assert len(set(again)) == len(lines)
+
+
+def test_out_of_memory_halves_the_batch(caplog):
+    seen = []
+
+    def work(items):
+        seen.append(len(items))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [item * 10 for item in items]
+
+    assert split_on_oom(work, [1, 2, 3, 4, 5]) == [10, 20, 30, 40, 50]
+    assert seen[0] == 5
+    assert max(seen[1:]) <= 3
+    assert "out of GPU memory" in caplog.text
+
+
+def test_out_of_memory_with_one_clip_is_an_error():
+    def work(items):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        split_on_oom(work, [1, 2])

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+
+from trimlingual.data import load_audio
+from trimlingual.finetune import TrainingError, _TranslationTrainer, finetune, last_complete_checkpoint, train_
+from trimlingual.lineage import read_lineage
+from trimlingual.loss import answer_forward, answer_loss
+from trimlingual.models import load_model
+from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.recipe import LoraSettings, TrainSettings
+
+
+@pytest.fixture()
+def examples(split, task):
+    return [Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages]
+
+
+def test_loss_equals_the_models_own_on_answer_tokens(make_model, processor, split, task, examples):
+    """Ours (logits at answer positions only) against transformers' full forward with the same labels."""
+    model = make_model()
+    collator = Collator(Prompter(processor, task), lambda i: load_audio(split.clips[i].audio))
+    batch = collator(examples[:6])
+    batch.pop("ids")
+    with torch.no_grad():
+        ours = answer_forward(model)(**batch)["loss"]
+        theirs = model(**batch).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_cover_the_answer_and_its_end_only(processor, split, task, examples):
+    prompter = Prompter(processor, task)
+    batch = Collator(prompter, lambda i: load_audio(split.clips[i].audio))(examples[:3])
+    for row, example in zip(batch["labels"], examples):
+        assert row[row != -100].tolist() == prompter.answer_ids(example.text)
+        assert row[row != -100][-1] == prompter.end_id
+
+
+@pytest.mark.parametrize("freeze", [[], ["audio_tower"]], ids=["whole", "stored-audio"])
+def test_accumulated_gradients_equal_one_large_batch(make_model, processor, split, task, examples, tmp_path, freeze):
+    """Answers differ in length, so this fails when steps are averaged instead of tokens."""
+    weights = []
+    for batch_size, accumulate in ((6, 1), (2, 3)):
+        model = make_model(layers=2)
+        settings = TrainSettings(
+            batch_size=batch_size, gradient_accumulation_steps=accumulate, max_steps=2, learning_rate=1e-2,
+            optimizer="sgd", max_grad_norm=1e9, lr_scheduler="constant", freeze=freeze,
+        )  # fmt: skip
+        train_(model, processor, split.clips, examples[:12], task, settings, 0, tmp_path / str(batch_size))
+        weights.append(model.lm_head.weight.detach().clone())
+    start = make_model(layers=2).lm_head.weight
+    assert (weights[0] - start).abs().max() > 1e-4
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, split, task, examples):
+    model = make_model()
+    from trimlingual.decode import encode_clips
+
+    prompter = Prompter(processor, task)
+    live = Collator(prompter, lambda i: load_audio(split.clips[i].audio))
+    stored = Collator(prompter, live.load, encode_clips(model, processor, split.clips, 4))
+    torch.testing.assert_close(
+        torch.tensor(answer_loss(model, stored, examples, 4)), torch.tensor(answer_loss(model, live, examples, 4)), rtol=1e-5, atol=0
+    )
+
+
+def test_training_learns_and_records(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+    settings = TrainSettings(epochs=6.0, batch_size=4, learning_rate=3e-3, logging_steps=1)
+    info = finetune(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    assert info["losses"][-1]["loss"] < 0.6 * info["losses"][0]["loss"]
+    assert read_lineage(tmp_path).seen["train"] == sorted({c.audio_sha256 for c in split.clips})
+    assert load_model(tmp_path, "float32", torch.device("cpu")) is not None
+
+
+def test_frozen_parts_do_not_move(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+    settings = TrainSettings(max_steps=2, learning_rate=1e-2, freeze=["audio_tower", "embeddings"])
+    finetune(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    before, after = (load_model(d, "float32", torch.device("cpu")).state_dict() for d in (model_dir, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [n for n in changed if "audio_tower" in n or "embed_tokens" in n]
+
+
+def test_lora_saves_a_merged_model_and_its_adapter(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+    settings = TrainSettings(method="lora", max_steps=4, learning_rate=1e-2, lora=LoraSettings(r=4, alpha=8))
+    finetune(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    before, after = (load_model(d, "float32", torch.device("cpu")) for d in (model_dir, tmp_path))
+    assert set(before.state_dict()) == set(after.state_dict())
+    assert not torch.equal(before.model.language_model.layers[0].mlp.up_proj.weight, after.model.language_model.layers[0].mlp.up_proj.weight)
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_resumed_training_ends_with_equal_weights(model_dir, make_model, processor, split, task, examples, tmp_path, monkeypatch, method):
+    """Stopped in step 5 after a checkpoint at step 4, and again with the newest checkpoint half written."""
+    settings = TrainSettings(method=method, max_steps=6, learning_rate=1e-3, save_steps=2, lora=LoraSettings(r=4, alpha=8))
+
+    def weights(info, model):
+        return {n: p.detach().clone() for n, p in info.get("adapted", model).named_parameters()}
+
+    model = make_model(layers=2)
+    straight = weights(train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / "straight"), model)
+
+    compute_loss = _TranslationTrainer.compute_loss
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise _Killed
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(_TranslationTrainer, "compute_loss", dies)
+    with pytest.raises(_Killed):
+        train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path / "stopped")
+    monkeypatch.setattr(_TranslationTrainer, "compute_loss", compute_loss)
+    half = tmp_path / "stopped" / "checkpoint-5"
+    shutil.copytree(tmp_path / "stopped" / "checkpoint-4", half)
+    (half / "complete.json").unlink()
+    next(half.glob("*model.safetensors")).write_bytes(b"half")
+    assert last_complete_checkpoint(tmp_path / "stopped").endswith("checkpoint-4")
+
+    model = make_model(layers=2)
+    resumed = weights(train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / "stopped"), model)
+    assert straight.keys() == resumed.keys()
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(make_model, processor, split, task, examples, tmp_path):
+    settings = TrainSettings(max_steps=2, save_steps=2)
+    train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 1}))
+    with pytest.raises(TrainingError, match="does not fit"):
+        train_(make_model(layers=3), processor, split.clips, examples, task, settings, 0, tmp_path)
+
+
+def test_non_finite_loss_stops_with_step_and_ids(make_model, processor, split, task, examples, tmp_path):
+    model = make_model(layers=2)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"nan at step 1; the batch holds clip-\d+:(de|zh)"):
+        train_(model, processor, split.clips, examples, task, TrainSettings(max_steps=2), 0, tmp_path)
+
+
+def test_nothing_to_train_on(make_model, processor, split, task, tmp_path):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        train_(make_model(layers=2), processor, split.clips, [], task, TrainSettings(), 0, tmp_path)
+
+
+def test_forward_is_the_classs_own_after_training(make_model, processor, split, task, examples, tmp_path):
+    model = make_model(layers=2)
+    train_(model, processor, split.clips, copy.copy(examples), task, TrainSettings(max_steps=1), 0, tmp_path)
+    assert "forward" not in vars(model)
