@@ -161,7 +161,6 @@ def train_(
         "losses": losses,
         "num_trainable": sum(p.numel() for p in trained.parameters() if p.requires_grad),
     }
-    model.requires_grad_(False)
     if trained is not model:
         info["adapted"] = trained
     return info

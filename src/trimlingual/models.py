@@ -7,6 +7,7 @@ on disk the published names remain and `save_pretrained` maps between them.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 
+from trimlingual.artifacts import write_json
 from trimlingual.recipe import Dtype, Tower
 
 logger = logging.getLogger(__name__)
@@ -121,8 +123,9 @@ def save_model(model: Any, processor: Any, folder: Path, storage_dtype: Dtype | 
         target = DTYPES[storage_dtype]
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     try:
-        with _config_dtype(model, storage_dtype):
-            model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
+        model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
+        if storage_dtype is not None:
+            _write_stored_dtype(folder, storage_dtype)
         processor.save_pretrained(folder)
     except Exception as error:
         if is_disk_full(error):
@@ -149,22 +152,13 @@ def round_weights_(model: Any, storage_dtype: Dtype) -> None:
             tensor.copy_(tensor.to(DTYPES[storage_dtype]))
 
 
-class _config_dtype:  # a context manager
-    """While saving, the config must name the dtype that is on disk, not the one in memory."""
-
-    def __init__(self, model: Any, storage_dtype: Dtype | None):
-        self.configs = [model.config, model.config.text_config, model.config.audio_config]
-        self.dtype = storage_dtype
-
-    def __enter__(self) -> None:
-        self.before = [config.dtype for config in self.configs]
-        if self.dtype is not None:
-            for config in self.configs:
-                config.dtype = DTYPES[self.dtype]
-
-    def __exit__(self, *_: object) -> None:
-        for config, dtype in zip(self.configs, self.before):
-            config.dtype = dtype
+def _write_stored_dtype(folder: Path, storage_dtype: Dtype) -> None:
+    """The saved config must name the dtype on disk; transformers writes the one in memory."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for section in (config, config["text_config"], config["audio_config"]):
+        section["dtype"] = storage_dtype
+    write_json(path, config)
 
 
 # ---- parts. Shapes: B batch, N clips, M mel frames, F audio states of a clip, A tower width, T tokens, D decoder width, V vocabulary

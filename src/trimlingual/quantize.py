@@ -165,6 +165,9 @@ def dequantized(module: nn.Module) -> Tensor:
     """The weights a 4-bit layer stands for, float32, (out, in)."""
     import bitsandbytes
 
+    # On CPUs with AVX512-BF16 a first forward in eval mode re-packs the weight into another layout, which dequantize_4bit
+    # then reads as garbage; building the state dict is the public call that puts the standard layout back.
+    module.state_dict()
     weight: Any = module.weight
     return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
 

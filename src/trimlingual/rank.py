@@ -22,7 +22,7 @@ from trimlingual.data import Clip, Split, load_audio
 from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, to_translation
 from trimlingual.finetune import train_
 from trimlingual.layers import drop_layers_, without_layers
-from trimlingual.lineage import Lineage
+from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.loss import answer_forward, answer_loss
 from trimlingual.metrics import corpus_score
 from trimlingual.models import TOWERS, eos_token_ids, layer_list, load_model, load_processor, pick_device, save_model
@@ -131,6 +131,7 @@ class _Search:
     decode: DecodeSettings
     settings: RankSettings
     lineage: Lineage
+    present: dict[str, list[int]]  # original layers that stand in `model`: fewer than in `lineage` once rounds were fine-tuned
     signatures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -175,6 +176,10 @@ class _Search:
         """The selection set with its references, for teacher-forced measures."""
         return [Example(i, c.id, language, c.references[language]) for i, c in enumerate(self.select.clips)]
 
+    def positions(self, gone: Mapping[Tower, Sequence[int]]) -> dict[Tower, list[int]]:
+        """Positions in `model` of the given original layers, as far as they still stand there."""
+        return {t: [self.present[t].index(i) for i in layers if i in self.present[t]] for t, layers in gone.items()}
+
     def candidates(self, lineage: Lineage) -> list[tuple[Tower, int]]:
         """(tower, original layer) that may still go."""
         found: list[tuple[Tower, int]] = []
@@ -208,7 +213,7 @@ def rank(
     source = _latest_round(out_dir) or model_dir
     device = pick_device(model_settings.device)
     model, processor = load_model(source, model_settings.dtype, device), load_processor(model_dir)
-    search = _Search(model, processor, select, task, decode, settings, lineage)
+    search = _Search(model, processor, select, task, decode, settings, lineage, read_lineage(source).layers)
     allowed = search.candidates(lineage)
     if settings.num_layers_to_remove > len(allowed):
         raise ValueError(
@@ -255,40 +260,35 @@ def _greedy_search(
     finetune = search.settings.finetune_each_round
     total = _num_candidates(search)
     removals: list[Removal] = []
+    scored: list[dict[str, Any]] = []
     say(f"layer search: {total} candidates of {len(search.select.clips)} clips each, {len(known)} already scored")
     with progress("searching layers", total + 1) as advance:
         baseline = _scored(search, known, journal, {"round": 0, "tower": None, "layer": None}, {})
         advance(1)
         lineage = search.lineage
         for number in range(1, search.settings.num_layers_to_remove + 1):
-            best: dict[str, Any] | None = None
-            present = _present(search.model, search.lineage, removals, bool(finetune))
+            records = []
             for tower, layer in search.candidates(lineage):
+                gone: dict[Tower, list[int]] = {t: [r.layer for r in removals if r.tower == t] for t in TOWERS}
+                gone[tower].append(layer)
                 key = {"round": number, "tower": tower, "layer": layer}
-                gone = {} if finetune else {t: [r.layer for r in removals if r.tower == t] for t in TOWERS}
-                gone.setdefault(tower, []).append(layer)
-                positions = {t: [present[t].index(i) for i in indices] for t, indices in gone.items()}
-                record = _scored(search, known, journal, key, positions)
-                if (
-                    best is None or record["score"] > best["score"]
-                ):  # a tie keeps the lower layer, so the order is fixed
-                    best = record
+                records.append(_scored(search, known, journal, key, gone))
                 advance(1)
-            assert best is not None
+            best = max(records, key=lambda record: record["score"])  # of equal ones the first, so the order is fixed
             removals.append(Removal(tower=best["tower"], layer=best["layer"], round=number, score=best["score"]))
             lineage = lineage.without({best["tower"]: [best["layer"]]})
             say(f"  round {number}: {best['tower']} layer {best['layer']} goes, score {best['score']:.2f}")
             if finetune:
                 assert training is not None
                 _finetune_round(search, training, model_settings, lineage, removals[-1], number, seed, out_dir)
-    records = [known[key] for key in sorted(known, key=lambda k: (k[0], str(k[1]), k[2] if k[2] is not None else -1))]
-    if finetune:
+            scored += records
+    if finetune and not (out_dir / FINETUNED).is_dir():
         (out_dir / SCRATCH / f"round-{len(removals)}").rename(out_dir / FINETUNED)
     return PrunePlan(
         removals=removals,
         baseline_score=baseline["score"],
         baseline_scores=baseline["scores"],
-        candidates=[record for record in records if record["round"]],
+        candidates=scored,
         finetuned=bool(finetune),
     )
 
@@ -298,27 +298,18 @@ def _num_candidates(search: _Search) -> int:
     return sum(first - removed for removed in range(search.settings.num_layers_to_remove))
 
 
-def _present(model: Any, lineage: Lineage, removals: Sequence[Removal], dropped: bool) -> dict[Tower, list[int]]:
-    """Original layers that physically stand in the model (with fine-tuning between rounds they are really dropped)."""
-    gone = {(r.tower, r.layer) for r in removals} if dropped else set()
-    present = {tower: [layer for layer in lineage.layers[tower] if (tower, layer) not in gone] for tower in TOWERS}
-    for tower, layers in present.items():
-        assert len(layers) == len(layer_list(model, tower)), f"{tower}: the model and its layer map disagree"
-    return present
-
-
 def _scored(
     search: _Search,
     known: dict[Any, dict[str, Any]],
     journal: Path,
     key: dict[str, Any],
-    positions: Mapping[Tower, Sequence[int]],
+    gone: Mapping[Tower, Sequence[int]],
 ) -> dict[str, Any]:
-    """The record of one candidate: from the journal, or scored now and written to it."""
+    """The record of one candidate (the model without the original layers `gone`): from the journal, or scored now."""
     identity = (key["round"], key["tower"], key["layer"])
     if identity not in known:
         started = time.perf_counter()
-        with without_layers(search.model, positions):
+        with without_layers(search.model, search.positions(gone)):
             scores, runaways = search.scores()
         record = {
             **key,
@@ -348,11 +339,10 @@ def _finetune_round(
     settings = search.settings.finetune_each_round
     assert settings is not None
     folder = out_dir / SCRATCH / f"round-{number}"
-    if folder.is_dir():  # the model that was loaded is this round's or a later one's
+    if folder.is_dir() or (out_dir / FINETUNED).is_dir():  # the model that was loaded is this round's or a later one's
         return
-    before = lineage.layers[removal.tower].copy()
-    position = sorted([*before, removal.layer]).index(removal.layer)
-    drop_layers_(search.model, {removal.tower: [position]})
+    drop_layers_(search.model, search.positions({removal.tower: [removal.layer]}))
+    search.present = lineage.layers
     train_(
         search.model, search.processor, training.clips, training.examples, search.task, settings, seed,
         out_dir / SCRATCH / f"training-{number}",
@@ -365,6 +355,8 @@ def _finetune_round(
 
 def _latest_round(out_dir: Path) -> Path | None:
     """Model of the last finished round of a killed search with fine-tuning between rounds."""
+    if (out_dir / FINETUNED).is_dir():
+        return out_dir / FINETUNED
     done = [p for p in (out_dir / SCRATCH).glob("round-*") if not p.name.endswith(".partial")]
     return max(done, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 

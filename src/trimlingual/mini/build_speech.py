@@ -103,6 +103,37 @@ def spoken(split: str, sentences: Sequence[Sentence], engines: Engines) -> list[
     return clips
 
 
+def _page_checksum(page: bytes) -> int:
+    """Ogg's own CRC-32 (RFC 3533: polynomial 0x04C11DB7, bits not reflected, no inversion)."""
+    value = 0
+    for byte in page:
+        value = (value << 8 & 0xFFFFFFFF) ^ _CRC_TABLE[value >> 24 ^ byte]
+    return value
+
+
+def _crc_entry(byte: int) -> int:
+    value = byte << 24
+    for _ in range(8):
+        value = value << 1 ^ (0x104C11DB7 if value & 0x80000000 else 0)
+    return value
+
+
+_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]
+
+
+def fix_serial(path: Path, serial: int) -> None:
+    """Give the Ogg stream a serial number of our choice: libsndfile draws one, so no two builds had the same bytes."""
+    data, start = bytearray(path.read_bytes()), 0
+    while start < len(data):
+        segments = data[start + 26]
+        end = start + 27 + segments + sum(data[start + 27 : start + 27 + segments])
+        data[start + 14 : start + 18] = serial.to_bytes(4, "little")
+        data[start + 22 : start + 26] = bytes(4)
+        data[start + 22 : start + 26] = _page_checksum(data[start:end]).to_bytes(4, "little")
+        start = end
+    path.write_bytes(data)
+
+
 def write_split(folder: Path, split: str, clips: Sequence[Clip]) -> int:
     """Ogg files and one manifest; the number of bytes written."""
     import soundfile  # only here: train.py imports this module on machines without it
@@ -112,6 +143,7 @@ def write_split(folder: Path, split: str, clips: Sequence[Clip]) -> int:
     for number, clip in enumerate(clips):
         path = folder / split / f"{number:04d}.ogg"
         soundfile.write(path, clip.wave, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=_OPUS_LEVEL)
+        fix_serial(path, number)
         written += path.stat().st_size
         lines.append(
             {

@@ -165,7 +165,8 @@ def _nouns(table: str, *more_tags: str) -> tuple[Noun, ...]:
         many = {"+": single + "s", "-": ""}.get(plural, plural)
         german, gender, german_many = de.split()
         german_many = {"=": german, "-": ""}.get(german_many, german_many)
-        out.append(Noun(single, many, german, gender, german_many, *zh.split(), frozenset((*tags.split(), *more_tags)), background))
+        chinese, measure = zh.split()
+        out.append(Noun(single, many, german, gender, german_many, chinese, measure, frozenset((*tags.split(), *more_tags)), background))
     return tuple(out)
 
 
@@ -425,8 +426,8 @@ shoulder + | Schulter f Schultern | 肩膀 个 | body
 ADJECTIVES = _adjectives("""
 new newer | neu = neuer | 新 | thing home
 old older | alt = älter | 旧 | thing home
-big bigger | groß = größer | 大 | sized food animal home
-small smaller | klein = kleiner | 小 | sized food animal home
+big bigger | groß = größer | 大 | sized food animal home room
+small smaller | klein = kleiner | 小 | sized food animal home room
 beautiful + | schön = schöner | 漂亮的 漂亮 | clothes furniture vehicle gift animal home
 expensive + | teuer teur teurer | 贵的 贵 | priced home
 cheap cheaper | billig = billiger | 便宜的 便宜 | priced home
@@ -436,16 +437,16 @@ modern + | modern = moderner | 现代的 现代 | home device
 fresh fresher | frisch = frischer | 新鲜的 新鲜 | food
 sweet sweeter | süß = süßer | 甜的 甜 | fruit
 healthy healthier | gesund = gesünder | 健康的 健康 | fruit veg
-warm warmer | warm = wärmer | 暖和的 暖和 | clothes home
-clean cleaner | sauber = sauberer | 干净的 干净 | clothes dishes home
+warm warmer | warm = wärmer | 暖和的 暖和 | clothes home room
+clean cleaner | sauber = sauberer | 干净的 干净 | clothes dishes home room
 dirty dirtier | schmutzig = schmutziger | 脏的 脏 | clothes dishes
 interesting + | interessant = interessanter | 有趣的 有趣 | text plot
 boring + | langweilig = langweiliger | 无聊的 无聊 | text plot
 long longer | lang = länger | 长的 长 | plot
 fast faster | schnell = schneller | 快的 快 | vehicle
 loud louder | laut = lauter | 吵的 吵 | animal
-quiet quieter | ruhig = ruhiger | 安静的 安静 | home
-bright brighter | hell = heller | 明亮的 明亮 | home
+quiet quieter | ruhig = ruhiger | 安静的 安静 | home room
+bright brighter | hell = heller | 明亮的 明亮 | home room
 friendly friendlier | freundlich = freundlicher | 友好的 友好 | person
 young younger | jung = jünger | 年轻的 年轻 | person
 strong stronger | stark = stärker | 强壮的 强壮 | person
@@ -701,7 +702,7 @@ system + | System n Systeme | 系统 个 | agent object
 program + | Programm n Programme | 程序 个 | agent object
 method + | Methode f Methoden | 方法 种 | way
 idea + | Idee f Ideen | 想法 个 | way thought
-result + | Ergebnis n Ergebnisse | 结果 个 | finding
+result + | Ergebnis n Ergebnisse | 结果 个 | study
 experiment + | Experiment n Experimente | 实验 个 | study
 problem + | Problem n Probleme | 问题 个 | issue
 language + | Sprache f Sprachen | 语言 种 | topic
@@ -737,7 +738,7 @@ speaker + | Sprecher m = | 说话人 个 | people
 *quantization - | Quantisierung f - | 量化 个 | technique
 *pruning - | Pruning n - | 剪枝 个 | technique
 *benchmark + | Benchmark m Benchmarks | 基准 个 | corpus
-*hypothesis hypotheses | Hypothese f Hypothesen | 假设 个 | issue
+*hypothesis hypotheses | Hypothese f Hypothesen | 假设 个 | issue guess
 """)
 RESEARCH_ADJECTIVES = _adjectives("""
 new newer | neu = neuer | 新 | way object data people study

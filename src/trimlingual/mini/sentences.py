@@ -1,8 +1,8 @@
 """Sentences of the built-in corpus: a small English-German-Chinese grammar written for this project.
 
-The tiny model that ships with trimlingual has to learn real translation from synthesised speech, so every sentence comes
-with exactly one German and one Chinese rendering: the three are produced side by side from the same draw of words, and
-both translations are a deterministic function of the English. A template names its slots; a slot is filled by a
+The tiny model that ships with trimlingual has to learn real translation from synthesised speech, so every sentence
+comes with exactly one German and one Chinese rendering: the three are produced side by side from the same draw of
+words, and both translations are a deterministic function of the English. A template names its slots; a slot is filled by a
 function that draws words (a noun phrase, a whole clause ...) and that knows the forms the three languages need, asked
 for by format specs: ``{x:dat}`` is a noun phrase in the dative, ``{c:sub}`` a clause with the verb at its end.
 
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from . import lexicon as lx
 from .lexicon import Adjective, Fixed, Noun, Verb
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -227,13 +228,14 @@ def _object(d: Draw, noun: Noun, dets: str, adjectives: float = 0.45) -> Phrase:
     if det == "own":
         det = d.rng.choice(POSSESSIVES)[0]
     if "mass" in noun.tags:
-        return phrase(noun, "" if det in ("a", "many", "count") else det, adjective)
+        return phrase(noun, {"a": "", "many": "", "count": "", "these": "this"}.get(det, det), adjective)
     if det == "many":
         return phrase(noun, "", adjective, "p")
     if det == "these":
         return phrase(noun, "this", adjective, "p")
     if det == "count":
-        return phrase(noun, "", adjective, "p", d.pick(lx.NUMBERS[:4] if noun.tags & {"home", "vehicle"} else lx.NUMBERS))
+        few = noun.tags & {"home", "vehicle"}
+        return phrase(noun, "", adjective, "p", d.pick(lx.NUMBERS[:4] if few else lx.NUMBERS))
     return phrase(noun, det, adjective)
 
 
@@ -260,7 +262,9 @@ def subject(d: Draw) -> Phrase:
 
 def others(d: Draw) -> Phrase:
     """A subject one may ask about: anybody but oneself."""
-    return _pronoun(d.rng.choice(("you", "he", "she", "we", "they"))) if d.rng.random() < 0.45 else _person(d, subject=True)
+    if d.rng.random() < 0.45:
+        return _pronoun(d.rng.choice(("you", "he", "she", "we", "they")))
+    return _person(d, subject=True)
 
 
 def person(d: Draw) -> Phrase:
@@ -346,8 +350,9 @@ def _motion(d: Draw) -> Predicate:
 
 def _giving(d: Draw, negated: bool, habit: bool) -> Predicate:
     verb = d.pick(v for v in lx.GIVING if not (habit and v.en in ONCE))
+    counted = not negated and verb.en in ("give", "show", "send")
     thing_given = _object(d, d.pick(n for n in lx.THINGS if n.tags & verb.tags),
-                          "the this own a" + (" a count" if not negated and verb.en in ("give", "show", "send") else ""))
+                          "the this own a" + (" a count" if counted else ""))
     return _predicate(verb, thing_given, _person(d))
 
 
@@ -507,11 +512,12 @@ def clause(tense: str, times: tuple[Fixed, ...] = (), negated: bool = False, mod
     """A slot for a clause with a drawn subject (or the pronouns in ``who``), predicate, time and modal verb."""
 
     def fill(d: Draw) -> Clause:
-        doer = _pronoun(d.rng.choice(who.split())) if who and who != "who" else subject(d)
         if who == "who":
             doer = Phrase("who", {"nom": "wer"}, "谁")
+        else:
+            doer = _pronoun(d.rng.choice(who.split())) if who else subject(d)
         modal = d.pick([m for m in lx.MODALS if m.en.replace(" ", "_") in modals.split()]) if modals else None
-        habit = tense == "progressive" or (tense == "present" and bool(times or often))
+        habit = tense in ("progressive", "present")
         done = predicate(d, negated, tense == "past", indoor, habit)
         if tense == "progressive" and done.zh.startswith(NO_PROGRESSIVE):
             raise _DeadEnd
@@ -570,7 +576,7 @@ def another_like(slot: str, dets: str) -> Slot:
 
     def fill(d: Draw) -> Phrase:
         noun = d.values[slot].noun
-        kinds = noun.tags & (KINDS_OF_THING | {"animal", "fruit", "home"})
+        kinds = noun.tags & (KINDS_OF_THING | {"animal", "fruit", "home", "room"})
         return _object(d, d.pick(n for n in lx.THINGS if n.tags & kinds and n is not noun), dets, 0.0)
 
     return fill
@@ -642,7 +648,8 @@ class Template:
     slots: dict[str, Slot]
     background: bool = True
 
-    def draft(self, rng: random.Random, domain: str, background: bool, used: Counter[str]) -> tuple[Sentence, list[str]]:
+    def draft(self, rng: random.Random, domain: str, background: bool,
+              used: Counter[str]) -> tuple[Sentence, list[str]]:
         """Draw one sentence and the list of its content words; raises _DeadEnd when no word fits a slot."""
         d = Draw(rng, background, used)
         for name, slot in self.slots.items():
@@ -654,7 +661,8 @@ class Template:
             if lang == "de":
                 said = _contracted(said)
             texts.append(said[0].upper() + said[1:])
-        return Sentence(*texts, domain), d.words
+        en, de, zh = texts
+        return Sentence(en, de, zh, domain), d.words
 
 
 def _t(en: str, de: str, zh: str, /, **slots: Slot) -> Template:
@@ -758,10 +766,10 @@ EVERYDAY: tuple[Template, ...] = (
     _t("{x:Is|Are} {x} really so {a}?", "{x:Ist|Sind} {x} wirklich so {a}?", "{x}真的这么{a}吗？",
        x=thing("", "the this own", 0.3), a=quality_of("x")),
     _t("{x} {x:is|are} {a:more} than {y}.", "{x} {x:ist|sind} {a:more} als {y}.", "{x}比{y}{a}。",
-       x=thing(_BUYABLE + " animal fruit home", "the this own", 0.2), y=another_like("x", "the own this"),
+       x=thing(_BUYABLE + " animal fruit home room", "the this own", 0.2), y=another_like("x", "the own this"),
        a=quality_of("x")),
     _t("{x} {x:was|were} {a} but {b}.", "{x} {x:war|waren} {a}, aber {b}.", "{x}很{a}，但是很{b}。",
-       x=thing(_BUYABLE + " animal fruit home", "the this own", 0.1), a=quality_of("x", WELCOME),
+       x=thing(_BUYABLE + " animal fruit home room", "the this own", 0.1), a=quality_of("x", WELCOME),
        b=quality_of("x", UNWELCOME)),
     _t("There {x:is|are} {x} {s}.", "{s} {x:gibt|gibt} es {x:acc}.", "{s}有{x}。",
        x=thing("small pet furniture animal", "a count count", 0.6), s=spot_for("x")),
@@ -822,7 +830,8 @@ EVERYDAY: tuple[Template, ...] = (
        o=lambda d: phrase(d.pick(n for n in lx.PEOPLE if "kin" in n.tags), d.rng.choice(POSSESSIVES)[0]),
        n=one_of((*lx.BIG_NUMBERS[3:], Fixed("seventy", "siebzig", "七十")))),
     _t("{b} {b:has|have} hurt since {t}.", "{b} {b:tut|tun} seit {t} weh.", "{b}从{t}开始疼。",
-       b=lambda d: _body(d), t=one_of((Fixed("yesterday", "gestern", "昨天"), Fixed("last night", "gestern Abend", "昨天晚上"),
+       b=lambda d: _body(d), t=one_of((Fixed("yesterday", "gestern", "昨天"),
+                                       Fixed("last night", "gestern Abend", "昨天晚上"),
                                        Fixed("this morning", "heute Morgen", "今天早上"),
                                        Fixed("Monday", "Montag", "周一"), Fixed("Friday", "Freitag", "周五")))),
     _t("It will be {a} in {k} {t}.", "In {k} wird es {t} {a} sein.", "{k}{t}会很{a}。", a=one_of(lx.WEATHER[:3]),
@@ -863,7 +872,8 @@ def _noun(d: Draw, tags: str) -> Noun:
 def _research_fitting(noun: Noun) -> list[Adjective]:
     """Research adjectives that make sense with a noun."""
     kinds = noun.tags | ({"object_neural"} if noun.en in ("model", "encoder", "decoder", "architecture") else set())
-    allowed = {"problem": "simple important difficult new", "hypothesis": "simple important", "idea": "new simple useful good"}
+    allowed = {"problem": "simple important difficult new", "hypothesis": "simple important",
+               "idea": "new simple useful good"}
     names = allowed.get(noun.en, "").split()
     return [a for a in lx.RESEARCH_ADJECTIVES if (a.en in names if names else a.tags & kinds)]
 
@@ -904,10 +914,11 @@ def judged(slot: str = "x", tags: str = "compare") -> Slot:
         kinds = set(tags.split())
         names = {"fast", "slow"} if {"fast", "slow"} & set(d.words) else set()
         noun = d.values[slot].noun if slot in d.values else None
-        fits = _research_fitting(noun) if noun and noun.en in ("idea", "problem", "hypothesis") else lx.RESEARCH_ADJECTIVES
+        picky = noun is not None and noun.en in ("idea", "problem", "hypothesis")
+        fits = _research_fitting(noun) if noun and picky else lx.RESEARCH_ADJECTIVES
         data = noun is not None and "data" in noun.tags
         return _quality(d.pick(a for a in fits if a.en not in d.words and a.en not in names and a.en != "new"
-                               and (a.tags & kinds if fits is lx.RESEARCH_ADJECTIVES else True)
+                               and (picky or a.tags & kinds)
                                and (not data or "data" in a.tags)))
 
     return fill
@@ -986,7 +997,7 @@ RESEARCH: tuple[Template, ...] = (
     _t("It is {a} to {c:inf}.", "Es ist {a}, {c:zu}.", "{c:vp}很{a}。", c=work(dets="this the a", adjectives=0.5),
        a=judged("", tags="issue")),
     _t("{s} of {x} depends on {y}.", "{s} {x:gen} hängt von {y:dat} ab.", "{x}的{s}取决于{y}。",
-       s=topic("score", "the"), x=topic("agent quality_of", "the our"), y=topic("data part corpus", "the")),
+       s=topic("score", "the"), x=topic("agent", "the our"), y=topic("data part corpus", "the")),
     _t("{x} works well for many languages.", "{x} funktioniert für viele Sprachen gut.", "{x}对很多语言都很有效。",
        x=topic("agent way", "the our this", 0.7)),
     _t("Does {x} also work for {y}?", "Funktioniert {x} auch für {y:acc}?", "{x}对{y}也有效吗？",
@@ -1004,7 +1015,7 @@ RESEARCH: tuple[Template, ...] = (
     _t("Without {x}, {y} is not very {a}.", "Ohne {x:acc} ist {y} nicht sehr {a}.", "没有{x}，{y}就不太{a}。",
        x=topic("data part object", "the this"), y=topic("agent way", "the our"), a=judged("y")),
     _t("{x} can also be used for {y}.", "{x} kann auch für {y:acc} verwendet werden.", "{x}也可以用于{y}。",
-       x=topic("agent way data", "the our this", 0.5), y=topic("topic data", "many", 0.5)),
+       x=topic("agent way data", "the our this", 0.5), y=topic("topic data people", "many", 0.5)),
     _t("I think that {c}.", "Ich denke, dass {c:sub}.", "我觉得{c}。",
        c=work("modal", "we you they", modals="should can must", adjectives=0.5)),
     _t("We do not have enough {x} to {c:inf}.", "Wir haben nicht genug {x:acc}, um {c:zu}.", "我们没有足够的{x}来{c:vp}。",
@@ -1028,7 +1039,8 @@ RESEARCH: tuple[Template, ...] = (
     _t("The second part of the talk describes {x}.", "Der zweite Teil des Vortrags beschreibt {x:acc}.",
        "报告的第二部分描述{x}。", x=topic("object way data issue study", "the our a", 0.6)),
     # outside the background lexicon
-    _full("{z} {z:is|are} still an important problem for {x}.", "{z} {z:ist|sind} noch ein wichtiges Problem für {x:acc}.",
+    _full("{z} {z:is|are} still an important problem for {x}.",
+          "{z} {z:ist|sind} noch ein wichtiges Problem für {x:acc}.",
           "{z}对{x}来说还是一个重要的问题。", z=topic("cost topic bad", "the", 0.0), x=topic("agent", "the our this", 0.4)),
     _full("Our hypothesis is that {x} is {a:more} than {y}.", "Unsere Hypothese ist, dass {x} {a:more} ist als {y}.",
           "我们的假设是，{x}比{y}更{a}。", x=topic("agent way", "the this", 0.3), y=topic("agent", "the our", 0.3),
@@ -1064,7 +1076,7 @@ RESEARCH: tuple[Template, ...] = (
     _full("Because of {z}, it is difficult to {c:inf}.", "Wegen {z:gen} ist es schwierig, {c:zu}.", "因为{z}，{c:vp}很困难。",
           z=topic("cost bad", "the", 0.0), c=work(adjectives=0.3)),
     _full("We test {h} on {b}.", "Wir testen {h:acc} auf {b:dat}.", "我们在{b}上测试{h}。",
-          h=topic("issue way object", "this our", 0.3), b=topic("corpus", "a the many", 0.7)),
+          h=topic("guess way object", "this our", 0.3), b=topic("corpus", "a the many", 0.7)),
     _full("On {b}, {x} reaches a higher {s} than {y}.", "Auf {b:dat} erreicht {x} eine höhere {s} als {y}.",
           "在{b}上，{x}的{s}比{y}更高。", b=topic("corpus", "the our this"), x=topic("agent", adjectives=0.2),
           s=bare("score"), y=topic("agent", adjectives=0.1)),
@@ -1115,7 +1127,8 @@ def _drafts(templates: tuple[Template, ...], num: int, seed: int, domain: str, b
     """Draw distinct sentences, the templates taking turns so that all patterns are used evenly."""
     rng = random.Random(f"{domain}-{background}-{seed}")
     used: Counter[str] = Counter()
-    seen, out = set(exclude), []
+    seen = set(exclude)
+    out: list[tuple[Sentence, list[str]]] = []
     for _ in range(DRAWS_PER_SENTENCE * num + 1000):
         if len(out) >= num:
             return out
@@ -1155,6 +1168,7 @@ def research(num: int, seed: int, lexicon: str = "full") -> list[Sentence]:
     return [s for s, _ in drafts]
 
 
+CONTENT_WEIGHT = 4  # how much more a rare lexicon entry counts there than a rare inflected form
 WINDOW = 250  # how many candidates the balanced sampling of in_domain_splits looks at
 
 
@@ -1178,19 +1192,21 @@ def in_domain_splits(num_train: int, num_select: int, num_test: int, seed: int) 
 
     def choose(name: str, num: int, known: set[str] | None) -> None:
         counts: Counter[str] = Counter()
-        window: list[tuple[Sentence, set[str]]] = []
+        window: list[tuple[Sentence, Counter[str]]] = []
         while len(splits[name]) < num:
             while pool and len(window) < WINDOW:
                 sentence, words = pool.pop()
                 spoken = set(normalised(sentence.en).split())
                 if not _gaps(sentence.en) & taken and (known is None or spoken <= known):
-                    window.append((sentence, spoken | set(words)))
+                    weights = Counter(spoken)
+                    weights.update({w: CONTENT_WEIGHT for w in words})
+                    window.append((sentence, weights))
             if not window:
                 raise ValueError(f"only {len(splits[name])} of {num} {name} sentences could be drawn; ask for fewer")
-            best = max(window, key=lambda w: sum((1 + counts[x]) ** -2 for x in w[1]))
+            best = max(window, key=lambda w: sum(n * (1 + counts[x]) ** -2 for x, n in w[1].items()))
             window.remove(best)
             splits[name].append(best[0])
-            counts.update(best[1])
+            counts.update(set(best[1]))
         taken.update(gap for s in splits[name] for gap in _gaps(s.en))
 
     choose("train", num_train, None)

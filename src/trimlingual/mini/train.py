@@ -11,8 +11,9 @@ Three things make a speech translator learn within minutes instead of hours:
 * large batches of clips of similar length, since a model this small is bound by launching kernels.
 
 LayerDrop (Fan, Grave, Joulin 2020, "Reducing Transformer Depth on Demand with Structured Dropout") skips decoder layers
-at random. Without it a 12-layer model trained briefly on a narrow task breaks when a layer goes; large pretrained
-models, which this one stands in for, do not. The first and the last layer always run, as pruning never removes them.
+at random. Large pretrained models, which this one stands in for, survive the loss of a layer; a small one trained
+briefly on a narrow task has no reason to, unless training shows it such losses. The first and the last layer always run,
+as pruning never removes them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from trimlingual.mini.material import Batch, Batches, Speech, as_speech, evaluat
 from trimlingual.mini.network import LogMel, Packer
 from trimlingual.mini.speech import Engines
 
-SYNTHESIS_LIMIT_S = 170.0  # a slow machine then trains on fewer clips instead of missing the end
 RESERVE_S = 45.0  # kept back from --limit-minutes for saving and the last evaluation
 
 
@@ -165,7 +165,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the model, its processor and mini_train.json")
     add("--num-everyday", type=int, default=56_000, help="everyday sentences")
     add("--num-research", type=int, default=6_000, help="research-talk sentences with the background lexicon")
-    add("--renditions", type=int, default=1, help="speakers per sentence")
+    add("--renditions", type=int, default=2, help="speakers per sentence")
+    add("--synthesis-minutes", type=float, default=2.0, help="then train on what has been spoken so far")
     add("--minutes", type=float, default=6.0, help="wall-clock budget of the training loop")
     add("--limit-minutes", type=float, default=9.4, help="wall-clock limit of the whole command; training ends earlier")
     add("--steps", type=int, help="stop after so many steps; default: time decides")
@@ -185,7 +186,7 @@ def parse() -> argparse.Namespace:
     add("--overfit", type=int, default=0, help="learn so many clips by heart, undisturbed, and score on them (a check)")
     args = parser.parse_args()
     if args.smoke:
-        args.num_everyday, args.num_research, args.steps, args.batch = 300, 60, 12, 16
+        args.num_everyday, args.num_research, args.renditions, args.steps, args.batch = 300, 60, 1, 12, 16
         args.minutes, args.log_every, args.eval_every = 3.0, 5.0, 0.0
     if args.overfit:
         args.num_everyday, args.num_research, args.renditions = args.overfit, 0, 1
@@ -217,7 +218,7 @@ def make_speech(args: argparse.Namespace) -> tuple[Speech, Speech]:
     heard = evaluation_pairs(20 if args.smoke or args.overfit else None)
     evaluation = as_speech(heard, *speak(heard, engines, args.workers))
     pairs = training_pairs(args)
-    training = as_speech(pairs, *speak(pairs, engines, args.workers, SYNTHESIS_LIMIT_S))
+    training = as_speech(pairs, *speak(pairs, engines, args.workers, 60 * args.synthesis_minutes))
     say(f"{len(training.sentences)} training clips, {training.hours:.1f} h; {len(evaluation.sentences)} for evaluation")
     return training, training if args.overfit else evaluation
 
@@ -260,7 +261,7 @@ def main() -> None:
     batches = Batches(training, packer, args.batch, args.seed)
     args.batch = batches.size
     losses = Losses(model, log_mel, len(batches.alphabet)).to(device)
-    longest, quick = batches.longest_answer + 8, evaluation.every(2)
+    longest, quick = 2 * batches.longest_answer, evaluation.every(2)  # unknown words take more tokens than known ones
     watch.phase("setup")
 
     def judge(label: str, judged: Qwen2AudioForConditionalGeneration, sample: Speech) -> dict:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from trimlingual.lineage import read_lineage
+from trimlingual.measure import count_parameters
+from trimlingual.models import load_model, save_model
+from trimlingual.prompts import Example
+from trimlingual.quantize import (
+    QuantizationError,
+    bitsandbytes_config,
+    check_quantized,
+    dequantized,
+    is_4bit,
+    merge_,
+    quantize,
+    sqnr_db,
+)
+from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
+
+CPU = torch.device("cpu")
+TRAIN = TrainSettings(method="lora", max_steps=3, learning_rate=5e-3, lora=LoraSettings(r=4, alpha=8))
+
+
+@pytest.fixture()
+def examples(split, task):
+    return [Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages]
+
+
+def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+    settings = QuantizeSettings(compute_dtype="float32", train=TRAIN)
+    info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    change = info["change"]
+    # Merging is exact in float32, but CPUs with AVX512-BF16 run 4-bit layers in bfloat16 whatever compute dtype is asked for.
+    assert change["merged_sqnr_db"] > 30
+    assert 10 < change["final_sqnr_db"] < change["merged_sqnr_db"]
+    assert abs(change["final_loss"] - change["trained_loss"]) < 0.2
+    model = load_model(tmp_path, "float32", CPU)
+    check_quantized(model, settings)
+    assert count_parameters(model) == count_parameters(load_model(model_dir, "float32", CPU))
+    assert read_lineage(tmp_path).quantization["scheme"] == "nf4"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("parts", [["decoder"], ["audio_tower", "projector"], ["decoder", "lm_head"]])
+def test_exactly_the_chosen_parts_are_4bit(model_dir, parts):
+    settings = QuantizeSettings(parts=parts)
+    model = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))
+    check_quantized(model, settings)
+    four = {name for name, module in model.named_modules() if is_4bit(module)}
+    assert any(name.startswith("model.language_model") for name in four) == ("decoder" in parts)
+    assert any(name.startswith("model.audio_tower") for name in four) == ("audio_tower" in parts)
+    assert ("lm_head" in four) == ("lm_head" in parts)
+
+
+def test_a_module_that_should_not_be_4bit_is_an_error(model_dir):
+    model = load_model(model_dir, "float32", CPU, bitsandbytes_config(QuantizeSettings()))
+    with pytest.raises(QuantizationError, match=r"module\(s\) are 4-bit that should not be \(model.audio_tower"):
+        check_quantized(model, QuantizeSettings(parts=["decoder"]))
+    with pytest.raises(QuantizationError, match=r"1 module\(s\) are not 4-bit that should be \(lm_head\)"):
+        check_quantized(model, QuantizeSettings(parts=["decoder", "audio_tower", "projector", "lm_head"]))
+
+
+def test_merge_adds_the_adapter_to_the_dequantised_weights(model_dir, processor, tmp_path):
+    from trimlingual.finetune import add_lora
+
+    settings = QuantizeSettings()
+    base = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))
+    before = dequantized(base.model.language_model.layers[2].mlp.up_proj)
+    adapted = add_lora(base, LoraSettings(r=4, alpha=8), 0)
+    layer = base.model.language_model.layers[2].mlp.up_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    target = load_model(model_dir, "float32", CPU)
+    original_embedding = copy.deepcopy(target.model.language_model.embed_tokens.weight)
+    merge_(target, adapted)
+    expected = before + (8 / 4**0.5) * (b @ a)  # rank-stabilised: alpha / sqrt(r)
+    torch.testing.assert_close(target.model.language_model.layers[2].mlp.up_proj.weight, expected)
+    assert torch.equal(target.model.language_model.embed_tokens.weight, original_embedding)
+    untouched = target.model.language_model.layers[1].mlp.up_proj.weight
+    assert torch.equal(untouched, dequantized(base.model.language_model.layers[1].mlp.up_proj.get_base_layer()))
+
+
+def test_4bit_floor(model_dir, processor, tmp_path):
+    """nf4 of normal weights keeps at least 19 dB; the published error of NF4 on N(0, 1) blocks is about 20.7 dB."""
+    model = load_model(model_dir, "float32", CPU)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(len(name)))
+    save_model(model, processor, tmp_path, "float32")
+    four = load_model(tmp_path, "float32", CPU, bitsandbytes_config(QuantizeSettings()))
+    plain, rounded = (dict(m.named_modules())["model.language_model.layers.0.mlp.gate_proj"] for m in (model, four))
+    assert sqnr_db(plain.weight, dequantized(rounded)) > 19
+
+
+def test_sqnr_by_hand():
+    assert sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
+    assert sqnr_db(torch.ones(2), torch.ones(2)) == float("inf")
