@@ -16,12 +16,14 @@ import soundfile
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
-from trimlingual.data import SAMPLE_RATE, Clip, Split
 from trimlingual.artifacts import hash_file
+from trimlingual.audio import SAMPLE_RATE
+from trimlingual.data import Split
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.mini.network import train_processor
 from trimlingual.models import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, TaskSettings
+from trimlingual.sources import Clip
 
 WINDOW_S = 2
 TEXTS = [

@@ -3,8 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.data import load_audio
-from trimlingual.decode import embed_prompt, encode_audio, encode_clips, greedy, max_new_tokens, split_on_oom, translate_clips
+from trimlingual.audio import load_audio
+from trimlingual.decode import (
+    embed_prompt,
+    encode_audio,
+    encode_clips,
+    greedy,
+    max_new_tokens,
+    split_on_oom,
+    translate_clips,
+)
 from trimlingual.models import embed, eos_token_ids
 from trimlingual.prompts import Prompter
 from trimlingual.recipe import DecodeSettings

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from trimlingual.data import load_audio
+from trimlingual.audio import load_audio
 from trimlingual.finetune import TrainingError, _TranslationTrainer, finetune, last_complete_checkpoint, train_
 from trimlingual.lineage import read_lineage
 from trimlingual.loss import answer_forward, answer_loss

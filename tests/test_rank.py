@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimlingual.artifacts import append_jsonl
-from trimlingual.data import load_audio
+from trimlingual.audio import load_audio
 from trimlingual.decode import max_new_tokens
 from trimlingual.layers import drop_layers_
 from trimlingual.lineage import read_lineage

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trimlingual.artifacts import append_jsonl, read_journal
-from trimlingual.data import Clip, load_audio
+from trimlingual.audio import load_audio
 from trimlingual.models import (
     embed,
     eos_token_ids,
@@ -35,6 +35,7 @@ from trimlingual.models import (
 from trimlingual.progress import progress
 from trimlingual.prompts import Prompter, log_mels
 from trimlingual.recipe import DecodeSettings, TaskSettings
+from trimlingual.sources import Clip
 
 logger = logging.getLogger(__name__)
 

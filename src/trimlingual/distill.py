@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.artifacts import write_text
-from trimlingual.data import Clip, DataSplits
+from trimlingual.data import DataSplits
 from trimlingual.decode import Translation, translate_clips
 from trimlingual.models import load_model, load_processor, pick_device
 from trimlingual.prompts import Example
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings
+from trimlingual.sources import Clip
 
 DISTILLED_FILE = "distilled.jsonl"
 JOURNAL_FILE = "translations.jsonl"  # everything the teacher said, kept or not

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.artifacts import machine, write_json, write_text
-from trimlingual.data import Clip, Split
+from trimlingual.data import Split
 from trimlingual.decode import Translation, translate_clips
 from trimlingual.lineage import Lineage, check_unseen
 from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory, speed
 from trimlingual.metrics import SentenceStatistics, comet, corpus_score, paired_bootstrap_ratio, sentence_statistics
 from trimlingual.models import load_model, load_processor, pick_device
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings
+from trimlingual.sources import Clip
 
 RESULT_FILE = "result.json"
 METRICS = ("bleu", "chrf", "chrfpp")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from trimlingual.artifacts import SCRATCH, is_main_process, wait_for_everyone, write_json
-from trimlingual.data import Clip, load_audio
+from trimlingual.audio import load_audio
 from trimlingual.decode import encode_clips
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_forward
@@ -25,6 +25,7 @@ from trimlingual.models import freeze_, load_model, load_processor, pick_device,
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import LoraSettings, ModelSettings, TaskSettings, TrainSettings
+from trimlingual.sources import Clip
 
 COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else
 ENCODE_BATCH = 16  # clips encoded at once when the frozen tower's output is stored; not a result-changing setting

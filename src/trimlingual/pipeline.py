@@ -27,10 +27,11 @@ from trimlingual.artifacts import (
     produce,
     write_json,
 )
-from trimlingual.data import Clip, load_splits, prepare_data, source_fingerprint
+from trimlingual.data import load_splits, prepare_data
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe, TrainSettings
+from trimlingual.sources import Clip, source_fingerprint
 
 if TYPE_CHECKING:
     from trimlingual.prompts import Example

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from trimlingual.artifacts import SCRATCH
-from trimlingual.data import Clip, load_audio
+from trimlingual.audio import load_audio
 from trimlingual.finetune import train_
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_logits
 from trimlingual.models import DTYPES, PARTS, load_model, load_processor, part_of, pick_device, save_model
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
+from trimlingual.sources import Clip
 
 NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured
 

@@ -18,7 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimlingual.artifacts import SCRATCH, append_jsonl, machine, read_journal, write_json
-from trimlingual.data import Clip, Split, load_audio
+from trimlingual.audio import load_audio
+from trimlingual.data import Split
 from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, to_translation
 from trimlingual.finetune import train_
 from trimlingual.layers import drop_layers_, without_layers
@@ -29,6 +30,7 @@ from trimlingual.models import TOWERS, eos_token_ids, layer_list, load_model, lo
 from trimlingual.progress import progress, say
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, Tower
+from trimlingual.sources import Clip
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "candidates.jsonl"

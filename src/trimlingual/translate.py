@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimlingual.data import SAMPLE_RATE, Clip, DataError, load_audio
+from trimlingual.audio import SAMPLE_RATE, DataError, load_audio
 from trimlingual.decode import translate_clips
 from trimlingual.models import load_model, load_processor, pick_device, window_s
 from trimlingual.recipe import Recipe
+from trimlingual.sources import Clip
 
 
 def translate_files(

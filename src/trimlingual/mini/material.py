@@ -17,7 +17,7 @@ from trimlingual.mini.build_speech import (
     EVERYDAY_HELD_OUT,
     MAX_CLIP_S,
     SPLIT_SIZES,
-    reserved_sentences,
+    reserved_english,
     split_sentences,
 )
 from trimlingual.mini.network import LANGUAGES, Packer
@@ -85,7 +85,7 @@ def speak(
 
 def training_pairs(args: argparse.Namespace) -> list[tuple[Sentence, Voice]]:
     """Every sentence with `--renditions` different speakers; whole passes first, in case the synthesis is cut short."""
-    reserved = {normalised(sentence.en) for sentence in reserved_sentences()}
+    reserved = reserved_english()
     sentences = base_corpus(args.num_everyday, args.num_research, seed=args.seed, exclude=reserved)
     leaked = reserved & {normalised(sentence.en) for sentence in sentences}
     if leaked:

@@ -1,0 +1,117 @@
+"""Decoding speech, and telling a damaged or truncated recording from a whole one, in every format we accept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from trimlingual import audio
+from trimlingual.audio import DataError, load_audio
+
+
+def sine(seconds: float = 0.5, rate: int = 16_000, hertz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (8_000, 1), (44_100, 2), (48_000, 1)])
+def test_any_format_and_rate_becomes_16_khz_mono_of_the_same_pitch_and_length(tmp_path, ending, rate, channels):
+    path = tmp_path / f"a.{ending}"
+    sf.write(path, np.repeat(sine(1.0, rate)[:, None], channels, axis=1), rate)
+    audio = load_audio(path)
+    assert audio.dtype == np.float32
+    assert audio.shape == (16_000,)
+    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio))))  # 1 s long: bin = Hz
+    assert spectrum.argmax() == 440
+    assert np.abs(audio[2000:-2000]).max() == pytest.approx(0.5, abs=0.05)
+
+
+def test_16_khz_is_not_resampled(tmp_path):
+    samples = sine()
+    sf.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav"), samples)
+
+
+def test_stereo_is_averaged(tmp_path):
+    stereo = np.stack([np.full(100, 0.5), np.full(100, -0.25)], axis=1).astype(np.float32)
+    sf.write(tmp_path / "a.wav", stereo, 16_000, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav"), np.full(100, 0.125, np.float32))
+
+
+def test_audio_longer_than_one_block_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "READ_FRAMES", 1000)
+    sf.write(tmp_path / "a.wav", sine(), 16_000, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav"), sine())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"this is not audio at all" * 50, "not audio"),
+        ("no samples", "no samples"),
+        ("nan", "NaN"),
+        ("infinite", "infinite"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, says):
+    path = tmp_path / "bad.wav"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        samples = {"no samples": [], "nan": [0.0, np.nan], "infinite": [0.0, np.inf]}[content]
+        sf.write(path, np.array(samples, np.float32), 16_000, subtype="FLOAT")
+    with pytest.raises(DataError, match=says) as caught:
+        load_audio(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_is_not_audio(tmp_path):
+    with pytest.raises(DataError, match="not a file"):
+        load_audio(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0.98, 0.5])
+@pytest.mark.parametrize(
+    ("ending", "subtype"),
+    [
+        ("wav", "PCM_16"),
+        ("wav", "FLOAT"),
+        ("flac", None),
+        ("ogg", "VORBIS"),
+        ("ogg", "OPUS"),
+        ("mp3", None),
+        ("aiff", None),
+        ("au", "PCM_16"),
+    ],
+)
+def test_a_truncated_file_is_never_taken_for_a_shorter_one(tmp_path, ending, subtype, keep):
+    path = tmp_path / f"a.{ending}"
+    sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000, subtype=subtype)
+    assert len(load_audio(path)) == 48_000
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(DataError, match="cut short"):
+        load_audio(path)
+
+
+def test_an_ogg_file_cut_between_two_pages_is_truncated(tmp_path):
+    path = tmp_path / "a.ogg"
+    sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000, subtype="OPUS")
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rfind(b"OggS")])
+    assert 0 < sf.info(path).frames < 48_000  # libsndfile takes it for a shorter file
+    with pytest.raises(DataError, match="cut short"):
+        load_audio(path)
+
+
+def test_a_stream_recorded_to_a_pipe_is_not_taken_for_a_truncated_one(tmp_path):
+    path = tmp_path / "a.wav"
+    sf.write(path, sine(), 16_000)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"data") + 4
+    content[at : at + 4] = content[4:8] = b"\xff\xff\xff\xff"  # what ffmpeg writes when it cannot seek back
+    path.write_bytes(content)
+    assert len(load_audio(path)) == len(sine())

@@ -1,0 +1,268 @@
+"""The whole pipeline on the built-in model: run, killed in every stage, changed, exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trimlingual.artifacts import ArtifactError, read_artifact
+from trimlingual.evaluate import read_translations
+from trimlingual.lineage import LeakError, read_lineage
+from trimlingual.pipeline import compress, plan, run_stage
+from trimlingual.recipe import Recipe, load_recipe
+
+# A run that goes through every stage in well under a minute: few clips, few steps, two layers.
+SMALL = [
+    "finetune.max_steps=4", "finetune.save_steps=2", "finetune.batch_size=4",
+    "rank.num_layers_to_remove=2", "rank.protect_first=4", "rank.protect_last=4",
+    "recover.max_steps=4", "recover.save_steps=2", "recover.batch_size=4",
+    "quantize.train.max_steps=4", "quantize.train.save_steps=2", "quantize.train.batch_size=4",
+    "decode.batch_size=8", "evaluate.bootstrap_samples=100",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def manifests(tmp_path_factory) -> list[str]:
+    """A few of the built-in clips as manifests."""
+    source = Path(__import__("trimlingual").__file__).parent / "mini" / "data"
+    folder = tmp_path_factory.mktemp("manifests")
+    overrides = []
+    for split, count in (("train", 24), ("select", 6), ("test", 8)):
+        lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            record["audio"] = str(source / record["audio"])
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
+        overrides.append(f"data.{split}={{kind: manifest, path: '{folder / split}.jsonl'}}")
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def recipe(manifests) -> Recipe:
+    return load_recipe("mini", [*SMALL, *manifests])
+
+
+@pytest.fixture(scope="session")
+def run_dir(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    compress(recipe, folder)
+    return folder
+
+
+def outcome(folder: Path) -> dict:
+    """What must not depend on being stopped: the plan and every translation."""
+    removals = json.loads((folder / "rank" / "plan.json").read_text())["removals"]
+    models = ("base", "teacher", "pruned", "recovered", "quantized")
+    said = {
+        f"{model}.{lang}": [row["hypothesis"] for row in read_translations(folder / "evaluations" / model, lang)]
+        for model in models
+        for lang in ("de", "zh")
+    }
+    return {"removals": removals, "distilled": (folder / "distilled" / "distilled.jsonl").read_text(encoding="utf-8"), **said}
+
+
+def test_every_stage_leaves_its_artefact(recipe, run_dir):
+    assert [step.status() for step in plan(recipe, run_dir)] == ["done"] * len(plan(recipe, run_dir))
+    report = json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
+    models = {model["name"]: model for model in report["models"]}
+    assert list(models) == ["base", "teacher", "pruned", "recovered", "quantized"]
+    assert models["pruned"]["params"] < models["teacher"]["params"]
+    assert models["quantized"]["params"] == models["recovered"]["params"]
+    assert models["quantized"]["disk_bytes"] < 0.8 * models["recovered"]["disk_bytes"] < 0.8 * models["teacher"]["disk_bytes"]
+    for language in ("de", "zh"):
+        scores = models["quantized"]["languages"][language]
+        assert {"bleu", "chrf", "chrfpp", "retained"} <= set(scores)
+        assert scores["retained"]["low"] <= scores["retained"]["ratio"] <= scores["retained"]["high"]
+    assert (run_dir / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_second_run_does_nothing(recipe, run_dir, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != "recipe.json"}
+    started = time.perf_counter()
+    compress(recipe, run_dir)
+    assert time.perf_counter() - started < 10
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != "recipe.json"} == before
+    assert capsys.readouterr().err.count("already done") == len(plan(recipe, run_dir))
+
+
+def test_a_changed_recipe_names_what_it_invalidates(recipe, run_dir, manifests):
+    changed = load_recipe("mini", [*SMALL, *manifests, "recover.learning_rate=0.0005"])
+    with pytest.raises(ArtifactError) as caught:
+        compress(changed, run_dir)
+    message = str(caught.value)
+    assert "recovered: train.learning_rate: 0.001 -> 0.0005" in message
+    for stage in ("quantized", "evaluate recovered", "evaluate quantized", "exported", "report"):
+        assert f"  {stage}: input" in message
+    for stage in ("data", "teacher", "rank", "pruned", "distilled", "evaluate teacher"):
+        assert f"  {stage}:" not in message
+
+
+def test_seen_clips_are_remembered_and_refused(recipe, run_dir, manifests):
+    seen = read_lineage(run_dir / "quantized").seen
+    assert len(seen["train"]) == 24
+    assert len(seen["select"]) == 6
+    for split in ("train", "select"):
+        source = next(m.partition("=")[2] for m in manifests if m.startswith(f"data.{split}="))
+        others = [m for m in manifests if not m.startswith(f"data.{split}=") and not m.startswith("data.test=")]
+        spare = next(m.partition("=")[2] for m in manifests if m.startswith("data.test="))
+        cheat = load_recipe("mini", [*SMALL, *others, f"data.test={source}", f"data.{split}={spare}"])
+        with pytest.raises(LeakError, match="clip\\(s\\) of split 'test' are among those this model"):
+            run_stage(cheat, run_dir.parent / f"cheat-{split}", "evaluate quantized", replaced={"model": run_dir / "quantized"})
+
+
+def test_a_stage_says_what_to_run_first(recipe, tmp_path):
+    with pytest.raises(ArtifactError, match="needs the model in .*teacher, which is missing; run 'teacher' first"):
+        run_stage(recipe, tmp_path, "rank")
+
+
+def test_hand_written_plan_through_the_verb(recipe, run_dir, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"removals": [{"layer": 2}, {"layer": 7}]}')
+    artifact = run_stage(recipe, run_dir, "pruned", replaced={"plan": path}, out=tmp_path / "out")
+    assert artifact.info["removed"]["decoder"] == [2, 7]
+    assert read_artifact(tmp_path / "out").info["proof"]["reload_equal"]
+
+
+# Where each stage is killed: the file that shows it is in the middle of its work.
+MIDDLE = {
+    "data": "data.partial/work.json",
+    "teacher": "teacher.partial/scratch/checkpoint-2/complete.json",
+    "rank": "rank.partial/candidates.jsonl",
+    "pruned": "pruned.partial/model.safetensors",
+    "distilled": "distilled.partial/translations.jsonl",
+    "recovered": "recovered.partial/scratch/checkpoint-2/complete.json",
+    "quantized": "quantized.partial/scratch/training/checkpoint-2/complete.json",
+    "evaluations": "evaluations/pruned.partial/work.json",
+    "exported": "exported.partial/work.json",
+    "report": "report.partial/work.json",
+}
+
+
+def test_killed_in_every_stage_ends_the_same(recipe, run_dir, manifests, tmp_path):
+    """kill -9 as soon as each stage is in the middle of its work, in turn; then the run that is left alone."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(folder)]
+    for override in [*SMALL, *manifests]:
+        command += ["--set", override]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    killed = []
+    for stage, marker in MIDDLE.items():
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finished = folder / (marker.partition(".partial")[0])
+        while process.poll() is None:
+            if (folder / marker).exists():
+                process.send_signal(signal.SIGKILL)
+                killed.append(stage)
+                break
+            if (finished / "artifact.json").exists():
+                process.send_signal(signal.SIGKILL)  # too quick to be caught in its middle; killed right after it
+                break
+            time.sleep(0.002)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{stage}: the run ended by itself before it could be killed"
+    assert {"teacher", "rank", "distilled", "recovered", "quantized"} <= set(killed)
+    last = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert outcome(folder) == outcome(run_dir)
+    summary = json.loads(last.stdout.splitlines()[-1])
+    assert Path(summary["report"]).is_file()
+    assert Path(summary["export"]).is_dir()
+    assert summary["seconds"] > 0
+
+
+STANDALONE = """
+import json, sys, wave
+import numpy as np, soundfile, torch
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+folder, prompts, clips = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+processor = AutoProcessor.from_pretrained(folder)
+processor.tokenizer.padding_side = "left"
+model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+out = {}
+for language, prompt in prompts.items():
+    conversation = [
+        {"role": "system", "content": "You are a professional translator."},
+        {"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": prompt}]},
+    ]
+    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    out[language] = []
+    for path, limit in clips:
+        samples, rate = soundfile.read(path, dtype="float32")
+        inputs = processor(text=text, audio=[samples], sampling_rate=rate, return_tensors="pt")
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=limit)[:, inputs["input_ids"].shape[1]:]
+        out[language].append(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
+assert not any(name.startswith("trimlingual") for name in sys.modules)
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.parametrize(("model", "share"), [("recovered", 1.0), ("exported", 0.99)])
+def test_exported_model_stands_alone(recipe, run_dir, model, share):
+    """Plain transformers, one clip at a time, in a process without this package: the recorded translations."""
+    from trimlingual.data import load_splits
+    from trimlingual.decode import max_new_tokens
+
+    test = load_splits(run_dir / "data").test
+    clips = [(str(clip.audio), max_new_tokens(clip.duration_s, recipe.decode)) for clip in test.clips]
+    prompts = {lang: recipe.task.prompt.format(language=recipe.task.language_name(lang)) for lang in ("de", "zh")}
+    command = [sys.executable, "-c", STANDALONE, str(run_dir / model), json.dumps(prompts), json.dumps(clips)]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    recorded = run_dir / "evaluations" / ("recovered" if model == "recovered" else "quantized")
+    pairs = [
+        (ours, row["hypothesis"]) for lang in ("de", "zh") for ours, row in zip(said[lang], read_translations(recorded, lang))
+    ]
+    assert sum(a == b for a, b in pairs) >= share * len(pairs), [pair for pair in pairs if pair[0] != pair[1]]
+
+
+def test_exported_folder_has_a_card_and_nothing_else_of_ours(run_dir):
+    card = (run_dir / "exported" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "nf4" in card
+    assert "BLEU" in card
+    assert not (run_dir / "exported" / "adapter").exists()
+    assert not list((run_dir / "exported").glob("*.bin"))
+
+
+def test_dry_run_shows_stages_status_and_estimates(run_dir, manifests):
+    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(run_dir), "--dry-run"]
+    for override in [*SMALL, *manifests, "rank.metric=bleu"]:
+        command += ["--set", override]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "250"}).stdout
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 3}
+    assert "done" in rows["teacher"]
+    assert "stale" in rows["rank"]
+    assert "MB" in rows["quantized"]
+
+
+def test_errors_are_one_message_without_traceback(tmp_path):
+    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(tmp_path), "--set", "rank.num_layers_to_remove=-1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "rank.num_layers_to_remove" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["teacher", "pruned"])
+def test_full_disk_while_saving(recipe, run_dir, manifests, tmp_path, stage):
+    """A file-size limit stands in for a full disk: the same error path, EFBIG instead of ENOSPC."""
+    inputs = {"teacher": [], "pruned": ["--model", str(run_dir / "teacher"), "--plan", str(run_dir / "rank")]}[stage]
+    verb = {"teacher": "finetune", "pruned": "prune"}[stage]
+    out = tmp_path / "out"
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000));"
+        "from trimlingual.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, verb, "mini", "--run-dir", str(tmp_path / "run"), "--out", str(out), *inputs]
+    for override in [*SMALL, *manifests, "finetune.save_steps=1000"]:
+        command += ["--set", override]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "no space left while saving" in done.stderr
+    assert not out.exists()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from trimlingual.recipe import RecipeError, list_recipes, load_recipe, parse_recipe
+
+MINIMAL = {
+    "name": "x",
+    "model": {"base": "builtin:mini"},
+    "task": {"target_languages": ["de"]},
+    "data": {
+        "train": {"kind": "builtin", "split": "train"},
+        "select": {"kind": "builtin", "split": "select"},
+        "test": {"kind": "builtin", "split": "test"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(list_recipes()))
+def test_shipped_recipes_are_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_the_papers_settings():
+    for language, metric in (("de", "chrfpp"), ("zh", "chrf")):
+        b = load_recipe(f"qwen2-audio-en-{language}")
+        assert b.finetune.epochs == 3
+        assert (b.finetune.batch_size, b.finetune.learning_rate, b.finetune.weight_decay) == (4, 1e-5, 0.001)
+        assert (b.finetune.lr_scheduler, b.finetune.warmup_steps) == ("cosine", 0)
+        assert (b.rank.num_layers_to_remove, b.rank.metric, b.rank.strategy) == (8, metric, "greedy")
+        assert (b.recover.epochs, b.recover.weight_decay) == (4, 0)
+        lora = b.quantize.train.lora
+        assert (lora.r, lora.alpha, lora.dropout, lora.rslora, lora.target_modules) == (64, 128, 0, True, "all-linear")
+        assert (b.quantize.scheme, b.quantize.double_quantization, b.quantize.compute_dtype) == ("nf4", True, "bfloat16")
+        mixture = b.quantize.train.data
+        assert (mixture.gold, mixture.distilled, mixture.out_of_domain) == (1, 10, 1)
+        assert (b.quantize.train.epochs, b.quantize.train.batch_size, b.data.out_of_domain.max_clips) == (1, 8, 100_000)
+        a = load_recipe(f"qwen2-audio-en-{language}-qlora")
+        assert a.rank is None
+        assert (a.quantize.train.epochs, a.quantize.start) == (4, "base")
+        assert b.task.system_prompt == "You are a professional translator."
+
+
+def test_every_problem_at_once_by_path():
+    raw = {
+        **MINIMAL,
+        "finetune": {"epochs": "three", "learning_rate": "3e-4", "batchsize": 4},
+        "rank": {"num_layers_to_remove": 0, "metric": "meteor"},
+        "distill": {"drop_duplicates": "yes"},
+    }
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw)
+    message = str(caught.value)
+    for part in (
+        "finetune.epochs", "finetune.learning_rate", "write 3.0e-4", "finetune.batchsize: unknown key",
+        "rank.num_layers_to_remove", "greater than or equal to 1", "rank.metric", "'chrfpp', 'chrf', 'bleu' or 'loss'",
+        "distill.drop_duplicates",
+    ):  # fmt: skip
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": {"target_languages": ["tlh"]}}, "no prompt is known for target language 'tlh'"),
+        ({"task": {"target_languages": []}}, "at least 1 item"),
+        ({"task": {"target_languages": ["de", "de"]}}, "names a language twice"),
+        ({"task": {"target_languages": ["de"], "prompt": "Translate:"}}, "must contain {language}"),
+        ({"rank": None}, "recover is set but rank is null"),
+        ({"finetune": None}, "there is no teacher"),
+        ({"rank": {"metric": {"zh": "chrf"}}}, "names no metric for 'de'"),
+        ({"finetune": {"data": {"distilled": 1}}}, "finetune.data.distilled must be 0"),
+        ({"recover": {"data": {"out_of_domain": 1}}}, "data.out_of_domain is not set"),
+        ({"recover": {"data": {"gold": 0}}}, "nothing to train on"),
+        ({"distill": None}, "the distill section is null"),
+        ({"quantize": {"train": {"method": "full"}}}, "use lora"),
+        ({"rank": {"strategy": "middle", "finetune_each_round": {}}}, "needs strategy greedy"),
+    ],
+)
+def test_impossible_combinations(change, message):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**MINIMAL, **change})
+    assert message in str(caught.value)
+
+
+def test_overrides():
+    recipe = load_recipe("mini", ["rank.num_layers_to_remove=2", "finetune.learning_rate=3e-4", "distill=null", "recover.data.distilled=0", "quantize.train.data.distilled=0"])
+    assert recipe.rank.num_layers_to_remove == 2
+    assert recipe.finetune.learning_rate == 3e-4
+    assert recipe.distill is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("rank", "must look like section.key=value"), ("name.x=1", "holds a value"), ("rank.num_layers=3", "rank.num_layers: unknown key")],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("mini", ["quantize.train.data.distilled=1", override])
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(RecipeError, match="neither a file nor a shipped recipe; shipped: mini"):
+        load_recipe("nonsense")
+    path = tmp_path / "r.yaml"
+    path.write_text("a: [1,")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(path)
+    path.write_text("- 1")
+    with pytest.raises(RecipeError, match="must hold a mapping"):
+        load_recipe(path)
+
+
+def test_reading_a_recipe_loads_no_torch():
+    code = "import sys, trimlingual.recipe as r; r.load_recipe('mini'); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,297 @@
+"""Reading each kind of source: what is taken from it, and what is said of each line that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimlingual import sources
+from trimlingual.artifacts import hash_file
+from trimlingual.audio import DataError
+from trimlingual.recipe import BuiltinSource, Covost2Source, FolderSource, HubSource, ManifestSource
+from trimlingual.sources import Clip, read_source, source_fingerprint
+
+from .made_sources import hub, make_hub_set, make_manifest, write_manifest, write_wav
+
+
+def read_lines(tmp_path: Path, lines: list[Any], languages: tuple[str, ...] = ("de",)) -> list[Clip]:
+    source = ManifestSource(path=str(write_manifest(tmp_path / "m.jsonl", lines)))
+    return read_source(source, languages, tmp_path / "work")
+
+
+# --- manifests
+
+
+def test_manifest_is_read_as_written(tmp_path):
+    write_wav(tmp_path / "x" / "one.wav", 1, seconds=0.25)
+    two = write_wav(tmp_path / "two.wav", 2)
+    nfd = "u\u0308ber\u2028Nacht"
+    lines = [
+        "\ufeff"
+        + json.dumps({"audio": "x/one.wav", "reference": f"  {nfd} ", "source": "over night", "duration_s": 99}),
+        "",
+        "   ",
+        json.dumps({"audio": str(two), "references": {"de": "Zwei", "zh": "二"}, "id": "second", "voice": "slt"}),
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines).replace("\\u2028", "\u2028"), encoding="utf-8")
+    first, second = read_source(ManifestSource(path=str(tmp_path / "m.jsonl")), ["de"], tmp_path)
+    assert first.id == "one"
+    assert first.audio == tmp_path / "x" / "one.wav"
+    assert first.references == {"de": "\u00fcber\u2028Nacht"}
+    assert first.source == "over night"
+    assert first.duration_s == 0.25
+    assert first.audio_sha256 == hash_file(first.audio)
+    assert (second.id, second.audio, second.source) == ("second", two, None)
+    assert second.references == {"de": "Zwei"}
+
+
+def test_several_languages_are_kept(tmp_path):
+    write_wav(tmp_path / "a.wav", 1)
+    (found,) = read_lines(tmp_path, [{"audio": "a.wav", "references": {"de": "Eins", "zh": "一"}}], ("de", "zh"))
+    assert found.references == {"de": "Eins", "zh": "一"}
+
+
+def test_every_problem_is_reported_at_once_with_its_line(tmp_path):
+    write_wav(tmp_path / "good.wav", 1)
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("no audio")
+    cut = write_wav(tmp_path / "cut.wav", 2)
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    lines = [
+        {"audio": "good.wav", "reference": "gut"},
+        "{not json",
+        {"reference": "no audio key"},
+        ["a", "list"],
+        {"audio": "good.wav", "id": "5"},
+        {"audio": "good.wav", "id": "6", "reference": " \t "},
+        {"audio": "good.wav", "id": "7", "references": {"fr": "bon"}},
+        {"audio": "good.wav", "id": "8", "reference": 8},
+        {"audio": "gone.wav", "reference": "x"},
+        {"audio": "empty.wav", "reference": "x"},
+        {"audio": "text.wav", "reference": "x"},
+        {"audio": "cut.wav", "reference": "x"},
+        {"audio": "good.wav", "reference": "id good again"},
+        {"audio": "good.wav", "id": ["x"], "reference": "x"},
+        {"audio": "good.wav", "id": "15", "references": "x"},
+    ]
+    with pytest.raises(DataError, match=r"m\.jsonl has 14 problem\(s\)") as caught:
+        read_lines(tmp_path, lines)
+    reported = str(caught.value).splitlines()[1:]
+    expected = {
+        2: "not JSON",
+        3: "no audio",
+        4: "no audio",
+        **dict.fromkeys(range(5, 9), "reference for 'de' is missing, empty or not text"),
+        9: "does not exist",
+        10: "is empty",
+        11: "not audio",
+        12: "cut short",
+        13: "was used in line 1",
+        14: "id is ['x']",
+        15: "must map languages",
+    }
+    assert len(reported) == len(expected)
+    for line, (number, says) in zip(reported, expected.items()):
+        assert line.startswith(f"  line {number}: ")
+        assert says in line
+
+
+def test_only_the_first_20_problems_are_spelled_out(tmp_path):
+    with pytest.raises(DataError, match=r"has 23 problem\(s\)") as caught:
+        read_lines(tmp_path, ["{"] * 23)
+    assert "line 20:" in str(caught.value)
+    assert "line 21:" not in str(caught.value)
+    assert str(caught.value).endswith("... and 3 more")
+
+
+def test_one_reference_does_not_serve_two_languages(tmp_path):
+    write_wav(tmp_path / "a.wav", 1)
+    with pytest.raises(DataError, match="write `references` for de, zh"):
+        read_lines(tmp_path, [{"audio": "a.wav", "reference": "Eins"}], ("de", "zh"))
+
+
+def test_an_empty_or_missing_manifest_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="holds no clips"):
+        read_lines(tmp_path, [""])
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        read_source(ManifestSource(path=str(tmp_path / "none.jsonl")), ["de"], tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_source(ManifestSource(path=str(tmp_path / "latin.jsonl")), ["de"], tmp_path)
+
+
+def test_the_built_in_speech_is_a_manifest_beside_the_package(tmp_path, monkeypatch):
+    make_manifest(tmp_path, "everyday", 2)
+    monkeypatch.setattr(sources, "MINI_DATA", tmp_path)
+    found = read_source(BuiltinSource(kind="builtin", split="everyday"), ["de"], tmp_path)
+    assert [c.id for c in found] == ["everyday-0", "everyday-1"]
+
+
+# --- folders, CoVoST 2, Hub sets
+
+
+def test_folder_with_metadata(tmp_path):
+    write_wav(tmp_path / "clips" / "a.wav", 1)
+    write_wav(tmp_path / "b.wav", 2)
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,en,de,key\nclips/a.wav,"Yes, yes","Ja, ja",k1\nb.wav,No,Nein,k2\n'
+    )
+    source = FolderSource(kind="folder", path=str(tmp_path), references={"de": "de"}, source="en", id="key")
+    first, second = read_source(source, ["de"], tmp_path)
+    assert (first.id, first.source, first.references) == ("k1", "Yes, yes", {"de": "Ja, ja"})
+    assert (second.id, second.audio) == ("k2", tmp_path / "b.wav")
+    assert read_source(source.model_copy(update={"id": None, "source": None}), ["de"], tmp_path)[0].id == "a"
+
+
+def test_folder_problems(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,de\n,Ja\na.wav,\n")
+    source = FolderSource(kind="folder", path=str(tmp_path), references={"de": "de"})
+    with pytest.raises(DataError, match=r"has 3 problem\(s\)") as caught:
+        read_source(source, ["de"], tmp_path)
+    for says in ("line 2: file_name is empty", "line 3: reference for 'de'", "line 3: " + str(tmp_path / "a.wav")):
+        assert says in str(caught.value)
+    with pytest.raises(DataError, match=r"no column german \(it has file_name, de\)"):
+        read_source(source.model_copy(update={"references": {"de": "german"}}), ["de"], tmp_path)
+    with pytest.raises(DataError, match="names no column for zh, only for de"):
+        read_source(source, ["de", "zh"], tmp_path)
+
+
+def make_covost2(tmp_path: Path, num: int = 6) -> Covost2Source:
+    rows = ["path\tsentence\ttranslation\tsplit"]
+    for index in range(num):
+        write_wav(tmp_path / "cv" / "clips" / f"common_voice_en_{index}.wav", index)
+        split = ["train", "dev"][index % 2]
+        rows.append(f'common_voice_en_{index}.wav\t"Quoted" {index}\t"Zitat" {index}\t{split}')
+    (tmp_path / "covost_v2.en_de.tsv").write_text("\n".join(rows) + "\n")
+    tsv, voice = str(tmp_path / "covost_v2.en_de.tsv"), str(tmp_path / "cv")
+    return Covost2Source(kind="covost2", tsv=tsv, common_voice=voice, target_language="de")
+
+
+def test_covost2(tmp_path):
+    source = make_covost2(tmp_path)
+    everything = read_source(source, ["de"], tmp_path)
+    assert [c.id for c in everything] == [f"common_voice_en_{index}" for index in range(6)]
+    assert everything[1].references == {"de": '"Zitat" 1'}
+    assert everything[1].source == '"Quoted" 1'
+    dev = read_source(source.model_copy(update={"split": "dev"}), ["de"], tmp_path)
+    assert [c.id[-1] for c in dev] == ["1", "3", "5"]
+
+
+def test_covost2_takes_the_first_of_a_fixed_shuffle(tmp_path):
+    source = make_covost2(tmp_path)
+    four = [c.id for c in read_source(source.model_copy(update={"max_clips": 4}), ["de"], tmp_path)]
+    two = [c.id for c in read_source(source.model_copy(update={"max_clips": 2}), ["de"], tmp_path)]
+    assert len(four) == 4
+    assert two == four[:2]
+    assert four != sorted(four)
+    header, *rows = Path(source.tsv).read_text().splitlines()
+    Path(source.tsv).write_text("\n".join([header, *reversed(rows)]))
+    assert [c.id for c in read_source(source.model_copy(update={"max_clips": 4}), ["de"], tmp_path)] == four
+
+
+def test_covost2_file_of_one_split_and_without_sentences(tmp_path):
+    source = make_covost2(tmp_path, 1)
+    path = tmp_path / "covost_v2.en_de.train.tsv"
+    path.write_text("path\ttranslation\ncommon_voice_en_0.wav\tJa\n")
+    source = source.model_copy(update={"tsv": str(path), "split": "train"})
+    assert read_source(source, ["de"], tmp_path)[0].source is None
+    with pytest.raises(DataError, match="no split column to find 'dev'"):
+        read_source(source.model_copy(update={"split": "dev"}), ["de"], tmp_path)
+
+
+def test_covost2_problems(tmp_path):
+    source = make_covost2(tmp_path)
+    with pytest.raises(DataError, match=r"target_language 'de' but task\.target_languages is de, zh"):
+        read_source(source, ["de", "zh"], tmp_path)
+    for index in (2, 3):
+        (tmp_path / "cv" / "clips" / f"common_voice_en_{index}.wav").unlink()
+    with pytest.raises(DataError, match=r"2 of 6 clips .* are not in .*common_voice_en_2\.wav, common_voice_en_3\.wav"):
+        read_source(source, ["de"], tmp_path)
+
+
+def test_hub_set_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {"dev": make_hub_set(tmp_path, "d", 2), "eval": make_hub_set(tmp_path, "e", 1, seed=10)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    found = read_source(hub(tmp_path / "set", "dev", "eval", source="text_en"), ["de"], tmp_path / "work")
+    assert [c.id for c in found] == ["dev-0", "dev-1", "eval-0"]
+    assert [c.audio for c in found] == [tmp_path / "work" / "audio" / f"{c.id}.wav" for c in found]
+    assert found[1].references == {"de": "Satz 1"}
+    assert found[1].source == "sentence 1"
+    assert found[2].audio.read_bytes() == (tmp_path / "made" / "e0.wav").read_bytes()
+    named = read_source(hub(tmp_path / "set", "dev", id="key"), ["de"], tmp_path / "work")
+    assert [c.id for c in named] == ["100", "101"]
+
+
+def test_hub_set_of_one_split_and_of_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    made = make_hub_set(tmp_path, "d", 2)
+    made.save_to_disk(tmp_path / "one")
+    (tmp_path / "parquet").mkdir()
+    made.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for folder in ("one", "parquet"):
+        assert len(read_source(hub(tmp_path / folder, "train"), ["de"], tmp_path / "work")) == 2
+    with pytest.raises(DataError, match="single split"):
+        read_source(hub(tmp_path / "one", "dev", "test"), ["de"], tmp_path)
+    with pytest.raises(DataError, match=r"'nope' of .* cannot be loaded"):
+        read_source(hub(tmp_path / "parquet", "nope"), ["de"], tmp_path)
+
+
+def test_hub_audio_is_written_once_and_repaired(tmp_path):
+    make_hub_set(tmp_path, "d", 2).save_to_disk(tmp_path / "set")
+    source = hub(tmp_path / "set", "dev")
+    first, second = read_source(source, ["de"], tmp_path / "work")
+    before = first.audio.stat().st_mtime_ns
+    second.audio.write_bytes(b"half")  # as a killed copy would leave it
+    assert read_source(source, ["de"], tmp_path / "work") == [first, second]
+    assert first.audio.stat().st_mtime_ns == before
+
+
+def test_hub_problems(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    made = make_hub_set(tmp_path, "d", 2)
+    made.save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"no column text_xx \(it has "):
+        read_source(hub(tmp_path / "set", "dev", source="text_xx"), ["de"], tmp_path)
+    rows = {"audio": [{"bytes": b"junk", "path": None}, None], "text_de": ["Ja", None]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "bad")
+    with pytest.raises(DataError, match=r"has 2 problem\(s\)") as caught:
+        read_source(hub(tmp_path / "bad", "dev"), ["de"], tmp_path / "work")
+    assert "dev[0]: " in str(caught.value)
+    assert "not audio" in str(caught.value)
+    assert "dev[1]: no audio" in str(caught.value)
+    datasets.Dataset.from_dict({"audio": [[0.1, 0.2]], "text_de": ["Ja"]}).save_to_disk(tmp_path / "arrays")
+    with pytest.raises(DataError, match="not audio files"):
+        read_source(hub(tmp_path / "arrays", "dev"), ["de"], tmp_path)
+
+
+# --- fingerprints
+
+
+def test_fingerprints_follow_the_content(tmp_path):
+    made = make_manifest(tmp_path, "a", 1)
+    before = source_fingerprint(made)
+    Path(made.path).touch()
+    assert source_fingerprint(made) == before
+    Path(made.path).write_text(Path(made.path).read_text() + "\n")
+    assert source_fingerprint(made) != before
+    covost2 = make_covost2(tmp_path)
+    assert source_fingerprint(covost2)["sha256"] == hash_file(Path(covost2.tsv))
+    with pytest.raises(DataError, match="does not exist"):
+        source_fingerprint(FolderSource(kind="folder", path=str(tmp_path / "no"), references={"de": "de"}))
+
+
+def test_hub_fingerprints(tmp_path):
+    remote = HubSource(kind="hub", path="someone/set", revision="abc", splits=["dev"], references={"de": "text_de"})
+    assert source_fingerprint(remote) == {"kind": "hub", "path": "someone/set", "name": None, "revision": "abc"}
+    make_hub_set(tmp_path, "d", 2).save_to_disk(tmp_path / "set")
+    before = source_fingerprint(hub(tmp_path / "set", "dev"))
+    assert source_fingerprint(hub(tmp_path / "set", "dev")) == before
+    state = (
+        tmp_path / "set" / "state.json"
+    )  # its _fingerprint follows the content; a change may leave every size as it was
+    state.write_text(state.read_text()[::-1])
+    assert source_fingerprint(hub(tmp_path / "set", "dev")) != before
