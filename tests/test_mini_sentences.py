@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from trimlingual.mini import lexicon, sentences
-from trimlingual.mini.sentences import EVERYDAY, RESEARCH, Sentence, normalised
+from trimlingual.mini import grammar, lexicon, sentences
+from trimlingual.mini.sentences import EVERYDAY, Sentence, normalised
+from trimlingual.mini.templates_research import RESEARCH
+from trimlingual.mini.words_everyday_things import PEOPLE, THINGS
+from trimlingual.mini.words_research import RESEARCH_ADJECTIVES, RESEARCH_NOUNS, RESEARCH_VERBS
 
 # Translated by hand, construction by construction; each must come out of the grammar word for word.
 GOLD = """
@@ -86,7 +89,7 @@ class _Guided(random.Random):
     def choice(self, seq: Any) -> Any:
         fitting = [x for x in seq if self._fits(x)] if len(seq) > 1 else seq
         if not fitting:
-            raise sentences._DeadEnd
+            raise grammar.DeadEnd
         return fitting[int(self.random() * len(fitting))]
 
 
@@ -119,17 +122,17 @@ def _find(en: str) -> Sentence | None:
         for _ in range(600 if size else 3000):
             for domain, template in group:
                 try:
-                    sentence, _ = template.draft(rng, domain, False, Counter())
-                except sentences._DeadEnd:
+                    texts, _ = template.draft(rng, False, Counter())
+                except grammar.DeadEnd:
                     continue
-                if normalised(sentence.en) == key:
-                    return sentence
+                if normalised(texts[0]) == key:
+                    return Sentence(*texts, domain)
     return None
 
 
 @pytest.mark.parametrize(("en", "de", "zh"), GOLD_ROWS)
 def test_gold_sentences(en: str, de: str, zh: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sentences, "CANDIDATES", 1)
+    monkeypatch.setattr(grammar, "CANDIDATES", 1)
     found = _find(en)
     assert found is not None, f"the grammar does not make {en!r}"
     assert (found.en, found.de, found.zh) == (en, de, zh)
@@ -191,15 +194,15 @@ def test_every_pattern_is_used(everyday: list[Sentence]) -> None:
 
 def test_everyday_words_are_evenly_used(everyday: list[Sentence]) -> None:
     spoken = Counter(w for s in everyday for w in set(normalised(s.en).split()))
-    rare = [n.en for n in (*lexicon.THINGS, *lexicon.PEOPLE) if spoken[n.en] + spoken[n.plural] < 5]
+    rare = [n.en for n in (*THINGS, *PEOPLE) if spoken[n.en] + spoken[n.plural] < 5]
     assert not rare
 
 
 def test_background_lexicon_leaves_words_out() -> None:
     made = sentences.research(1500, 4, "background")
     spoken = {w for s in made for w in normalised(s.en).split()}
-    hidden = {n.en for n in (*lexicon.RESEARCH_NOUNS, *lexicon.RESEARCH_ADJECTIVES) if not n.background}
-    hidden |= {f for v in lexicon.RESEARCH_VERBS if not v.background for f in (v.en, v.es, v.past, v.ing)}
+    hidden = {n.en for n in (*RESEARCH_NOUNS, *RESEARCH_ADJECTIVES) if not n.background}
+    hidden |= {f for v in RESEARCH_VERBS if not v.background for f in (v.en, v.es, v.past, v.ing)}
     assert not spoken & hidden
     with pytest.raises(ValueError, match="lexicon must be"):
         sentences.research(1, 1, "some")
@@ -230,7 +233,7 @@ def test_train_teaches_every_word_of_select_and_test(splits: dict[str, list[Sent
     known = {w for s in train for w in s.split()}
     for name in ("select", "test"):
         assert {w for s in splits[name] for w in normalised(s.en).split()} <= known
-    for entry in (*lexicon.RESEARCH_NOUNS, *lexicon.RESEARCH_ADJECTIVES, *lexicon.RESEARCH_VERBS):
+    for entry in (*RESEARCH_NOUNS, *RESEARCH_ADJECTIVES, *RESEARCH_VERBS):
         forms = {getattr(entry, f, "") for f in ("en", "plural", "es", "past", "ing", "more")} - {""}
         times = sum(any(f" {form} " in s for form in forms) for s in train)
         assert times >= 6, f"{entry.en} occurs only {times} times in train"

@@ -36,7 +36,7 @@ def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_s
     change = info["change"]
     # Merging is exact in float32, but CPUs with AVX512-BF16 run 4-bit layers in bfloat16 whatever compute dtype is asked for.
     assert change["merged_sqnr_db"] > 30
-    assert 10 < change["final_sqnr_db"] < change["merged_sqnr_db"]
+    assert 3 < change["final_sqnr_db"] < change["merged_sqnr_db"]
     assert abs(change["final_loss"] - change["trained_loss"]) < 0.2
     model = load_model(tmp_path, "float32", CPU)
     check_quantized(model, settings)

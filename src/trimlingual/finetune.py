@@ -7,6 +7,7 @@ checkpoints that are either whole or not used; and a stop, with the batch's ids,
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,11 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
 
 def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, device: torch.device) -> TrainingArguments:
     """The recipe's section as TrainingArguments."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"  # renamed in 5.2x
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(work_dir),
         num_train_epochs=settings.epochs,
@@ -199,8 +205,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, devic
         optim=settings.optimizer,
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing,
         use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=settings.save_steps,

@@ -43,8 +43,9 @@ def _logical_size(parameter: torch.nn.Parameter) -> int:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of every file that must be shipped: weights, configuration, tokenizer; our records, README.md and a merged adapter left out.
+    """Bytes of every file that must be shipped: weights, configuration, tokenizer.
 
+    Our records, README.md and an adapter that is merged already are left out.
     Hidden folders (a Hub download's .cache) are left out; links count as what they point to. Raises MeasureError if
     nothing is left.
     """

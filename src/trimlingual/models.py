@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,7 @@ def set_layer_list(model: Any, tower: Tower, layers: nn.ModuleList) -> None:
     for text_config in {id(c): c for c in (config.text_config, decoder.config)}.values():
         text_config.num_hidden_layers = len(layers)
         text_config.layer_types = kinds
+    layer: Any
     for index, layer in enumerate(layers):
         layer.self_attn.layer_idx = index
 
@@ -246,7 +247,7 @@ def embed(model: Any, input_ids: Tensor) -> Tensor:
     return text_decoder(model).embed_tokens(input_ids)
 
 
-def freeze_(model: Any, parts: list[str]) -> None:
+def freeze_(model: Any, parts: Sequence[str]) -> None:
     """Stop the named parts from training: audio_tower, projector, embeddings, lm_head."""
     inner = unwrap(model)
     modules = {

@@ -57,7 +57,7 @@ class PrunePlan(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     removals: list[Removal] = Field(min_length=1)
     strategy: str = "by hand"
-    layers: dict[str, list[int]] | None = Field(None, description="layer map of the model that the plan was made for")
+    layers: dict[str, list[int]] | None = Field(default=None, description="layer map of the model that the plan was made for")
     base: str | None = None
     metric: dict[str, str] = Field(default_factory=dict)
     signatures: dict[str, str] = Field(default_factory=dict)

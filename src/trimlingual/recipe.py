@@ -41,9 +41,9 @@ class ModelSettings(_Section):
 
     base: str = Field(description="`builtin:mini`, a folder, or a Hub id such as Qwen/Qwen2-Audio-7B-Instruct")
     revision: str | None = None
-    dtype: Dtype = Field("bfloat16", description="weights in memory, while computing")
-    storage_dtype: Dtype = Field("bfloat16", description="weights on disk")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field(default="bfloat16", description="weights in memory, while computing")
+    storage_dtype: Dtype = Field(default="bfloat16", description="weights on disk")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
 class TaskSettings(_Section):
@@ -187,8 +187,8 @@ class TrainSettings(_Section):
     save_steps: Annotated[int, Field(ge=1)] = 200
     logging_steps: Annotated[int, Field(ge=1)] = 10
     report_to: list[str] = Field(default_factory=list, description="trackers, e.g. [tensorboard, wandb]")
-    fsdp: str | None = Field(None, description="as transformers.TrainingArguments.fsdp, e.g. 'full_shard auto_wrap'")
-    deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON")
+    fsdp: str | None = Field(default=None, description="as transformers.TrainingArguments.fsdp, e.g. 'full_shard auto_wrap'")
+    deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON")
     num_workers: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("epochs", mode="before")
@@ -202,10 +202,9 @@ class DecodeSettings(_Section):
 
     batch_size: Annotated[int, Field(ge=1)] = 32
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    tokens_per_second: Annotated[float, Field(gt=0)] = Field(
-        12.0, description="bound on new tokens = min_new_tokens + this x seconds of audio, at most max_new_tokens"
-    )
-    min_new_tokens: Annotated[int, Field(ge=1)] = Field(24, description="the bound for a clip of no length")
+    # Bound on new tokens of a clip: min_new_tokens + tokens_per_second x its seconds, at most max_new_tokens.
+    tokens_per_second: Annotated[float, Field(gt=0)] = 12.0
+    min_new_tokens: Annotated[int, Field(ge=1)] = 24
 
 
 class RankSettings(_Section):
@@ -213,7 +212,7 @@ class RankSettings(_Section):
 
     strategy: Literal["greedy", "middle", "block-influence"] = "greedy"
     num_layers_to_remove: Annotated[int, Field(ge=1)] = 8
-    metric: Metric | dict[str, Metric] = Field("chrfpp", description="one metric, or one a target language")
+    metric: Metric | dict[str, Metric] = Field(default="chrfpp", description="one metric, or one a target language")
     towers: Literal["decoder", "encoder", "both"] = "decoder"
     protect_first: Annotated[int, Field(ge=0)] = 1
     protect_last: Annotated[int, Field(ge=0)] = 1
@@ -241,8 +240,7 @@ class DistillSettings(_Section):
     """Filters of the teacher's translations (sequence-level knowledge distillation, Kim & Rush 2016)."""
 
     drop_duplicates: bool = True
-    max_repeats: Annotated[int, Field(ge=2)] = Field(
-        4, description="a translation in which an n-gram (n <= 4) stands more often in a row is a repetition loop"
+    max_repeats: Annotated[int, Field(ge=2)] = Field(default=4, description="a translation in which an n-gram (n <= 4) stands more often in a row is a repetition loop"
     )
 
 
@@ -251,7 +249,7 @@ class QuantizeSettings(_Section):
 
     start: Literal["recovered", "pruned", "teacher", "base"] = "recovered"
     parts: list[Literal["decoder", "audio_tower", "projector", "lm_head"]] = Field(
-        default_factory=lambda: ["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
+        default=["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
     )
     scheme: Literal["nf4", "fp4"] = "nf4"
     double_quantization: bool = True
@@ -268,9 +266,7 @@ class QuantizeSettings(_Section):
 class EvaluateSettings(_Section):
     """What is measured on the test split, for every model of the run."""
 
-    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized"]] = Field(
-        default_factory=lambda: ["base", "teacher", "pruned", "recovered", "quantized"]
-    )
+    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized"]] = ["base", "teacher", "pruned", "recovered", "quantized"]
     bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")
 
