@@ -36,6 +36,7 @@ from trimlingual.sources import Clip, source_fingerprint
 if TYPE_CHECKING:
     from trimlingual.prompts import Example
 
+OPTIONAL_ROLES = ("baseline", "evaluation")  # an evaluation without a comparison and an export without scores are whole
 Status = Literal["done", "unfinished", "missing", "stale"]
 
 
@@ -142,18 +143,22 @@ def run_stage(
             if not folder.exists():
                 raise ArtifactError(f"{folder} does not exist (given as the {role} of stage {name!r})")
             inputs[role] = model_ref(folder) if folder.is_dir() else Ref(folder, hash_file(folder)[:16])
-    step = replace(step, inputs=inputs, folder=out or step.folder)
     makers = {other.folder: other for other in steps.values()}
-    for role, ref in inputs.items():
+    for role, ref in list(inputs.items()):
         maker = makers.get(ref.folder)
         if maker is None or maker.status() == "done":
             continue
-        if maker.name != "data":
+        if role in OPTIONAL_ROLES:
+            say(f"{maker.name!r} is {maker.status()}: {name!r} goes without it")
+            del inputs[role]
+        elif maker.name == "data":
+            write_recipe(recipe, run_dir)
+            maker.run(force=force)
+        else:
             raise ArtifactError(
                 f"stage {name!r} needs the {role} in {ref.folder}, which is {maker.status()}; run {maker.name!r} first"
             )
-        write_recipe(recipe, run_dir)
-        maker.run(force=force)
+    step = replace(step, inputs=inputs, folder=out or step.folder)
     return step.run(force=force)
 
 

@@ -150,7 +150,8 @@ class Trainer:
             if args.eval_every and now - last_evaluation >= args.eval_every and progress < 0.9:
                 run.evaluations.append({"step": run.steps, "s": run.seconds, **evaluate(f"step {run.steps}")})
                 self._losses.train()
-                last_line = last_evaluation = time.monotonic()
+                spent = time.monotonic() - now
+                last_line, last_evaluation = last_line + spent, now + spent  # the speed shown is of training alone
             for group in self._optimiser.param_groups:
                 group["lr"] = self._rate(progress)
             sums += torch.stack(self._step())
