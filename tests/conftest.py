@@ -45,7 +45,13 @@ def make_model(processor: Any) -> Callable[..., Any]:
     """Random models of chosen shape. The spread of the weights is wide, so that outputs are varied and some answers end."""
 
     def make(
-        layers: int = 4, heads: int = 4, kv_heads: int = 2, width: int = 64, encoder_layers: int = 2, tied: bool = False, seed: int = 0
+        layers: int = 4,
+        heads: int = 4,
+        kv_heads: int = 2,
+        width: int = 64,
+        encoder_layers: int = 2,
+        tied: bool = False,
+        seed: int = 0,
     ) -> Any:
         torch.manual_seed(seed)
         tokenizer = processor.tokenizer
@@ -80,7 +86,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[...
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def lineage(model_dir: Path) -> Lineage:
     return read_lineage(model_dir, "tiny")
 
@@ -106,21 +112,21 @@ def make_clips(folder: Path, count: int, first_seed: int = 0) -> list[Clip]:
     return clips
 
 
-@pytest.fixture()
+@pytest.fixture
 def split(tmp_path: Path) -> Split:
     return Split("select", tuple(make_clips(tmp_path, 7)))
 
 
-@pytest.fixture()
+@pytest.fixture
 def task() -> TaskSettings:
     return TaskSettings(target_languages=["de", "zh"])
 
 
-@pytest.fixture()
+@pytest.fixture
 def decode_settings() -> DecodeSettings:
     return DecodeSettings(batch_size=4, max_new_tokens=12)
 
 
-@pytest.fixture()
+@pytest.fixture
 def model_settings() -> ModelSettings:
     return ModelSettings(base="tiny", dtype="float32", storage_dtype="float32", device="cpu")

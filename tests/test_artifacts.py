@@ -43,7 +43,9 @@ def test_other_settings_stop_and_name_the_change(tmp_path):
         produce(tmp_path / "a", "stage", {"section": {"x": 2}}, {}, work)
     with pytest.raises(ArtifactError, match="input data changed"):
         produce(tmp_path / "a", "stage", {"section": {"x": 1}}, {"data": "new"}, work)
-    assert produce(tmp_path / "a", "stage", {"section": {"x": 2}}, {}, work, force=True).settings == {"section": {"x": 2}}
+    assert produce(tmp_path / "a", "stage", {"section": {"x": 2}}, {}, work, force=True).settings == {
+        "section": {"x": 2}
+    }
 
 
 def test_half_work_is_never_an_artefact_and_is_gone_on_with(tmp_path):

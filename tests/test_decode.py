@@ -28,7 +28,11 @@ def plain_generate(model, processor, prompter, clip, language, limit):
 
 @pytest.mark.parametrize(
     "shape",
-    [{"heads": 4, "kv_heads": 2}, {"heads": 4, "kv_heads": 4, "layers": 2}, {"heads": 2, "kv_heads": 1, "width": 48, "tied": True}],
+    [
+        {"heads": 4, "kv_heads": 2},
+        {"heads": 4, "kv_heads": 4, "layers": 2},
+        {"heads": 2, "kv_heads": 1, "width": 48, "tied": True},
+    ],
     ids=["grouped", "plain", "odd-width-tied"],
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -74,7 +78,9 @@ def test_limits_bound_each_row(make_model, processor, split, task):
 def test_prompt_tokens_are_the_processors(make_model, processor, split, task):
     prompter = Prompter(processor, task)
     for clip in split.clips:
-        theirs = processor(text=prompter.text("de"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000)
+        theirs = processor(
+            text=prompter.text("de"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000
+        )
         num_states = int((theirs["input_ids"] == prompter.audio_token_id).sum())
         assert prompter.prompt_ids("de", num_states) == theirs["input_ids"][0].tolist()
 
@@ -83,7 +89,9 @@ def test_encoded_audio_and_prompt_equal_the_models_own(make_model, processor, sp
     """Logits from our embedded prompt are those of the model's own forward."""
     model, prompter = make_model(), Prompter(processor, task)
     clip = split.clips[0]
-    inputs = processor(text=prompter.text("zh"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000)
+    inputs = processor(
+        text=prompter.text("zh"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000
+    )
     with torch.inference_mode():
         theirs = model(**inputs).logits[0]
         states = encode_audio(model, processor, [load_audio(c.audio) for c in split.clips])[0]
@@ -112,7 +120,9 @@ def test_journal_goes_on_with_equal_results(make_model, processor, split, task, 
     journal = tmp_path / "journal.jsonl"
     assert translate_clips(model, processor, task, split.clips, settings, journal=journal) == whole
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
-    journal.write_text("".join(lines[:5]) + lines[5][:10], encoding="utf-8")  # killed in the middle of a batch and of a line
+    journal.write_text(
+        "".join(lines[:5]) + lines[5][:10], encoding="utf-8"
+    )  # killed in the middle of a batch and of a line
     assert translate_clips(model, processor, task, split.clips, settings, journal=journal) == whole
     again = [line for line in journal.read_text(encoding="utf-8").splitlines()]
     assert len(again) == len(lines)

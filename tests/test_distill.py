@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from trimlingual.data import DataSplits, Split
 from trimlingual.decode import Translation
 from trimlingual.distill import distill, has_repetition_loop, mix, read_distilled, reject
+from trimlingual.models import load_model, save_model
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings
 
 from .conftest import make_clips
@@ -41,27 +43,39 @@ def test_reasons():
     assert why("so so so so so so") == "repetition"
     assert why("Das ist gut.") == "duplicate"
     assert why("Das ist sehr gut.") is None
-    assert reject(Translation("a", "de", "Das ist gut.", 5, False), "Das ist gut.", DistillSettings(drop_duplicates=False)) is None
+    assert (
+        reject(Translation("a", "de", "Das ist gut.", 5, False), "Das ist gut.", DistillSettings(drop_duplicates=False))
+        is None
+    )
 
 
-def test_teacher_translations_are_filtered_and_counted(model_dir, split, task, model_settings, tmp_path):
+def test_teacher_translations_are_filtered_and_counted(model_dir, processor, split, task, model_settings, tmp_path):
+    """The random teacher of this test hardly ever ends an answer, so most are runaways and some are not."""
     decode = DecodeSettings(batch_size=3, max_new_tokens=60, min_new_tokens=60)
-    try:
-        info = distill(model_dir, split.clips, task, model_settings, decode, DistillSettings(), tmp_path)
-    except ValueError as error:  # the random teacher of this test may never end an answer
-        assert "no teacher translation is fit" in str(error)
-        assert len((tmp_path / "translations.jsonl").read_text().splitlines()) == 2 * len(split.clips)
-        return
+    model = load_model(model_dir, "float32", torch.device("cpu"))
+    with torch.no_grad():
+        model.lm_head.weight[processor.tokenizer.eos_token_id] *= 3
+    save_model(model, processor, tmp_path / "teacher", "float32")
+    info = distill(tmp_path / "teacher", split.clips, task, model_settings, decode, DistillSettings(), tmp_path)
     kept = read_distilled(tmp_path)
     assert sum(sum(counts.values()) for counts in info["counts"].values()) == 2 * len(split.clips)
-    assert len(kept) == sum(counts["kept"] for counts in info["counts"].values())
+    assert 0 < len(kept) == sum(counts["kept"] for counts in info["counts"].values())
+    assert len((tmp_path / "translations.jsonl").read_text().splitlines()) == 2 * len(split.clips)
+
+
+def test_nothing_fit_to_learn_from_is_an_error(model_dir, split, task, model_settings, tmp_path):
+    decode = DecodeSettings(batch_size=3, max_new_tokens=1)
+    with pytest.raises(ValueError, match="no teacher translation is fit to learn from"):
+        distill(model_dir, split.clips, task, model_settings, decode, DistillSettings(), tmp_path)
 
 
 def test_mixture(tmp_path):
     clips = make_clips(tmp_path, 4)
     other = [clip for clip in make_clips(tmp_path, 3, first_seed=100)]
     other = [type(c)(c.id, c.audio, {"de": c.references["de"]}, c.source, c.duration_s, c.audio_sha256) for c in other]
-    splits = DataSplits(Split("train", tuple(clips)), Split("select", ()), Split("test", ()), Split("out_of_domain", tuple(other)))
+    splits = DataSplits(
+        Split("train", tuple(clips)), Split("select", ()), Split("test", ()), Split("out_of_domain", tuple(other))
+    )
     taught = [{"id": clips[2].id, "language": "de", "text": "Lehrer"}]
     used, examples = mix(splits, taught, MixSettings(gold=1, distilled=10, out_of_domain=2), ["de", "zh"])
     assert len(used) == 7
@@ -72,4 +86,6 @@ def test_mixture(tmp_path):
     assert [e.text for e in examples] == ["Lehrer"]
     assert only[examples[0].clip].id == clips[2].id
     _, gold = mix(splits, (), MixSettings(), ["de", "zh"])
-    assert json.dumps([e.text for e in gold]) == json.dumps([c.references[lang] for c in clips for lang in ("de", "zh")])
+    assert json.dumps([e.text for e in gold]) == json.dumps(
+        [c.references[lang] for c in clips for lang in ("de", "zh")]
+    )

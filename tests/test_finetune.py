@@ -16,9 +16,11 @@ from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import LoraSettings, TrainSettings
 
 
-@pytest.fixture()
+@pytest.fixture
 def examples(split, task):
-    return [Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages]
+    return [
+        Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages
+    ]
 
 
 def test_loss_equals_the_models_own_on_answer_tokens(make_model, processor, split, task, examples):
@@ -66,7 +68,10 @@ def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, sp
     live = Collator(prompter, lambda i: load_audio(split.clips[i].audio))
     stored = Collator(prompter, live.load, encode_clips(model, processor, split.clips, 4))
     torch.testing.assert_close(
-        torch.tensor(answer_loss(model, stored, examples, 4)), torch.tensor(answer_loss(model, live, examples, 4)), rtol=1e-5, atol=0
+        torch.tensor(answer_loss(model, stored, examples, 4)),
+        torch.tensor(answer_loss(model, live, examples, 4)),
+        rtol=1e-5,
+        atol=0,
     )
 
 
@@ -93,7 +98,10 @@ def test_lora_saves_a_merged_model_and_its_adapter(model_dir, lineage, split, ta
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     before, after = (load_model(d, "float32", torch.device("cpu")) for d in (model_dir, tmp_path))
     assert set(before.state_dict()) == set(after.state_dict())
-    assert not torch.equal(before.model.language_model.layers[0].mlp.up_proj.weight, after.model.language_model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(
+        before.model.language_model.layers[0].mlp.up_proj.weight,
+        after.model.language_model.layers[0].mlp.up_proj.weight,
+    )
 
 
 class _Killed(Exception):
@@ -101,9 +109,13 @@ class _Killed(Exception):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_resumed_training_ends_with_equal_weights(model_dir, make_model, processor, split, task, examples, tmp_path, monkeypatch, method):
+def test_resumed_training_ends_with_equal_weights(
+    model_dir, make_model, processor, split, task, examples, tmp_path, monkeypatch, method
+):
     """Stopped in step 5 after a checkpoint at step 4, and again with the newest checkpoint half written."""
-    settings = TrainSettings(method=method, max_steps=6, learning_rate=1e-3, save_steps=2, lora=LoraSettings(r=4, alpha=8))
+    settings = TrainSettings(
+        method=method, max_steps=6, learning_rate=1e-3, save_steps=2, lora=LoraSettings(r=4, alpha=8)
+    )
 
     def weights(info, model):
         return {n: p.detach().clone() for n, p in info.get("adapted", model).named_parameters()}

@@ -67,7 +67,11 @@ def outcome(folder: Path) -> dict:
         for model in models
         for lang in ("de", "zh")
     }
-    return {"removals": removals, "distilled": (folder / "distilled" / "distilled.jsonl").read_text(encoding="utf-8"), **said}
+    return {
+        "removals": removals,
+        "distilled": (folder / "distilled" / "distilled.jsonl").read_text(encoding="utf-8"),
+        **said,
+    }
 
 
 def test_every_stage_leaves_its_artefact(recipe, run_dir):
@@ -77,7 +81,11 @@ def test_every_stage_leaves_its_artefact(recipe, run_dir):
     assert list(models) == ["base", "teacher", "pruned", "recovered", "quantized"]
     assert models["pruned"]["params"] < models["teacher"]["params"]
     assert models["quantized"]["params"] == models["recovered"]["params"]
-    assert models["quantized"]["disk_bytes"] < 0.8 * models["recovered"]["disk_bytes"] < 0.8 * models["teacher"]["disk_bytes"]
+    assert (
+        models["quantized"]["disk_bytes"]
+        < 0.8 * models["recovered"]["disk_bytes"]
+        < 0.8 * models["teacher"]["disk_bytes"]
+    )
     for language in ("de", "zh"):
         scores = models["quantized"]["languages"][language]
         assert {"bleu", "chrf", "chrfpp", "retained"} <= set(scores)
@@ -116,11 +124,16 @@ def test_seen_clips_are_remembered_and_refused(recipe, run_dir, manifests):
         spare = next(m.partition("=")[2] for m in manifests if m.startswith("data.test="))
         cheat = load_recipe("mini", [*SMALL, *others, f"data.test={source}", f"data.{split}={spare}"])
         with pytest.raises(LeakError, match="clip\\(s\\) of split 'test' are among those this model"):
-            run_stage(cheat, run_dir.parent / f"cheat-{split}", "evaluate quantized", replaced={"model": run_dir / "quantized"})
+            run_stage(
+                cheat,
+                run_dir.parent / f"cheat-{split}",
+                "evaluate quantized",
+                replaced={"model": run_dir / "quantized"},
+            )
 
 
 def test_a_stage_says_what_to_run_first(recipe, tmp_path):
-    with pytest.raises(ArtifactError, match="needs the model in .*teacher, which is missing; run 'teacher' first"):
+    with pytest.raises(ArtifactError, match=r"needs the model in .*teacher, which is missing; run 'teacher' first"):
         run_stage(recipe, tmp_path, "rank")
 
 
@@ -217,7 +230,9 @@ def test_exported_model_stands_alone(recipe, run_dir, model, share):
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     recorded = run_dir / "evaluations" / ("recovered" if model == "recovered" else "quantized")
     pairs = [
-        (ours, row["hypothesis"]) for lang in ("de", "zh") for ours, row in zip(said[lang], read_translations(recorded, lang))
+        (ours, row["hypothesis"])
+        for lang in ("de", "zh")
+        for ours, row in zip(said[lang], read_translations(recorded, lang))
     ]
     assert sum(a == b for a, b in pairs) >= share * len(pairs), [pair for pair in pairs if pair[0] != pair[1]]
 
@@ -235,7 +250,9 @@ def test_dry_run_shows_stages_status_and_estimates(run_dir, manifests):
     command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(run_dir), "--dry-run"]
     for override in [*SMALL, *manifests, "rank.metric=bleu"]:
         command += ["--set", override]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "250"}).stdout
+    shown = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "250"}
+    ).stdout
     rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 3}
     assert "done" in rows["teacher"]
     assert "stale" in rows["rank"]
@@ -243,7 +260,17 @@ def test_dry_run_shows_stages_status_and_estimates(run_dir, manifests):
 
 
 def test_errors_are_one_message_without_traceback(tmp_path):
-    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(tmp_path), "--set", "rank.num_layers_to_remove=-1"]
+    command = [
+        sys.executable,
+        "-m",
+        "trimlingual",
+        "compress",
+        "mini",
+        "--run-dir",
+        str(tmp_path),
+        "--set",
+        "rank.num_layers_to_remove=-1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "rank.num_layers_to_remove" in done.stderr

@@ -25,9 +25,11 @@ CPU = torch.device("cpu")
 TRAIN = TrainSettings(method="lora", max_steps=3, learning_rate=5e-3, lora=LoraSettings(r=4, alpha=8))
 
 
-@pytest.fixture()
+@pytest.fixture
 def examples(split, task):
-    return [Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages]
+    return [
+        Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages
+    ]
 
 
 def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_settings, examples, tmp_path):

@@ -18,7 +18,7 @@ from trimlingual.rank import JOURNAL_FILE, PlanError, TrainingData, check_plan, 
 from trimlingual.recipe import RankSettings, TrainSettings
 
 
-@pytest.fixture()
+@pytest.fixture
 def search(model_dir, lineage, split, task, model_settings, decode_settings):
     def run(out_dir, settings, training=None):
         out_dir.mkdir(exist_ok=True)
@@ -44,9 +44,13 @@ def plain_search(model_dir, processor, split, task, decode_settings, rounds):
                 hypotheses = []
                 for clip in split.clips:
                     text = Prompter(processor, task).text(language)
-                    inputs = processor(text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt")
+                    inputs = processor(
+                        text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt"
+                    )
                     limit = max_new_tokens(clip.duration_s, decode_settings)
-                    ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+                    ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[
+                        0, inputs["input_ids"].shape[1] :
+                    ]
                     hypotheses.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
                 references = [c.references[language] for c in split.clips]
                 by_language.append(corpus_score(metric, hypotheses, references, language).value)
@@ -55,7 +59,9 @@ def plain_search(model_dir, processor, split, task, decode_settings, rounds):
     return removed, record
 
 
-def test_same_removals_and_scores_as_the_plain_procedure(search, model_dir, processor, split, task, decode_settings, tmp_path):
+def test_same_removals_and_scores_as_the_plain_procedure(
+    search, model_dir, processor, split, task, decode_settings, tmp_path
+):
     plan = search(tmp_path, RankSettings(num_layers_to_remove=2, metric=METRICS))
     removed, record = plain_search(model_dir, processor, split, task, decode_settings, 2)
     assert plan.layers_of("decoder") == removed
@@ -91,9 +97,13 @@ def test_loss_as_metric_and_protected_layers(search, tmp_path):
 
 
 def test_encoder_and_both_towers(search, tmp_path):
-    plan = search(tmp_path / "both", RankSettings(num_layers_to_remove=1, metric=METRICS, towers="both", protect_first=0))
+    plan = search(
+        tmp_path / "both", RankSettings(num_layers_to_remove=1, metric=METRICS, towers="both", protect_first=0)
+    )
     assert {c["tower"] for c in plan.candidates} == {"decoder", "encoder"}
-    plan = search(tmp_path / "encoder", RankSettings(num_layers_to_remove=1, metric=METRICS, towers="encoder", protect_first=0))
+    plan = search(
+        tmp_path / "encoder", RankSettings(num_layers_to_remove=1, metric=METRICS, towers="encoder", protect_first=0)
+    )
     assert plan.layers_of("encoder") == [0]
 
 
@@ -101,7 +111,9 @@ def test_middle(search, tmp_path):
     assert search(tmp_path, RankSettings(strategy="middle", num_layers_to_remove=2)).layers_of("decoder") == [2, 3]
 
 
-def test_block_influence_finds_the_layer_that_does_nothing(make_model, processor, search, model_dir, lineage, tmp_path, monkeypatch):
+def test_block_influence_finds_the_layer_that_does_nothing(
+    make_model, processor, search, model_dir, lineage, tmp_path, monkeypatch
+):
     """A layer whose output projections are zero passes its input through: influence 0, so it goes first."""
     import trimlingual.rank as module
 
@@ -121,7 +133,9 @@ def test_block_influence_finds_the_layer_that_does_nothing(make_model, processor
 
 
 def test_too_many_layers(search, tmp_path):
-    with pytest.raises(ValueError, match=r"num_layers_to_remove is 5 but only 4 of the 6 decoder layers may go; choose at most 4"):
+    with pytest.raises(
+        ValueError, match=r"num_layers_to_remove is 5 but only 4 of the 6 decoder layers may go; choose at most 4"
+    ):
         search(tmp_path, RankSettings(num_layers_to_remove=5))
 
 
@@ -131,7 +145,9 @@ def test_finetuning_after_every_removal(search, split, task, model_dir, lineage,
 
     examples = [Example(i, c.id, "de", c.references["de"]) for i, c in enumerate(split.clips)]
     training = TrainingData(split.clips, examples)
-    settings = RankSettings(num_layers_to_remove=2, metric=METRICS, finetune_each_round=TrainSettings(max_steps=2, learning_rate=1e-3))
+    settings = RankSettings(
+        num_layers_to_remove=2, metric=METRICS, finetune_each_round=TrainSettings(max_steps=2, learning_rate=1e-3)
+    )
     whole = search(tmp_path / "whole", settings, training)
     train_, calls = module.train_, []
 
@@ -179,6 +195,8 @@ def test_plan_for_another_model(lineage, tmp_path):
     path.write_text('{"removals": [{"layer": 17}]}')
     with pytest.raises(PlanError, match=r"removes decoder layers \[17\], which this model does not have"):
         check_plan(read_plan(path), lineage)
-    path.write_text(json.dumps({"removals": [{"layer": 1}], "layers": {"decoder": list(range(32)), "encoder": list(range(32))}}))
+    path.write_text(
+        json.dumps({"removals": [{"layer": 1}], "layers": {"decoder": list(range(32)), "encoder": list(range(32))}})
+    )
     with pytest.raises(PlanError, match="made for a model with layers decoder 32"):
         check_plan(read_plan(path), lineage)

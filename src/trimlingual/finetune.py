@@ -22,7 +22,7 @@ from trimlingual.audio import load_audio
 from trimlingual.decode import encode_clips
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_forward
-from trimlingual.models import freeze_, load_model, load_processor, pick_device, save_model
+from trimlingual.models import explained_disk_full, freeze_, load_model, load_processor, pick_device, save_model
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import LoraSettings, ModelSettings, TaskSettings, TrainSettings
@@ -150,7 +150,8 @@ def train_(
         callbacks=[_MarkComplete()],
     )
     try:
-        result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(work_dir))
+        with explained_disk_full(work_dir):
+            result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(work_dir))
     finally:
         del model.forward  # the class's own again
     trained.eval()
@@ -187,7 +188,9 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
 def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, device: torch.device) -> TrainingArguments:
     """The recipe's section as TrainingArguments."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"  # renamed in 5.2x
+    name = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )  # renamed in 5.2x
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
         checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}

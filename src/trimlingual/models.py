@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,26 +123,31 @@ def save_model(model: Any, processor: Any, folder: Path, storage_dtype: Dtype | 
         round_weights_(model, storage_dtype)
         target = DTYPES[storage_dtype]
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    try:
+    with explained_disk_full(folder):
         model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
         if storage_dtype is not None:
             _write_stored_dtype(folder, storage_dtype)
         processor.save_pretrained(folder)
+
+
+@contextmanager
+def explained_disk_full(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises when the disk is full (or a file-size limit is hit) into a ModelError that says so."""
+    try:
+        yield
     except Exception as error:
-        if is_disk_full(error):
+        code = error.errno if isinstance(error, OSError) else None
+        texts = (
+            "No space left",
+            "StorageFull",
+            "File too large",
+            "os error 28",
+        )  # safetensors hides the errno in its text
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts):
             raise ModelError(
-                f"no space left while saving a model to {folder}; free some disk and run again: finished stages are kept"
+                f"no space left while saving to {folder}; free some disk and run again: finished stages are kept"
             ) from error
         raise
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error from any library means a full disk (or a file-size limit); safetensors hides the errno in text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return any(
-        text in str(error) for text in ("No space left", "StorageFull", "File too large", "FileTooLarge", "os error 28")
-    )
 
 
 @torch.no_grad()

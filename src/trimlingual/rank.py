@@ -57,7 +57,9 @@ class PrunePlan(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     removals: list[Removal] = Field(min_length=1)
     strategy: str = "by hand"
-    layers: dict[str, list[int]] | None = Field(default=None, description="layer map of the model that the plan was made for")
+    layers: dict[str, list[int]] | None = Field(
+        default=None, description="layer map of the model that the plan was made for"
+    )
     base: str | None = None
     metric: dict[str, str] = Field(default_factory=dict)
     signatures: dict[str, str] = Field(default_factory=dict)
@@ -133,7 +135,9 @@ class _Search:
     decode: DecodeSettings
     settings: RankSettings
     lineage: Lineage
-    present: dict[str, list[int]]  # original layers that stand in `model`: fewer than in `lineage` once rounds were fine-tuned
+    present: dict[
+        str, list[int]
+    ]  # original layers that stand in `model`: fewer than in `lineage` once rounds were fine-tuned
     signatures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

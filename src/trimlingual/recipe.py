@@ -187,7 +187,9 @@ class TrainSettings(_Section):
     save_steps: Annotated[int, Field(ge=1)] = 200
     logging_steps: Annotated[int, Field(ge=1)] = 10
     report_to: list[str] = Field(default_factory=list, description="trackers, e.g. [tensorboard, wandb]")
-    fsdp: str | None = Field(default=None, description="as transformers.TrainingArguments.fsdp, e.g. 'full_shard auto_wrap'")
+    fsdp: str | None = Field(
+        default=None, description="as transformers.TrainingArguments.fsdp, e.g. 'full_shard auto_wrap'"
+    )
     deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON")
     num_workers: Annotated[int, Field(ge=0)] = 0
 
@@ -240,7 +242,9 @@ class DistillSettings(_Section):
     """Filters of the teacher's translations (sequence-level knowledge distillation, Kim & Rush 2016)."""
 
     drop_duplicates: bool = True
-    max_repeats: Annotated[int, Field(ge=2)] = Field(default=4, description="a translation in which an n-gram (n <= 4) stands more often in a row is a repetition loop"
+    max_repeats: Annotated[int, Field(ge=2)] = Field(
+        default=4,
+        description="a translation in which an n-gram (n <= 4) stands more often in a row is a repetition loop",
     )
 
 
@@ -266,7 +270,13 @@ class QuantizeSettings(_Section):
 class EvaluateSettings(_Section):
     """What is measured on the test split, for every model of the run."""
 
-    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized"]] = ["base", "teacher", "pruned", "recovered", "quantized"]
+    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized"]] = [
+        "base",
+        "teacher",
+        "pruned",
+        "recovered",
+        "quantized",
+    ]
     bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")
 

@@ -118,7 +118,9 @@ def in_domain_splits(num_train: int, num_select: int, num_test: int, seed: int) 
                 sentence, words = pool.pop()
                 spoken = set(normalised(sentence.en).split())
                 if not _gaps(sentence.en) & taken and (known is None or spoken <= known):
-                    weights = Counter(sorted(spoken))  # sorted: a set's order, and so the sums below, vary from run to run
+                    weights = Counter(
+                        sorted(spoken)
+                    )  # sorted: a set's order, and so the sums below, vary from run to run
                     weights.update({w: CONTENT_WEIGHT for w in sorted(words)})
                     window.append((sentence, weights))
             if not window:
