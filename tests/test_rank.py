@@ -12,9 +12,10 @@ from trimlingual.layers import drop_layers_
 from trimlingual.lineage import read_lineage
 from trimlingual.metrics import corpus_score
 from trimlingual.models import load_model
+from trimlingual.plan import PlanError, check_plan, read_plan
 from trimlingual.prompts import Example, Prompter
 from trimlingual.prune import prune
-from trimlingual.rank import JOURNAL_FILE, PlanError, TrainingData, check_plan, rank, read_plan
+from trimlingual.rank import JOURNAL_FILE, TrainingData, rank
 from trimlingual.recipe import RankSettings, TrainSettings
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
 
 RecipeArg = Annotated[
     str, typer.Argument(help="Name of a shipped recipe (see `trimlingual recipes`) or path of a YAML file.")
@@ -228,6 +229,10 @@ def _show_plan(recipe: Recipe, run_dir: Path) -> None:
 
 def main() -> None:
     """Entry point: errors of the input end with their message and exit code 1. TRIMLINGUAL_DEBUG=1 shows where they arose."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals
+    # What libraries say to their own developers about each other is nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def encode_audio(model: Any, processor: Any, audio: Sequence[np.ndarray]) -> lis
     return [row[:count] for row, count in zip(states, num_audio_states(mask.sum(-1)).tolist())]
 
 
+def _load_and_encode(model: Any, processor: Any, clips: Sequence[Clip]) -> list[Tensor]:
+    return encode_audio(model, processor, [load_audio(clip.audio) for clip in clips])
+
+
 @torch.inference_mode()
 def encode_clips(model: Any, processor: Any, clips: Sequence[Clip], batch_size: int) -> list[Tensor]:
     """Audio tower output of every clip, in order, with a progress bar; kept on the model's device."""
@@ -73,8 +78,7 @@ def encode_clips(model: Any, processor: Any, clips: Sequence[Clip], batch_size: 
     with progress("encoding audio", len(clips)) as advance:
         for start in range(0, len(clips), batch_size):
             batch = clips[start : start + batch_size]
-            encode = lambda some: encode_audio(model, processor, [load_audio(clip.audio) for clip in some])  # noqa: E731
-            states.extend(split_on_oom(encode, batch))
+            states.extend(split_on_oom(partial(_load_and_encode, model, processor), batch))
             advance(len(batch))
     return states
 
@@ -97,10 +101,8 @@ def greedy(
 
     `limits[i]` bounds the new tokens of prompt i. Prompts are grouped by length; the order of the result is the caller's.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i], i))
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in length_groups(prompts, limits, batch_size):
         decoded = split_on_oom(
             lambda some: _greedy_batch(model, [prompts[i] for i in some], [limits[i] for i in some], eos), chosen
         )
@@ -109,11 +111,27 @@ def greedy(
     return results
 
 
+def length_groups(prompts: Sequence[Tensor], limits: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of the prompts in batches of similar length."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i], i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@dataclass
+class Decoding:
+    """A batch in the middle of decoding, one row a prompt: what `extend` goes on from."""
+
+    cache: DynamicCache
+    mask: Tensor  # (B, T) of what is in the cache
+    position: Tensor  # (B,) position of the next token
+    out: list[list[int]]  # new tokens so far
+    budget: Tensor  # (B,) how many new tokens there may be in all
+
+
 def _greedy_batch(model: Any, prompts: Sequence[Tensor], limits: Sequence[int], eos: Sequence[int]) -> list[list[int]]:
-    decoder, head = text_decoder(model), lm_head(model)
-    embeds, mask = _left_pad(prompts)
-    device = embeds.device
-    position = mask.sum(-1)  # (B,) position of the next token
+    decoder = text_decoder(model)
+    embeds, mask = left_pad(prompts)
     cache = DynamicCache(config=decoder.config)
     hidden = decoder(
         inputs_embeds=embeds,
@@ -122,35 +140,46 @@ def _greedy_batch(model: Any, prompts: Sequence[Tensor], limits: Sequence[int], 
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
-    budget = torch.tensor(limits, device=device)
-    ends = torch.tensor(list(eos), device=device)
-    out: list[list[int]] = [[] for _ in prompts]
-    step = 0
+    budget = torch.tensor(limits, device=embeds.device)
+    state = Decoding(cache, mask, mask.sum(-1), [[] for _ in prompts], budget)
+    extend(model, state, lm_head(model)(hidden[:, -1]).argmax(-1), eos)
+    return state.out
+
+
+def extend(model: Any, state: Decoding, token: Tensor, eos: Sequence[int]) -> None:
+    """Append `token` (B,) and go on greedily until every row has ended or used its budget; fills `state.out`.
+
+    Rows that have ended leave the batch, so the state is used up.
+    """
+    decoder, head = text_decoder(model), lm_head(model)
+    rows = torch.arange(len(token), device=token.device)  # which prompt each row of the batch is
+    length = torch.tensor([len(tokens) for tokens in state.out], device=token.device)
+    ends = torch.tensor(list(eos), device=token.device)
+    mask, position, budget = state.mask, state.position, state.budget
     while True:
-        token = head(hidden[:, -1]).float().argmax(-1)
-        step += 1
+        length = length + 1
         for row, value in zip(rows.tolist(), token.tolist()):
-            out[row].append(value)
-        alive = ~torch.isin(token, ends) & (budget[rows] > step)
-        keep = alive.nonzero()[:, 0]
+            state.out[row].append(value)
+        keep = (~torch.isin(token, ends) & (budget > length)).nonzero()[:, 0]
         if not len(keep):
-            return out
+            return
         if len(keep) < len(rows):
-            cache.batch_select_indices(keep)
+            state.cache.batch_select_indices(keep)
             rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
+            budget, length = budget[keep], length[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         hidden = decoder(
             inputs_embeds=embed(model, token[:, None]),
             attention_mask=mask,
             position_ids=position[:, None],
-            past_key_values=cache,
+            past_key_values=state.cache,
             use_cache=True,
         ).last_hidden_state
         position = position + 1
+        token = head(hidden[:, -1]).argmax(-1)
 
 
-def _left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(B, T, D) with zeros on the left, and the attention mask (B, T)."""
     width = max(len(prompt) for prompt in prompts)
     embeds = prompts[0].new_zeros((len(prompts), width, prompts[0].shape[-1]))
@@ -219,10 +248,7 @@ def _translate_batch(
     settings: DecodeSettings,
     eos: Sequence[int],
 ) -> Iterable[Translation]:
-    processor = prompter.processor
-    encoded = split_on_oom(
-        lambda some: encode_audio(model, processor, [load_audio(clip.audio) for clip in some]), batch
-    )
+    encoded = split_on_oom(partial(_load_and_encode, model, prompter.processor), batch)
     states = {clip.id: tower for clip, tower in zip(batch, encoded)}
     prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in wanted]
     limits = [max_new_tokens(clip.duration_s, settings) for clip, _ in wanted]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from trimlingual.artifacts import SCRATCH, is_main_process, wait_for_everyone, write_json
 from trimlingual.audio import load_audio
@@ -149,6 +149,7 @@ def train_(
         data_collator=Collator(prompter, lambda index: load_audio(clips[index].audio), states),
         callbacks=[_MarkComplete()],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
     try:
         with explained_disk_full(work_dir):
             result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(work_dir))

@@ -25,7 +25,6 @@ from trimlingual.recipe import Dtype, Tower
 logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 # Names of the parts as modules in memory; used by quantisation, freezing and reports.
 PARTS = {
     "audio_tower": "model.audio_tower",

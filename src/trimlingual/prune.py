@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from trimlingual.layers import drop_layers_
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.models import (
-    TOWERS,
     embed,
     layer_list,
     lm_head,
@@ -27,7 +26,7 @@ from trimlingual.models import (
     text_decoder,
     tower_states,
 )
-from trimlingual.rank import FINETUNED, PlanError, check_plan, read_plan
+from trimlingual.plan import FINETUNED, TOWERS, PlanError, check_plan, read_plan
 from trimlingual.recipe import ModelSettings, Tower
 
 # Cached and uncached attention add up in another order; logits may differ by rounding only. Relative to the largest logit.

@@ -7,113 +7,29 @@ strategies it is compared with. The result is a PrunePlan, which is data: it can
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimlingual.artifacts import SCRATCH, append_jsonl, machine, read_journal, write_json
 from trimlingual.audio import load_audio
+from trimlingual.candidates import Scorer
 from trimlingual.data import Split
-from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, to_translation
 from trimlingual.finetune import train_
-from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import Lineage, read_lineage
-from trimlingual.loss import answer_forward, answer_loss
-from trimlingual.metrics import corpus_score
-from trimlingual.models import TOWERS, eos_token_ids, layer_list, load_model, load_processor, pick_device, save_model
+from trimlingual.loss import answer_forward
+from trimlingual.models import layer_list, load_model, load_processor, pick_device, save_model
+from trimlingual.plan import FINETUNED, PLAN_FILE, TOWERS, PrunePlan, Removal
 from trimlingual.progress import progress, say
-from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.prompts import Collator, Example
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, Tower
 from trimlingual.sources import Clip
 
-PLAN_FILE = "plan.json"
 JOURNAL_FILE = "candidates.jsonl"
-FINETUNED = "model"  # folder beside the plan, when the search fine-tuned after every removal
-
-
-class PlanError(ValueError):
-    """A plan that cannot be read or does not fit the model."""
-
-
-class Removal(BaseModel):
-    """One removed layer. `layer` counts in the base model, before any pruning."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    tower: Tower = "decoder"
-    layer: int = Field(ge=0)
-    round: int | None = None
-    score: float | None = None
-
-
-class PrunePlan(BaseModel):
-    """What to remove and why. By hand, `{"removals": [{"layer": 13}, {"layer": 3}]}` is enough."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    removals: list[Removal] = Field(min_length=1)
-    strategy: str = "by hand"
-    layers: dict[str, list[int]] | None = Field(
-        default=None, description="layer map of the model that the plan was made for"
-    )
-    base: str | None = None
-    metric: dict[str, str] = Field(default_factory=dict)
-    signatures: dict[str, str] = Field(default_factory=dict)
-    baseline_score: float | None = None
-    baseline_scores: dict[str, float] = Field(default_factory=dict)
-    candidates: list[dict[str, Any]] = Field(default_factory=list)
-    selection: dict[str, Any] = Field(default_factory=dict)
-    decode: dict[str, Any] = Field(default_factory=dict)
-    finetuned: bool = False
-    seconds: float | None = None
-    machine: dict[str, Any] = Field(default_factory=dict)
-
-    def layers_of(self, tower: Tower) -> list[int]:
-        """Original layers of one tower to remove."""
-        return [removal.layer for removal in self.removals if removal.tower == tower]
-
-
-def read_plan(path: Path) -> PrunePlan:
-    """Read `plan.json` (or the folder that holds it). PlanError says what is wrong with it."""
-    path = path / PLAN_FILE if path.is_dir() else path
-    try:
-        plan = PrunePlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
-    except (ValueError, ValidationError) as error:
-        raise PlanError(f"{path} is not a prune plan: {error}") from error
-    named = [(removal.tower, removal.layer) for removal in plan.removals]
-    twice = sorted({f"{tower} {layer}" for tower, layer in named if named.count((tower, layer)) > 1})
-    if twice:
-        raise PlanError(f"{path} removes a layer twice: {', '.join(twice)}")
-    return plan
-
-
-def check_plan(plan: PrunePlan, lineage: Lineage) -> dict[Tower, list[int]]:
-    """Positions in the current model of the layers to remove; PlanError if the plan was made for another model."""
-    if plan.layers is not None and plan.layers != lineage.layers:
-        raise PlanError(
-            f"the plan was made for a model with layers {_short(plan.layers)}, but this one has {_short(lineage.layers)}; "
-            "rank this model, or apply the plan to the model it was made for"
-        )
-    positions: dict[Tower, list[int]] = {}
-    for tower in TOWERS:
-        wanted, have = plan.layers_of(tower), lineage.layers[tower]
-        missing = [layer for layer in wanted if layer not in have]
-        if missing:
-            raise PlanError(f"the plan removes {tower} layers {missing}, which this model does not have; it has {have}")
-        if len(wanted) >= len(have):
-            raise PlanError(f"the plan removes all {len(have)} {tower} layers")
-        positions[tower] = [have.index(layer) for layer in wanted]
-    return positions
-
-
-def _short(layers: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{tower} {len(indices)}: {list(indices)}" for tower, indices in layers.items())
 
 
 @dataclass(frozen=True)
@@ -122,80 +38,6 @@ class TrainingData:
 
     clips: Sequence[Clip]
     examples: Sequence[Example]
-
-
-@dataclass
-class _Search:
-    """The model under search and what every candidate shares: clips encoded once, prompts embedded once."""
-
-    model: Any
-    processor: Any
-    select: Split
-    task: TaskSettings
-    decode: DecodeSettings
-    settings: RankSettings
-    lineage: Lineage
-    present: dict[
-        str, list[int]
-    ]  # original layers that stand in `model`: fewer than in `lineage` once rounds were fine-tuned
-    signatures: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.prompter = Prompter(self.processor, self.task)
-        self.eos = eos_token_ids(self.model, self.processor)
-        self.reencode = self.settings.towers != "decoder" or self.settings.finetune_each_round is not None
-        self._states: list[torch.Tensor] | None = None
-
-    def states(self) -> list[torch.Tensor]:
-        """Audio tower output of the selection clips; computed again only if the tower may have changed."""
-        if self._states is None or self.reencode:
-            self._states = encode_clips(self.model, self.processor, self.select.clips, self.decode.batch_size)
-        return self._states
-
-    def scores(self) -> tuple[dict[str, float], int]:
-        """Score by language of the model as it is now (higher is better), and the number of runaways."""
-        states = self.states()
-        scores, runaways = {}, 0
-        for language in self.task.target_languages:
-            metric = self.settings.metric_for(language)
-            if metric == "loss":
-                collator = Collator(self.prompter, lambda i: load_audio(self.select.clips[i].audio), states)
-                scores[language] = -answer_loss(self.model, collator, self.examples(language), self.decode.batch_size)
-                continue
-            hypotheses, truncated = self.translate(states, language)
-            references = [clip.references[language] for clip in self.select.clips]
-            result = corpus_score(metric, hypotheses, references, language)
-            scores[language], self.signatures[language] = result.value, result.signature
-            runaways += truncated
-        return scores, runaways
-
-    def translate(self, states: Sequence[torch.Tensor], language: str) -> tuple[list[str], int]:
-        """Translations of the selection set, and how many ran into the bound."""
-        clips = self.select.clips
-        prompts = [embed_prompt(self.model, self.prompter, tower, language) for tower in states]
-        limits = [max_new_tokens(clip.duration_s, self.decode) for clip in clips]
-        tokens = greedy(self.model, prompts, limits, self.eos, self.decode.batch_size)
-        done = [to_translation(self.prompter, c.id, language, ids, self.eos) for c, ids in zip(clips, tokens)]
-        return [t.hypothesis for t in done], sum(t.truncated for t in done)
-
-    def examples(self, language: str) -> list[Example]:
-        """The selection set with its references, for teacher-forced measures."""
-        return [Example(i, c.id, language, c.references[language]) for i, c in enumerate(self.select.clips)]
-
-    def positions(self, gone: Mapping[Tower, Sequence[int]]) -> dict[Tower, list[int]]:
-        """Positions in `model` of the given original layers, as far as they still stand there."""
-        return {t: [self.present[t].index(i) for i in layers if i in self.present[t]] for t, layers in gone.items()}
-
-    def candidates(self, lineage: Lineage) -> list[tuple[Tower, int]]:
-        """(tower, original layer) that may still go."""
-        found: list[tuple[Tower, int]] = []
-        for tower in TOWERS:
-            if self.settings.towers in (tower, "both"):
-                layers = lineage.layers[tower]
-                start, end = self.settings.protect_first, len(layers) - self.settings.protect_last
-                kept = set(self.settings.protected) if tower == "decoder" else set()
-                found += [(tower, layer) for layer in layers[start:end] if layer not in kept]
-        return found
 
 
 def rank(
@@ -219,7 +61,7 @@ def rank(
     source = _latest_round(out_dir) or model_dir
     device = pick_device(model_settings.device)
     model, processor = load_model(source, model_settings.dtype, device), load_processor(model_dir)
-    search = _Search(model, processor, select, task, decode, settings, lineage, read_lineage(source).layers)
+    search = Scorer(model, processor, select, task, decode, settings, lineage, read_lineage(source).layers)
     allowed = search.candidates(lineage)
     if settings.num_layers_to_remove > len(allowed):
         raise ValueError(
@@ -259,7 +101,7 @@ def rank(
 
 
 def _greedy_search(
-    search: _Search, training: TrainingData | None, model_settings: ModelSettings, seed: int, out_dir: Path
+    search: Scorer, training: TrainingData | None, model_settings: ModelSettings, seed: int, out_dir: Path
 ) -> PrunePlan:
     journal = out_dir / JOURNAL_FILE
     known = {(r["round"], r["tower"], r["layer"]): r for r in read_journal(journal)}
@@ -269,16 +111,14 @@ def _greedy_search(
     scored: list[dict[str, Any]] = []
     say(f"layer search: {total} candidates of {len(search.select.clips)} clips each, {len(known)} already scored")
     with progress("searching layers", total + 1) as advance:
-        baseline = _scored(search, known, journal, {"round": 0, "tower": None, "layer": None}, {})
+        baseline = _scored(search, known, journal, 0, None)
         advance(1)
         lineage = search.lineage
         for number in range(1, search.settings.num_layers_to_remove + 1):
+            search.begin_round({tower: [r.layer for r in removals if r.tower == tower] for tower in TOWERS})
             records = []
-            for tower, layer in search.candidates(lineage):
-                gone: dict[Tower, list[int]] = {t: [r.layer for r in removals if r.tower == t] for t in TOWERS}
-                gone[tower].append(layer)
-                key = {"round": number, "tower": tower, "layer": layer}
-                records.append(_scored(search, known, journal, key, gone))
+            for candidate in search.candidates(lineage):
+                records.append(_scored(search, known, journal, number, candidate))
                 advance(1)
             best = max(records, key=lambda record: record["score"])  # of equal ones the first, so the order is fixed
             removals.append(Removal(tower=best["tower"], layer=best["layer"], round=number, score=best["score"]))
@@ -299,26 +139,28 @@ def _greedy_search(
     )
 
 
-def _num_candidates(search: _Search) -> int:
+def _num_candidates(search: Scorer) -> int:
     first = len(search.candidates(search.lineage))
     return sum(first - removed for removed in range(search.settings.num_layers_to_remove))
 
 
 def _scored(
-    search: _Search,
+    search: Scorer,
     known: dict[Any, dict[str, Any]],
     journal: Path,
-    key: dict[str, Any],
-    gone: Mapping[Tower, Sequence[int]],
+    number: int,
+    candidate: tuple[Tower, int] | None,
 ) -> dict[str, Any]:
-    """The record of one candidate (the model without the original layers `gone`): from the journal, or scored now."""
-    identity = (key["round"], key["tower"], key["layer"])
+    """The record of one candidate of round `number` (None: the model as it came): from the journal, or scored now."""
+    tower, layer = candidate or (None, None)
+    identity = (number, tower, layer)
     if identity not in known:
         started = time.perf_counter()
-        with without_layers(search.model, search.positions(gone)):
-            scores, runaways = search.scores()
+        scores, runaways = search.scores(candidate)
         record = {
-            **key,
+            "round": number,
+            "tower": tower,
+            "layer": layer,
             "score": sum(scores.values()) / len(scores),
             "scores": scores,
             "num_truncated": runaways,
@@ -332,7 +174,7 @@ def _scored(
 
 
 def _finetune_round(
-    search: _Search,
+    search: Scorer,
     training: TrainingData,
     model_settings: ModelSettings,
     lineage: Lineage,
@@ -347,8 +189,7 @@ def _finetune_round(
     folder = out_dir / SCRATCH / f"round-{number}"
     if folder.is_dir() or (out_dir / FINETUNED).is_dir():  # the model that was loaded is this round's or a later one's
         return
-    drop_layers_(search.model, search.positions({removal.tower: [removal.layer]}))
-    search.present = lineage.layers
+    search.drop_(removal.tower, removal.layer)
     train_(
         search.model, search.processor, training.clips, training.examples, search.task, settings, seed,
         out_dir / SCRATCH / f"training-{number}",
@@ -367,7 +208,7 @@ def _latest_round(out_dir: Path) -> Path | None:
     return max(done, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
-def _middle(search: _Search, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
+def _middle(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
     """The block around the middle (the paper's ablation: layers 12-19 of 32)."""
     if search.settings.towers == "both":
         raise ValueError("rank.strategy middle works on one tower; set rank.towers to decoder or encoder")
@@ -382,7 +223,7 @@ def _middle(search: _Search, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
 
 
 @torch.inference_mode()
-def _block_influence(search: _Search, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
+def _block_influence(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
     """Lowest Block Influence first: 1 - E[cos(layer input, layer output)] (Men et al. 2024, ShortGPT, eq. 1).
 
     Measured on the selection set with its references, teacher-forced, over all positions that are not padding.

@@ -1,0 +1,75 @@
+"""Shared prefill and verified drafts change no translation: every candidate equals decoding anew without the layer.
+
+In float64, so that the algorithm is what is tested: in float32 a near-tie (one in some thousand answers of a random model) falls
+either way already between two batch sizes of plain decoding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimlingual.decode import embed_prompt, encode_clips, greedy
+from trimlingual.drafts import Trace, trace, translate_without
+from trimlingual.layers import without_layers
+from trimlingual.models import eos_token_ids
+from trimlingual.prompts import Prompter
+
+SHAPES = [
+    {"layers": layers, "heads": heads, "kv_heads": kv, "width": width, "tied": tied}
+    for layers, heads, kv, width, tied in [
+        (2, 2, 1, 48, False), (2, 4, 4, 64, True), (3, 4, 2, 64, False), (3, 2, 2, 40, True), (4, 4, 1, 64, False),
+        (4, 6, 3, 96, False), (5, 4, 2, 72, True), (5, 3, 1, 48, False), (6, 4, 4, 64, False), (6, 2, 1, 64, True),
+        (7, 4, 2, 80, False), (7, 5, 5, 60, False), (8, 4, 2, 64, True), (8, 2, 2, 56, False), (9, 4, 2, 64, False),
+        (9, 6, 2, 72, True), (10, 4, 4, 48, False), (10, 4, 1, 64, False), (11, 4, 2, 64, False), (12, 4, 2, 64, True),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, number):
+    model = make_model(**SHAPES[number], seed=number).double()
+    eos = eos_token_ids(model, processor)
+    with torch.no_grad():  # some answers end early, some run into their bound
+        model.lm_head.weight[eos[0]] *= 2.5
+    prompter = Prompter(processor, task)
+    states = encode_clips(model, processor, split.clips, 4)
+    prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
+    limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
+    parent = greedy(model, prompts, limits, eos, 5)
+    traced = trace(model, prompts, parent, 5)
+    changed = 0
+    for position in range(SHAPES[number]["layers"]):
+        with without_layers(model, {"decoder": [position]}):
+            anew = greedy(model, prompts, limits, eos, 5)
+        ours = translate_without(model, traced, position, limits, eos)
+        assert ours == anew, f"layer {position}"
+        changed += sum(a != b for a, b in zip(anew, parent))
+    assert changed, "no candidate changed anything: the test would not see a wrong continuation"
+
+
+def test_a_layer_that_does_nothing_changes_nothing(make_model, processor, split, task):
+    """All drafts are verified whole, and nothing is decoded."""
+    model = make_model(layers=4)
+    idle = model.model.language_model.layers[2]
+    with torch.no_grad():
+        idle.self_attn.o_proj.weight.zero_()
+        idle.mlp.down_proj.weight.zero_()
+    prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
+    prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
+    limits = [10] * len(prompts)
+    parent = greedy(model, prompts, limits, eos, 4)
+    assert translate_without(model, trace(model, prompts, parent, 4), 2, limits, eos) == parent
+
+
+def test_memory_of_a_trace_is_foreseen(make_model, processor, split, task):
+    model = make_model(layers=3)
+    prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
+    prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
+    parent = greedy(model, prompts, [8] * len(prompts), eos, 1)
+    held = 0
+    for group in trace(model, prompts, parent, 1).groups:  # one prompt a group: no padding
+        held += sum(t.numel() * t.element_size() for t in group.hidden)
+        held += sum(t.numel() * t.element_size() for pair in group.keys_values for t in pair)
+    foreseen = Trace.num_bytes(model, prompts, parent)
+    assert held <= foreseen <= 1.05 * held
