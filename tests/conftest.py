@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import soundfile
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
+import trimlingual
 from trimlingual.artifacts import hash_file
 from trimlingual.audio import SAMPLE_RATE
 from trimlingual.data import Split
@@ -130,3 +132,19 @@ def decode_settings() -> DecodeSettings:
 @pytest.fixture
 def model_settings() -> ModelSettings:
     return ModelSettings(base="tiny", dtype="float32", storage_dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def manifests(tmp_path_factory) -> list[str]:
+    """A few of the built-in clips as manifests."""
+    source = Path(trimlingual.__file__).parent / "mini" / "data"
+    folder = tmp_path_factory.mktemp("manifests")
+    overrides = []
+    for split, count in (("train", 24), ("select", 6), ("test", 8)):
+        lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            record["audio"] = str(source / record["audio"])
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
+        overrides.append(f"data.{split}={{kind: manifest, path: '{folder / split}.jsonl'}}")
+    return overrides

@@ -31,22 +31,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="session")
-def manifests(tmp_path_factory) -> list[str]:
-    """A few of the built-in clips as manifests."""
-    source = Path(__import__("trimlingual").__file__).parent / "mini" / "data"
-    folder = tmp_path_factory.mktemp("manifests")
-    overrides = []
-    for split, count in (("train", 24), ("select", 6), ("test", 8)):
-        lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        records = [json.loads(line) for line in lines]
-        for record in records:
-            record["audio"] = str(source / record["audio"])
-        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
-        overrides.append(f"data.{split}={{kind: manifest, path: '{folder / split}.jsonl'}}")
-    return overrides
-
-
-@pytest.fixture(scope="session")
 def recipe(manifests) -> Recipe:
     return load_recipe("mini", [*SMALL, *manifests])
 

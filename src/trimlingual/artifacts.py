@@ -197,11 +197,13 @@ def produce(
     work: Callable[[Path], dict[str, Any]],
     *,
     force: bool = False,
+    everyone: bool = False,
 ) -> Artifact:
     """Return the artefact in `folder`, making it with `work(partial_folder) -> info` if it is not there.
 
     Equal fingerprint: nothing is done. Different: ArtifactError, unless `force`, which removes the old one. Work left over from a
-    killed run with the same fingerprint is handed to `work` again, which goes on from it; other leftovers are removed.
+    killed run with the same fingerprint is handed to `work` again, which goes on from it; other leftovers are removed. Of several
+    processes (torchrun, accelerate launch) the main one works and the others wait, unless `everyone` takes part.
     """
     folder = Path(folder)
     main = is_main_process()
@@ -224,7 +226,7 @@ def produce(
         return _finish(partial, folder)
     started = time.perf_counter()
     earlier = json.loads((partial / WORK_FILE).read_text(encoding="utf-8"))
-    info = work(partial)
+    info = work(partial) if main or everyone else {}
     wait_for_everyone()
     artifact = Artifact(
         stage=stage,
@@ -262,9 +264,14 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Barrier between the processes of a distributed run; nothing in a plain one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+        import torch
+        from torch import distributed
 
-        PartialState().wait_for_everyone()
+        if not distributed.is_initialized():  # accelerate, when it comes to training, takes the group that is there
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        distributed.barrier()
 
 
 def _prepare(partial: Path, wanted: str) -> None:

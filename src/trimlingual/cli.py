@@ -40,13 +40,19 @@ ModelOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instead of the run's own folder.")]
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         out.print(f"trimlingual {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Cut speech-translation models, keep the translation."""
 
 
 @app.command(

@@ -24,6 +24,7 @@ from trimlingual.artifacts import (
     find_artifact,
     fingerprint,
     hash_file,
+    is_main_process,
     produce,
     write_json,
 )
@@ -57,6 +58,7 @@ class Step:
     settings: dict[str, Any]
     inputs: Mapping[str, Ref]
     work: Callable[[Mapping[str, Ref], Path], dict[str, Any]]
+    everyone: bool = False  # every process of a distributed run takes part, not only the main one
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,7 +93,9 @@ class Step:
         def work(partial: Path) -> dict[str, Any]:
             return self.work(self.inputs, partial)
 
-        return produce(self.folder, self.name, self.settings, self.input_fingerprints, work, force=force)
+        return produce(
+            self.folder, self.name, self.settings, self.input_fingerprints, work, force=force, everyone=self.everyone
+        )
 
 
 def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, Any]:
@@ -267,7 +271,8 @@ def finetune_step(
             inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, train, recipe.seed, folder
         )
 
-    return Step(name, out, _settings(recipe, train=train), _inputs(model=model, data=data, distilled=distilled), work)
+    inputs = _inputs(model=model, data=data, distilled=distilled)
+    return Step(name, out, _settings(recipe, train=train), inputs, work, everyone=True)
 
 
 def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
@@ -405,8 +410,9 @@ def lineage_of(model: Ref, recipe: Recipe) -> Lineage:
 
 def write_recipe(recipe: Recipe, run_dir: Path) -> None:
     """Keep the recipe, with its overrides, beside what it made."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "recipe.json", recipe.model_dump())
+    if is_main_process():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "recipe.json", recipe.model_dump())
 
 
 def _settings(recipe: Recipe, **sections: Any) -> dict[str, Any]:

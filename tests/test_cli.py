@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from trimlingual import __version__
+from trimlingual.cli import app
+
+VERBS = [
+    "compress",
+    "finetune",
+    "rank",
+    "prune",
+    "distill",
+    "quantize",
+    "evaluate",
+    "export",
+    "report",
+    "translate",
+    "recipes",
+]
+run = CliRunner().invoke
+
+
+def test_version_and_help_without_torch():
+    code = (
+        "import sys; sys.argv = ['trimlingual', '--version']; from trimlingual.cli import app;"
+        "app(standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert __version__ in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    done = run(app, [verb, "--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    assert f"Example: trimlingual {verb}" in done.stdout
+
+
+def test_recipes_lists_all():
+    shown = run(app, ["recipes"], env={"COLUMNS": "200"}).stdout
+    for name in (
+        "mini",
+        "qwen2-audio-en-de",
+        "qwen2-audio-en-zh",
+        "qwen2-audio-en-de-qlora",
+        "qwen2-audio-en-zh-qlora",
+    ):
+        assert name in shown
+
+
+def test_shell_completion_is_offered():
+    assert "--install-completion" in run(app, ["--help"], env={"COLUMNS": "200"}).stdout
+
+
+def test_a_missing_model_folder_is_explained(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "trimlingual",
+        "rank",
+        "mini",
+        "--run-dir",
+        str(tmp_path),
+        "--model",
+        str(tmp_path / "none"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "does not exist (given as the model of stage 'rank')" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_translate_prints_one_json_line_a_file(tmp_path):
+    from trimlingual.mini import build_speech
+
+    folder = __import__("pathlib").Path(build_speech.__file__).parent
+    record = json.loads((folder / "data" / "everyday.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "trimlingual",
+        "translate",
+        str(folder / "model"),
+        str(folder / "data" / record["audio"]),
+    ]
+    done = subprocess.run([*command, "--to", "zh"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["text"] == record["references"]["zh"]
