@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -238,6 +239,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals
     # What libraries say to their own developers about each other is nothing a user can act on.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # offers a kernel that has to be downloaded
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     try:
         app()
