@@ -92,3 +92,33 @@ def test_translate_prints_one_json_line_a_file(tmp_path):
     ]
     done = subprocess.run([*command, "--to", "zh"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["text"] == record["references"]["zh"]
+
+
+def test_dry_run_of_a_hub_recipe_downloads_nothing(tmp_path):
+    """Without network or data: the stages are shown, and that there is no estimate."""
+    done = run(app, ["compress", "qwen2-audio-en-de", "--dry-run", "--run-dir", str(tmp_path)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    for stage in ("data", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported"):
+        assert stage in done.stdout
+    assert "missing" in done.stdout
+
+
+def test_estimates_at_the_true_size(monkeypatch):
+    """Against the measured bytes of docs: 16.79 GB in bf16; 6.24 GB in nf4 with embeddings and head in bf16."""
+    from transformers import Qwen2AudioConfig
+
+    from trimlingual import estimate
+    from trimlingual.recipe import load_recipe
+
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "vocab_size": 156032,
+    }
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+    monkeypatch.setattr(estimate, "_config", lambda recipe: Qwen2AudioConfig(text_config=text))
+    rows = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora"))
+    assert rows["teacher"][0] == "~16.79 GB"
+    assert rows["quantized"][0] in ("~6.23 GB", "~6.24 GB", "~6.25 GB")

@@ -225,7 +225,11 @@ def _show_plan(recipe: Recipe, run_dir: Path) -> None:
     table = Table(
         "stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=f"{recipe.name} in {run_dir}"
     )
-    guesses = estimate(recipe)
+    try:
+        guesses = estimate(recipe)
+    except OSError as error:  # not cached, no network
+        say(f"no estimates: the configuration of {recipe.model.base} could not be read ({str(error).splitlines()[0]})")
+        guesses = {}
     for step in plan(recipe, run_dir):
         disk, memory = guesses.get(step.name, ("", ""))
         status = step.status()
@@ -239,7 +243,9 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals
     # What libraries say to their own developers about each other is nothing a user can act on.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # offers a kernel that has to be downloaded
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # offers a kernel that has to be downloaded
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     try:
         app()

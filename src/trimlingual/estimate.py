@@ -44,13 +44,12 @@ def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
 def part_sizes(recipe: Recipe) -> dict[str, int]:
     """Parameters of the base model by part, from its configuration alone (on the meta device)."""
     import torch
-    from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
+    from transformers import Qwen2AudioForConditionalGeneration
 
-    from trimlingual.models import layer_list, resolve_base
+    from trimlingual.models import layer_list
 
-    config = AutoConfig.from_pretrained(resolve_base(recipe.model.base, recipe.model.revision))
     with torch.device("meta"):
-        model = Qwen2AudioForConditionalGeneration(config)
+        model = Qwen2AudioForConditionalGeneration(_config(recipe))
     layers = sum(p.numel() for p in layer_list(model, "decoder").parameters())
     tower = sum(p.numel() for p in model.model.audio_tower.parameters())
     total = sum(p.numel() for p in model.parameters())
@@ -58,13 +57,19 @@ def part_sizes(recipe: Recipe) -> dict[str, int]:
 
 
 def _num_decoder_layers(recipe: Recipe) -> int:
+    return _config(recipe).text_config.num_hidden_layers
+
+
+def _config(recipe: Recipe) -> Any:
+    """The base model's configuration; of one on the Hub only that file is fetched."""
     from transformers import AutoConfig
 
-    from trimlingual.models import resolve_base
+    from trimlingual.models import is_on_hub, resolve_base
 
-    return AutoConfig.from_pretrained(
-        resolve_base(recipe.model.base, recipe.model.revision)
-    ).text_config.num_hidden_layers
+    base = recipe.model.base
+    if is_on_hub(base):
+        return AutoConfig.from_pretrained(base, revision=recipe.model.revision)
+    return AutoConfig.from_pretrained(resolve_base(base))
 
 
 def _training_bytes(num: int, held: int, train: TrainSettings) -> float:

@@ -39,6 +39,11 @@ class ModelError(ValueError):
     """A model that cannot be used here; the message says what to do."""
 
 
+def is_on_hub(base: str) -> bool:
+    """Whether a base model's name is a Hub id: neither built in nor a folder nor spelled like a path."""
+    return not (base.startswith((BUILTIN, ".", "/", "~")) or Path(base).is_dir())
+
+
 def resolve_base(base: str, revision: str | None = None) -> Path:
     """Folder of a base model: `builtin:mini`, a local folder, or a Hub id (downloaded to the Hugging Face cache)."""
     if base.startswith(BUILTIN):
@@ -48,7 +53,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
         return folder
     if Path(base).is_dir():
         return Path(base)
-    if base.startswith((".", "/", "~")):
+    if not is_on_hub(base):
         raise ModelError(f"model folder {base} does not exist")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -28,10 +28,11 @@ from trimlingual.artifacts import (
     produce,
     write_json,
 )
+from trimlingual.audio import DataError
 from trimlingual.data import load_splits, prepare_data
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.progress import say
-from trimlingual.recipe import Recipe, TrainSettings
+from trimlingual.recipe import Recipe, Source, TrainSettings
 from trimlingual.sources import Clip, source_fingerprint
 
 if TYPE_CHECKING:
@@ -43,10 +44,24 @@ Status = Literal["done", "unfinished", "missing", "stale"]
 
 @dataclass(frozen=True)
 class Ref:
-    """Something a step reads: its folder, and the fingerprint that stands for its content."""
+    """Something a step reads: where it stands, and the fingerprint that stands for its content.
 
-    folder: Path
+    A base model on the Hub has no `path`: asking for its `folder` downloads it, which planning and --dry-run never do.
+    """
+
+    path: Path | None
     fingerprint: str
+    hub: tuple[str, str | None] | None = None  # (id, revision)
+
+    @property
+    def folder(self) -> Path:
+        """The folder, downloaded first if need be."""
+        if self.path is not None:
+            return self.path
+        from trimlingual.models import resolve_base
+
+        assert self.hub is not None
+        return resolve_base(*self.hub)
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ def run_stage(
             inputs[role] = model_ref(folder) if folder.is_dir() else Ref(folder, hash_file(folder)[:16])
     makers = {other.folder: other for other in steps.values()}
     for role, ref in list(inputs.items()):
-        maker = makers.get(ref.folder)
+        maker = makers.get(ref.path) if ref.path else None
         if maker is None or maker.status() == "done":
             continue
         if role in OPTIONAL_ROLES:
@@ -210,10 +225,13 @@ def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
 
 
 def base_ref(recipe: Recipe) -> Ref:
-    """The base model, downloaded if it is on the Hub."""
-    from trimlingual.models import resolve_base
+    """The base model. One on the Hub is known by its id and revision until it is needed."""
+    from trimlingual.models import is_on_hub, resolve_base
 
-    return model_ref(resolve_base(recipe.model.base, recipe.model.revision))
+    base, revision = recipe.model.base, recipe.model.revision
+    if is_on_hub(base):
+        return Ref(None, fingerprint("hub", {"base": base, "revision": revision}, {}), (base, revision))
+    return model_ref(resolve_base(base))
 
 
 def model_ref(folder: Path) -> Ref:
@@ -245,7 +263,7 @@ def data_step(recipe: Recipe, base: Ref, out: Path) -> Step:
     settings = {
         **recipe.data.model_dump(),
         "target_languages": recipe.task.target_languages,
-        "content": {name: source_fingerprint(source) for name, source in sources.items() if source},
+        "content": {name: _content(source) for name, source in sources.items() if source},
     }
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
@@ -254,6 +272,14 @@ def data_step(recipe: Recipe, base: Ref, out: Path) -> Step:
         return prepare_data(recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["base"].folder)))
 
     return Step("data", out, settings, {"base": base}, work)
+
+
+def _content(source: Source) -> dict[str, Any]:
+    """What stands for a source's content; one that is not there yet is planned with, and an error once it is read."""
+    try:
+        return source_fingerprint(source)
+    except DataError:
+        return {"missing": True}
 
 
 def finetune_step(
