@@ -1,7 +1,6 @@
 """Sizes, times and memory, each against something known."""
 
 import time
-from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
@@ -14,7 +13,6 @@ from trimlingual.measure import (
     Stopwatch,
     count_parameters,
     disk_bytes,
-    free_disk_bytes,
     peak_memory,
     speed,
 )
@@ -55,11 +53,6 @@ def test_disk_bytes_of_nothing_is_an_error(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(MeasureError, match="no file to ship"):
             disk_bytes(folder)
-
-
-def test_free_disk_bytes_of_a_folder_to_be_made(tmp_path):
-    assert free_disk_bytes(tmp_path / "a" / "b") == pytest.approx(free_disk_bytes(tmp_path), rel=0.05)
-    assert free_disk_bytes(Path("relative/not/there")) > 0
 
 
 def test_stopwatch_adds_up_its_blocks():

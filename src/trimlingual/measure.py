@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -62,14 +61,6 @@ def disk_bytes(folder: Path) -> int:
     if not shipped:
         raise MeasureError(f"{folder} holds no file to ship; disk_bytes needs the folder of a saved model")
     return sum(path.stat().st_size for path in shipped)
-
-
-def free_disk_bytes(path: Path) -> int:
-    """Free bytes of the file system that holds `path`, which need not exist yet."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 class Stopwatch:
