@@ -14,8 +14,10 @@ from trimlingual.decode import (
     translate_clips,
 )
 from trimlingual.models import embed, eos_token_ids
+from trimlingual.packed import PackedDecoder
 from trimlingual.prompts import Prompter
 from trimlingual.recipe import DecodeSettings
+from trimlingual.stepping import Stepper
 
 
 def plain_generate(model, processor, prompter, clip, language, limit):
@@ -58,8 +60,9 @@ def test_rows_end_at_different_times(make_model, processor, split, task):
     prompts = [embed_prompt(model, prompter, s, "de") for s in states]
     with torch.no_grad():
         model.lm_head.weight[eos[0]] *= 4
-    together = greedy(model, prompts, [20] * len(prompts), eos, 16)
-    alone = [greedy(model, [p], [20], eos, 1)[0] for p in prompts]
+    stepper = Stepper(PackedDecoder(model), eos)
+    together = greedy(stepper, prompts, [20] * len(prompts), 16)
+    alone = [greedy(stepper, [p], [20], 1)[0] for p in prompts]
     assert together == alone
     lengths = {len(tokens) for tokens in together}
     assert len(lengths) > 2, f"this test needs answers of different length; got {lengths}"
@@ -71,7 +74,8 @@ def test_limits_bound_each_row(make_model, processor, split, task):
     prompter = Prompter(processor, task)
     states = encode_clips(model, processor, split.clips, 4)
     limits = list(range(1, len(states) + 1))
-    tokens = greedy(model, [embed_prompt(model, prompter, s, "de") for s in states], limits, [], 4)
+    stepper = Stepper(PackedDecoder(model), [])
+    tokens = greedy(stepper, [embed_prompt(model, prompter, s, "de") for s in states], limits, 4)
     assert [len(t) for t in tokens] == limits
 
 

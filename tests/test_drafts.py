@@ -11,9 +11,10 @@ import torch
 
 from trimlingual.decode import embed_prompt, encode_clips, greedy
 from trimlingual.drafts import Trace, trace, translate_without
-from trimlingual.layers import without_layers
 from trimlingual.models import eos_token_ids
+from trimlingual.packed import PackedDecoder
 from trimlingual.prompts import Prompter
+from trimlingual.stepping import Stepper
 
 SHAPES = [
     {"layers": layers, "heads": heads, "kv_heads": kv, "width": width, "tied": tied}
@@ -36,13 +37,14 @@ def test_every_candidate_equals_decoding_anew(make_model, processor, split, task
     states = encode_clips(model, processor, split.clips, 4)
     prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
     limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
-    parent = greedy(model, prompts, limits, eos, 5)
-    traced = trace(model, prompts, parent, 5)
+    stepper = Stepper(PackedDecoder(model), eos)
+    layers = range(SHAPES[number]["layers"])
+    parent = greedy(stepper, prompts, limits, 5)
+    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
     changed = 0
-    for position in range(SHAPES[number]["layers"]):
-        with without_layers(model, {"decoder": [position]}):
-            anew = greedy(model, prompts, limits, eos, 5)
-        ours = translate_without(model, traced, position, limits, eos)
+    for position in layers:
+        anew = greedy(stepper, prompts, limits, 5, [layer for layer in layers if layer != position])
+        ours = translate_without(stepper, traced, position)
         assert ours == anew, f"layer {position}"
         changed += sum(a != b for a, b in zip(anew, parent))
     assert changed, "no candidate changed anything: the test would not see a wrong continuation"
@@ -58,18 +60,20 @@ def test_a_layer_that_does_nothing_changes_nothing(make_model, processor, split,
     prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
     prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
     limits = [10] * len(prompts)
-    parent = greedy(model, prompts, limits, eos, 4)
-    assert translate_without(model, trace(model, prompts, parent, 4), 2, limits, eos) == parent
+    stepper = Stepper(PackedDecoder(model), eos)
+    parent = greedy(stepper, prompts, limits, 4)
+    assert translate_without(stepper, trace(stepper.decoder, prompts, parent, limits, range(4), [2]), 2) == parent
 
 
 def test_memory_of_a_trace_is_foreseen(make_model, processor, split, task):
     model = make_model(layers=3)
     prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
     prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
-    parent = greedy(model, prompts, [8] * len(prompts), eos, 1)
+    limits = [8] * len(prompts)
+    stepper = Stepper(PackedDecoder(model), eos)
+    parent = greedy(stepper, prompts, limits, 1)
     held = 0
-    for group in trace(model, prompts, parent, 1).groups:  # one prompt a group: no padding
-        held += sum(t.numel() * t.element_size() for t in group.hidden)
-        held += sum(t.numel() * t.element_size() for pair in group.keys_values for t in pair)
-    foreseen = Trace.num_bytes(model, prompts, parent)
-    assert held <= foreseen <= 1.05 * held
+    for chunk in trace(stepper.decoder, prompts, parent, limits, range(3), [1, 2]).chunks:
+        for tensors in (chunk.hidden, chunk.keys, chunk.values):
+            held += sum(t.numel() * t.element_size() for t in tensors.values())
+    assert held == Trace.num_bytes(stepper.decoder, 3, 2, [len(p) for p in prompts], parent)

@@ -80,6 +80,7 @@ def test_goes_on_from_the_last_candidate(search, tmp_path):
     stopped.mkdir()
     kept = [json.loads(line) for line in lines[:3]]
     kept[2]["seconds"] = 12345.0  # what is on disk is not scored again
+    marked = kept[2]["layer"]
     for record in kept:
         append_jsonl(stopped / JOURNAL_FILE, record)
     with (stopped / JOURNAL_FILE).open("a") as file:
@@ -88,7 +89,7 @@ def test_goes_on_from_the_last_candidate(search, tmp_path):
     assert resumed.removals == whole.removals
     strip = [{k: v for k, v in c.items() if k != "seconds"} for c in whole.candidates]
     assert [{k: v for k, v in c.items() if k != "seconds"} for c in resumed.candidates] == strip
-    assert resumed.candidates[1]["seconds"] == 12345.0
+    assert [c["layer"] for c in resumed.candidates if c["seconds"] == 12345.0] == [marked]
 
 
 def test_loss_as_metric_and_protected_layers(search, tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual import __version__
+from trimlingual.processes import is_main_process, wait_for_everyone
 
 ARTIFACT_FILE = "artifact.json"
 SCRATCH = (
@@ -254,24 +255,6 @@ def _finish(partial: Path, folder: Path) -> Artifact:
         os.replace(partial, folder)
     wait_for_everyone()
     return read_artifact(folder)
-
-
-def is_main_process() -> bool:
-    """True in the one process that writes (always, unless started by torchrun or accelerate launch)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def wait_for_everyone() -> None:
-    """Barrier between the processes of a distributed run; nothing in a plain one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch
-        from torch import distributed
-
-        if not distributed.is_initialized():  # accelerate, when it comes to training, takes the group that is there
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        distributed.barrier()
 
 
 def _prepare(partial: Path, wanted: str) -> None:

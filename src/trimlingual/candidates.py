@@ -1,33 +1,104 @@
-"""Score one candidate of the layer search: translate the selection set without a layer, and compare with the references.
+"""Score candidates of the layer search: translate the selection set without a layer, and compare with the references.
 
 What candidates share is done once: every clip is encoded once, every prompt embedded once, and within a round each candidate starts
-from its parent's pass and translation (drafts.py).
+from its parent's pass and translation (drafts.py). The selection set is worked through in blocks of clips, so that a candidate can be
+given up between them.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-import psutil
-import torch
+import numpy as np
 from torch import Tensor
 
-from trimlingual.audio import load_audio
+from trimlingual.bounds import best_possible, settled_counts
 from trimlingual.data import Split
-from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, to_translation
-from trimlingual.drafts import Trace, trace, translate_without
+from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens
+from trimlingual.drafts import Trace, losses, losses_without, trace, translate_without
 from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import Lineage
-from trimlingual.loss import answer_loss
-from trimlingual.metrics import corpus_score
+from trimlingual.metrics import SentenceStatistics, sentence_statistics
 from trimlingual.models import eos_token_ids
+from trimlingual.packed import PackedDecoder
 from trimlingual.plan import TOWERS
 from trimlingual.progress import say
-from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.prompts import Prompter
 from trimlingual.recipe import DecodeSettings, RankSettings, TaskSettings, Tower
+from trimlingual.stepping import Stepper
 
-TRACE_SHARE = 0.5  # of the memory that is free, a trace may take
+TRACE_SHARE = 0.5  # of the memory that is free, what candidates share may take
+ENCODE_BATCH = 32  # clips
+
+
+class Candidate(NamedTuple):
+    """A layer that may go, by its index in the base model."""
+
+    tower: Tower
+    layer: int
+
+
+class Tally:
+    """What one candidate has given so far: translations and losses by clip, and the scores that follow."""
+
+    def __init__(self, scorer: Scorer):
+        self.scorer = scorer
+        self.tokens: dict[int, list[list[int]]] = {}  # clip -> a translation for each translated language
+        self.losses: dict[str, dict[int, tuple[float, int]]] = {}  # language -> clip -> (nats, tokens) of its reference
+
+    @property
+    def num_clips(self) -> int:
+        """Clips scored."""
+        return len(self.tokens) or len(next(iter(self.losses.values()), ()))
+
+    def scores(self) -> dict[str, float]:
+        """Score by language on the clips so far, higher is better; a loss counts negative."""
+        return {
+            language: self.statistics(language).score() if metric != "loss" else self._negative_loss(language)
+            for language, metric in self.scorer.metrics.items()
+        }
+
+    def score(self) -> float:
+        """Mean of the languages' scores."""
+        scores = self.scores()
+        return sum(scores.values()) / len(scores)
+
+    def statistics(self, language: str) -> SentenceStatistics:
+        """Counts of the clips so far, in the clips' order."""
+        number = self.scorer.translated.index(language)
+        clips = sorted(self.tokens)
+        texts = [self.scorer.prompter.decode(self.tokens[clip][number]) for clip in clips]
+        references = [self.scorer.reference(clip, language) for clip in clips]
+        return sentence_statistics(self.scorer.metrics[language], texts, references, language)
+
+    def num_runaways(self) -> int:
+        """Translations that ran into their bound."""
+        return sum(ids[-1] not in self.scorer.eos for rows in self.tokens.values() for ids in rows)
+
+    def bound(self, going: Mapping[tuple[int, int], list[int]] | None = None) -> float:
+        """The best mean score that is still possible; `going` are unfinished translations, (clip, number of the language) -> tokens."""
+        bounds = []
+        for number, language in enumerate(self.scorer.translated):
+            counts = self.scorer.empty_counts[language].copy()
+            finished = np.zeros(len(counts), dtype=bool)
+            if self.tokens:
+                finished[sorted(self.tokens)] = True
+                counts[finished] = self.statistics(language).counts
+            open_ = {clip: ids for (clip, n), ids in (going or {}).items() if n == number}
+            if open_:
+                prefixes = [self.scorer.prompter.decode(ids) for ids in open_.values()]
+                references = [self.scorer.reference(clip, language) for clip in open_]
+                metric = self.scorer.metrics[language]
+                counts[list(open_)] = settled_counts(metric, prefixes, references, language)
+            bounds.append(best_possible(self.scorer.metrics[language], counts, finished))
+        return sum(bounds) / len(bounds)
+
+    def _negative_loss(self, language: str) -> float:
+        sums = self.losses[language].values()
+        return -sum(loss for loss, _ in sums) / sum(count for _, count in sums)
 
 
 class Scorer:
@@ -49,116 +120,171 @@ class Scorer:
     ):
         self.model, self.processor, self.select, self.task = model, processor, select, task
         self.decode, self.settings, self.lineage, self.present = decode, settings, lineage, present
-        self.signatures: dict[str, str] = {}
         self.prompter = Prompter(processor, task)
         self.eos = eos_token_ids(model, processor)
-        self._share = settings.towers == "decoder"
+        self.metrics = {language: settings.metric_for(language) for language in task.target_languages}
+        self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
+        # A random order, so that the first blocks stand for the whole when a candidate is given up after them.
+        order = random.Random(0).sample(range(len(select.clips)), len(select.clips))
+        size = max(1, decode.batch_size // max(1, len(self.translated)))
+        self.blocks = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
+        self._sharing = settings.towers == "decoder"
         self._states: list[Tensor] | None = None
-        self._tokens: dict[tuple[Tower, int], list[list[int]]] = {}  # this round's translations, by candidate
-        self.begin_round({})
+        self._stepper = Stepper(PackedDecoder(model), self.eos)
+        self.begin_round({}, None)
 
-    def begin_round(self, removed: Mapping[Tower, Sequence[int]]) -> None:
-        """Candidates from here on lack the original layers in `removed`, beside their own."""
+    @cached_property
+    def empty_counts(self) -> dict[str, np.ndarray]:
+        """Counts (N, K) by language of a translation of which nothing is known yet."""
+        clips = range(len(self.select.clips))
+        return {
+            language: sentence_statistics(
+                self.metrics[language], [""] * len(clips), [self.reference(c, language) for c in clips], language
+            ).counts
+            for language in self.translated
+        }
+
+    @cached_property
+    def signatures(self) -> dict[str, str]:
+        """sacreBLEU signature by language."""
+        one = {language: [self.reference(0, language)] for language in self.translated}
+        return {
+            lang: sentence_statistics(self.metrics[lang], texts, texts, lang).signature for lang, texts in one.items()
+        }
+
+    def reference(self, clip: int, language: str) -> str:
+        """Reference translation of the clip with this index."""
+        return self.select.clips[clip].references[language]
+
+    def begin_round(self, removed: Mapping[Tower, Sequence[int]], parent: Mapping[int, list[list[int]]] | None) -> None:
+        """Candidates from here on lack the original layers in `removed`, beside their own; `parent` are the translations without."""
         self.removed = {tower: list(removed.get(tower, ())) for tower in TOWERS}
-        newest = {(t, layers[-1]) for t, layers in self.removed.items() if layers}
-        kept = [tokens for candidate, tokens in self._tokens.items() if candidate in newest]
-        self._parent_tokens = kept[0] if len(kept) == 1 and self._share else None
-        self._tokens = {}
-        self._trace: Trace | None = None
+        self.parent = dict(parent or {})
+        self._traces: dict[tuple[tuple[int, ...], str | None], Trace] = {}
 
     def drop_(self, tower: Tower, layer: int) -> None:
         """Take an original layer out of the model for good; the model is about to be trained, so nothing that was shared holds."""
-        drop_layers_(self.model, self._positions({tower: [layer]}))
+        drop_layers_(self.model, {tower: [self.present[tower].index(layer)]})
         self.present = {t: [i for i in layers if (t, i) != (tower, layer)] for t, layers in self.present.items()}
-        self._states, self._tokens = None, {}
+        self._stepper = Stepper(PackedDecoder(self.model), self.eos)
+        self._states, self._traces = None, {}
 
-    def candidates(self, lineage: Lineage) -> list[tuple[Tower, int]]:
-        """(tower, original layer) that may still go."""
-        found: list[tuple[Tower, int]] = []
+    def candidates(self, lineage: Lineage) -> list[Candidate]:
+        """Layers that may still go."""
+        found: list[Candidate] = []
         for tower in TOWERS:
             if self.settings.towers in (tower, "both"):
                 layers = lineage.layers[tower]
                 start, end = self.settings.protect_first, len(layers) - self.settings.protect_last
                 kept = set(self.settings.protected) if tower == "decoder" else set()
-                found += [(tower, layer) for layer in layers[start:end] if layer not in kept]
+                found += [Candidate(tower, layer) for layer in layers[start:end] if layer not in kept]
         return found
 
-    def scores(self, candidate: tuple[Tower, int] | None) -> tuple[dict[str, float], int]:
-        """Score by language (higher is better) of the model without the candidate's layer, and the number of runaways."""
-        metrics = {language: self.settings.metric_for(language) for language in self.task.target_languages}
-        scores, runaways = {}, 0
-        tokens = self._translate(candidate) if set(metrics.values()) != {"loss"} else []
-        for number, (language, metric) in enumerate(metrics.items()):
+    def influence(self, candidate: Candidate) -> float:
+        """Block Influence of a decoder layer in the parent's pass (see drafts.Trace); 0 where nothing is shared."""
+        language = None if self.translated else next(iter(self.metrics))
+        traced = self._trace(self.blocks[0], language)
+        return traced.influence[self._position(candidate)] if traced and candidate.tower == "decoder" else 0.0
+
+    def add(self, tally: Tally, candidate: Candidate | None, block: Sequence[int], floor: float | None = None) -> bool:
+        """Translate a block of clips without the candidate's layer (None: the parent) and add it to the tally.
+
+        False, with nothing added, as soon as it is certain that the candidate stays below `floor` however the rest turns out.
+        """
+        for language, metric in self.metrics.items():
             if metric == "loss":
-                scores[language] = -self._loss(candidate, language)
-                continue
-            rows = tokens[number :: len(metrics)]
-            clips = self.select.clips
-            done = [to_translation(self.prompter, c.id, language, ids, self.eos) for c, ids in zip(clips, rows)]
-            references = [clip.references[language] for clip in clips]
-            result = corpus_score(metric, [t.hypothesis for t in done], references, language)
-            scores[language], self.signatures[language] = result.value, result.signature
-            runaways += sum(t.truncated for t in done)
-        return scores, runaways
+                tally.losses.setdefault(language, {}).update(self._losses(candidate, block, language))
+        if not self.translated:
+            return True
+        keys = [(clip, number) for clip in block for number in range(len(self.translated))]
 
-    def examples(self, language: str) -> list[Example]:
-        """The selection set with its references, for teacher-forced measures."""
-        return [Example(i, c.id, language, c.references[language]) for i, c in enumerate(self.select.clips)]
+        def hopeless(rows: list[list[int]], _alive: list[bool]) -> bool:
+            return floor is not None and tally.bound(dict(zip(keys, rows))) < floor
 
-    def _translate(self, candidate: tuple[Tower, int] | None) -> list[list[int]]:
-        """Token ids of every clip in every language, clip by clip."""
-        limits = [
-            max_new_tokens(c.duration_s, self.decode) for c in self.select.clips for _ in self.task.target_languages
-        ]
-        if candidate and self._share:
-            with without_layers(self.model, self._positions(self.removed)):
-                traced = self._traced(limits)
-                if traced:
-                    standing = [i for i in self.present["decoder"] if i not in self.removed["decoder"]]
-                    position = standing.index(candidate[1])
-                    tokens = translate_without(self.model, traced, position, limits, self.eos)
-                    self._tokens[candidate] = tokens
-                    return tokens
-        with without_layers(self.model, self._positions(self._gone(candidate))):
-            return greedy(self.model, self._prompts(), limits, self.eos, self.decode.batch_size)
+        traced = self._trace(block) if candidate else None
+        if traced and candidate:
+            rows = translate_without(self._stepper, traced, self._position(candidate), hopeless if floor else None)
+            if rows is None:
+                return False
+        else:
+            prompts, active = self._prompts(block, self.translated, candidate), self._active(candidate)
+            rows = greedy(self._stepper, prompts, self._limits(block), self.decode.batch_size, active)
+        step = len(self.translated)
+        tally.tokens.update({clip: rows[i * step : (i + 1) * step] for i, clip in enumerate(block)})
+        return True
 
-    def _traced(self, limits: Sequence[int]) -> Trace | None:
-        """The parent's pass over its own translations; None, with a word, when it would not fit in memory."""
-        if self._trace is None:
-            prompts = self._prompts()
-            parent = self._parent_tokens or greedy(self.model, prompts, limits, self.eos, self.decode.batch_size)
-            needed, free = Trace.num_bytes(self.model, prompts, parent), _free_bytes(prompts[0].device)
-            if needed > TRACE_SHARE * free:
-                say(
-                    f"  {needed / 1e9:.1f} GB for sharing the prefill, {free / 1e9:.1f} GB free: going on without sharing"
-                )
-                self._share = False
-                return None
-            self._trace = trace(self.model, prompts, parent, self.decode.batch_size)
-        return self._trace
+    def _losses(self, candidate: Candidate | None, block: Sequence[int], language: str) -> dict[int, tuple[float, int]]:
+        """Teacher-forced loss of each clip's reference: nats in all, and tokens."""
+        answers = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
+        traced = self._trace(block, language) if candidate else None
+        if traced and candidate:
+            sums = losses_without(self._stepper.decoder, traced, self._position(candidate))
+        else:
+            prompts = self._prompts(block, [language], candidate)
+            sums = losses(self._stepper.decoder, prompts, answers, self._active(candidate))
+        return {clip: (nats, len(answer)) for clip, nats, answer in zip(block, sums, answers)}
 
-    def _prompts(self) -> list[Tensor]:
+    def _trace(self, block: Sequence[int], language: str | None = None) -> Trace | None:
+        """The parent's pass over the block and its own translations, or over the references in `language`; made once a round.
+
+        None, with a word, where it would not fit in memory.
+        """
+        key = (tuple(block), language)
+        if not self._sharing or key in self._traces:
+            return self._traces.get(key)
+        decoder = self._stepper.decoder
+        prompts = self._prompts(block, [language] if language else self.translated)
+        if language:
+            limits = [0] * len(block)
+            drafts = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
+        else:
+            limits = self._limits(block)
+            if any(clip not in self.parent for clip in block):
+                tally = Tally(self)
+                self.add(tally, None, block)
+                self.parent.update(tally.tokens)
+            drafts = [ids for clip in block for ids in self.parent[clip]]
+        gone = {layer for layer in self.removed["decoder"]}
+        positions = [self._position(c) for c in self.candidates(self.lineage) if c.layer not in gone]
+        active = self._active(None)
+        needed = Trace.num_bytes(decoder, len(active), len(positions), [len(p) for p in prompts], drafts)
+        free = decoder.free_bytes()
+        if needed > TRACE_SHARE * free:
+            say(
+                f"  {needed / 1e9:.1f} GB for sharing the prefill, {free / 1e9:.1f} GB free: going on without, more slowly"
+            )
+            self._sharing, self._traces = False, {}
+            return None
+        self._traces[key] = trace(decoder, prompts, drafts, limits, active, positions)
+        return self._traces[key]
+
+    def _prompts(
+        self, block: Sequence[int], languages: Sequence[str], candidate: Candidate | None = None
+    ) -> list[Tensor]:
+        gone = self._gone(candidate, "encoder")
         if self._states is None or self.settings.towers != "decoder":  # the tower may be another than last time
-            self._states = encode_clips(self.model, self.processor, self.select.clips, self.decode.batch_size)
+            with without_layers(self.model, {"encoder": gone}):
+                clips = self.select.clips
+                self._states = encode_clips(self.model, self.processor, clips, ENCODE_BATCH)
         return [
-            embed_prompt(self.model, self.prompter, states, language)
-            for states in self._states
-            for language in self.task.target_languages
+            embed_prompt(self.model, self.prompter, self._states[clip], language)
+            for clip in block
+            for language in languages
         ]
 
-    def _loss(self, candidate: tuple[Tower, int] | None, language: str) -> float:
-        collator = Collator(self.prompter, lambda i: load_audio(self.select.clips[i].audio))
-        with without_layers(self.model, self._positions(self._gone(candidate))):
-            return answer_loss(self.model, collator, self.examples(language), self.decode.batch_size)
+    def _limits(self, block: Sequence[int]) -> list[int]:
+        clips = self.select.clips
+        return [max_new_tokens(clips[clip].duration_s, self.decode) for clip in block for _ in self.translated]
 
-    def _gone(self, candidate: tuple[Tower, int] | None) -> dict[Tower, list[int]]:
-        extra = {candidate[0]: [candidate[1]]} if candidate else {}
-        return {tower: [*layers, *extra.get(tower, [])] for tower, layers in self.removed.items()}
+    def _active(self, candidate: Candidate | None) -> list[int]:
+        """Positions of the decoder layers that are run."""
+        gone = self._gone(candidate, "decoder")
+        return [position for position in range(len(self.present["decoder"])) if position not in gone]
 
-    def _positions(self, gone: Mapping[Tower, Sequence[int]]) -> dict[Tower, list[int]]:
-        """Positions in `model` of the given original layers, as far as they still stand there."""
-        return {t: [self.present[t].index(i) for i in layers if i in self.present[t]] for t, layers in gone.items()}
+    def _gone(self, candidate: Candidate | None, tower: Tower) -> list[int]:
+        """Positions in `model` of the layers of a tower that the candidate lacks, as far as they still stand there."""
+        layers = [*self.removed[tower], *([candidate.layer] if candidate and candidate.tower == tower else [])]
+        return [self.present[tower].index(layer) for layer in layers if layer in self.present[tower]]
 
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    def _position(self, candidate: Candidate) -> int:
+        return self.present[candidate.tower].index(candidate.layer)

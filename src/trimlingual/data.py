@@ -16,8 +16,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import is_main_process, write_text
+from trimlingual.artifacts import write_text
 from trimlingual.audio import DataError
+from trimlingual.processes import is_main_process
 from trimlingual.recipe import DataSettings, HubSource, Source, TaskSettings
 from trimlingual.sources import Clip, absolute, read_source
 

@@ -19,24 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from trimlingual.artifacts import append_jsonl, read_journal
 from trimlingual.audio import load_audio
 from trimlingual.models import (
     embed,
     eos_token_ids,
-    lm_head,
     num_audio_states,
     project,
-    text_decoder,
     tower_states,
     unwrap,
 )
+from trimlingual.packed import PackedDecoder
 from trimlingual.progress import progress
 from trimlingual.prompts import Prompter, log_mels
 from trimlingual.recipe import DecodeSettings, TaskSettings
 from trimlingual.sources import Clip
+from trimlingual.stepping import Rows, Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -95,99 +94,57 @@ def embed_prompt(model: Any, prompter: Prompter, states: Tensor, language: str) 
 
 @torch.inference_mode()
 def greedy(
-    model: Any, prompts: Sequence[Tensor], limits: Sequence[int], eos: Sequence[int], batch_size: int
+    stepper: Stepper,
+    prompts: Sequence[Tensor],
+    limits: Sequence[int],
+    batch_size: int,
+    active: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of each prompt (T_i, D): new token ids, the end token included when it was given.
 
-    `limits[i]` bounds the new tokens of prompt i. Prompts are grouped by length; the order of the result is the caller's.
+    `limits[i]` bounds the new tokens of prompt i; `active` are the positions of the decoder layers that are run (default: all). The
+    order of the result is the caller's.
     """
+    layers = range(len(stepper.decoder.layers)) if active is None else active
     results: list[list[int]] = [[] for _ in prompts]
-    for chosen in length_groups(prompts, limits, batch_size):
+    for chosen in length_groups(stepper, prompts, limits, batch_size):
         decoded = split_on_oom(
-            lambda some: _greedy_batch(model, [prompts[i] for i in some], [limits[i] for i in some], eos), chosen
+            lambda some: _greedy_batch(stepper, [prompts[i] for i in some], [limits[i] for i in some], layers), chosen
         )
         for i, tokens in zip(chosen, decoded):
             results[i] = tokens
     return results
 
 
-def length_groups(prompts: Sequence[Tensor], limits: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the prompts in batches of similar length."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i], i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def length_groups(
+    stepper: Stepper, prompts: Sequence[Tensor], limits: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
+    """Indices of the prompts in batches of similar length, longest first, as many as memory holds and at most `batch_size`."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i], i))
+    room = stepper.room()
+    batch: list[int] = []
+    slots = 0
+    for i in order:
+        capacity = len(prompts[i]) + limits[i]
+        if batch and (len(batch) == batch_size or slots + capacity > room):
+            yield batch
+            batch, slots = [], 0
+        batch.append(i)
+        slots += capacity
+    if batch:
+        yield batch
 
 
-@dataclass
-class Decoding:
-    """A batch in the middle of decoding, one row a prompt: what `extend` goes on from."""
-
-    cache: DynamicCache
-    mask: Tensor  # (B, T) of what is in the cache
-    position: Tensor  # (B,) position of the next token
-    out: list[list[int]]  # new tokens so far
-    budget: Tensor  # (B,) how many new tokens there may be in all
-
-
-def _greedy_batch(model: Any, prompts: Sequence[Tensor], limits: Sequence[int], eos: Sequence[int]) -> list[list[int]]:
-    decoder = text_decoder(model)
-    embeds, mask = left_pad(prompts)
-    cache = DynamicCache(config=decoder.config)
-    hidden = decoder(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    budget = torch.tensor(limits, device=embeds.device)
-    state = Decoding(cache, mask, mask.sum(-1), [[] for _ in prompts], budget)
-    extend(model, state, lm_head(model)(hidden[:, -1]).argmax(-1), eos)
-    return state.out
-
-
-def extend(model: Any, state: Decoding, token: Tensor, eos: Sequence[int]) -> None:
-    """Append `token` (B,) and go on greedily until every row has ended or used its budget; fills `state.out`.
-
-    Rows that have ended leave the batch, so the state is used up.
-    """
-    decoder, head = text_decoder(model), lm_head(model)
-    rows = torch.arange(len(token), device=token.device)  # which prompt each row of the batch is
-    length = torch.tensor([len(tokens) for tokens in state.out], device=token.device)
-    ends = torch.tensor(list(eos), device=token.device)
-    mask, position, budget = state.mask, state.position, state.budget
-    while True:
-        length = length + 1
-        for row, value in zip(rows.tolist(), token.tolist()):
-            state.out[row].append(value)
-        keep = (~torch.isin(token, ends) & (budget > length)).nonzero()[:, 0]
-        if not len(keep):
-            return
-        if len(keep) < len(rows):
-            state.cache.batch_select_indices(keep)
-            rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
-            budget, length = budget[keep], length[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = decoder(
-            inputs_embeds=embed(model, token[:, None]),
-            attention_mask=mask,
-            position_ids=position[:, None],
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state
-        position = position + 1
-        token = head(hidden[:, -1]).argmax(-1)
-
-
-def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, T, D) with zeros on the left, and the attention mask (B, T)."""
-    width = max(len(prompt) for prompt in prompts)
-    embeds = prompts[0].new_zeros((len(prompts), width, prompts[0].shape[-1]))
-    mask = torch.zeros((len(prompts), width), dtype=torch.long, device=embeds.device)
-    for i, prompt in enumerate(prompts):
-        embeds[i, width - len(prompt) :] = prompt
-        mask[i, width - len(prompt) :] = 1
-    return embeds, mask
+def _greedy_batch(
+    stepper: Stepper, prompts: Sequence[Tensor], limits: Sequence[int], active: Sequence[int]
+) -> list[list[int]]:
+    decoder = stepper.decoder
+    slots = stepper.slots([len(prompt) + limit for prompt, limit in zip(prompts, limits)])
+    token = decoder.next_tokens(decoder.prefill(prompts, active, slots))
+    position = torch.tensor([len(prompt) for prompt in prompts], device=decoder.device)
+    rows = Rows(token, position, [[] for _ in prompts], list(limits), [True] * len(prompts))
+    stepper.extend(slots, active, rows)
+    return rows.out
 
 
 def split_on_oom(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
@@ -220,13 +177,13 @@ def translate_clips(
     in a run that was stopped and in one that was not, so the translations are too.
     """
     prompter = Prompter(processor, task)
-    eos = eos_token_ids(model, processor)
+    stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
     done = {(r["id"], r["language"]): Translation(**r) for r in (read_journal(journal) if journal else ())}
     with progress(label, len(clips)) as advance:
         for batch in _batches(clips, settings.batch_size):
             wanted = [(clip, language) for clip in batch for language in task.target_languages]
             if any((clip.id, language) not in done for clip, language in wanted):
-                for translation in _translate_batch(model, prompter, batch, wanted, settings, eos):
+                for translation in _translate_batch(stepper, prompter, batch, wanted, settings):
                     if journal and (translation.id, translation.language) not in done:
                         append_jsonl(journal, asdict(translation))
                     done[translation.id, translation.language] = translation
@@ -235,26 +192,28 @@ def translate_clips(
 
 
 def _batches(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:
-    ordered = sorted(clips, key=lambda clip: (clip.duration_s, clip.id))
+    ordered = sorted(
+        clips, key=lambda clip: (-clip.duration_s, clip.id)
+    )  # longest first: the first batch needs the most memory
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]
 
 
 def _translate_batch(
-    model: Any,
+    stepper: Stepper,
     prompter: Prompter,
     batch: Sequence[Clip],
     wanted: Sequence[tuple[Clip, str]],
     settings: DecodeSettings,
-    eos: Sequence[int],
 ) -> Iterable[Translation]:
+    model = stepper.decoder.model
     encoded = split_on_oom(partial(_load_and_encode, model, prompter.processor), batch)
     states = {clip.id: tower for clip, tower in zip(batch, encoded)}
     prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in wanted]
     limits = [max_new_tokens(clip.duration_s, settings) for clip, _ in wanted]
-    tokens = greedy(model, prompts, limits, eos, settings.batch_size)
+    tokens = greedy(stepper, prompts, limits, settings.batch_size)
     for (clip, language), ids in zip(wanted, tokens):
-        yield to_translation(prompter, clip.id, language, ids, eos)
+        yield to_translation(prompter, clip.id, language, ids, stepper.eos)
 
 
 def to_translation(

@@ -6,148 +6,190 @@ A candidate is its parent without one decoder layer. Two things follow, and neit
 * the parent's translation is a good draft: one pass verifies all its tokens, and decoding goes on from the first that differs
   (greedy speculative decoding with a fixed draft; Stern et al. 2018, blockwise parallel decoding).
 
-Shapes: B batch, W prompt width (left-padded), K longest draft, D decoder width. The traced input is prompt and draft without its last
-token, W + K - 1 positions.
+Shapes: B rows, N tokens packed (prompts, each followed by its draft but for the draft's last token), K longest draft, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from trimlingual.decode import Decoding, extend, left_pad, length_groups
-from trimlingual.layers import without_layers
-from trimlingual.models import embed, layer_list, lm_head, text_decoder
+from trimlingual.packed import Packed, PackedDecoder, Slots, chunks
+from trimlingual.stepping import Rows, Stepper, Watch
 
 
 @dataclass(frozen=True)
-class _Group:
-    """One batch of the parent's pass."""
+class _Chunk:
+    """The parent's pass over some rows."""
 
-    chosen: list[int]  # which prompts
-    mask: Tensor  # (B, W + K - 1) of prompt and draft
-    width: int  # W
-    lengths: Tensor  # (B,) prompt lengths
-    draft: Tensor  # (B, K), -1 after a draft's end
-    hidden: tuple[Tensor, ...]  # input of every layer, (B, W + K - 1, D)
-    keys_values: list[tuple[Tensor, Tensor]]  # of every layer
+    packed: Packed
+    first_row: int
+    hidden: Mapping[int, Tensor]  # input (N, D) of each layer that may go
+    keys: Mapping[int, Tensor]  # (N, K, E) of each layer
+    values: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The parent's pass over its prompts and its own translations, kept for its candidates."""
+    """The parent's pass over a batch of prompts and its own translations of them, kept for its candidates."""
 
-    groups: list[_Group]
+    active: list[int]  # positions of the parent's layers
+    lengths: list[int]  # of the prompts
     drafts: list[list[int]]
+    limits: list[int]
+    chunks: list[_Chunk]
+    # Block Influence of the layers that may go, 1 - E[cos(input, output)] (Men et al. 2024, ShortGPT, eq. 1), over all positions.
+    influence: dict[int, float]
 
     @staticmethod
-    def num_bytes(model: Any, prompts: Sequence[Tensor], drafts: Sequence[Sequence[int]]) -> int:
-        """Memory a trace takes: hidden states, keys and values of every layer at every position (padding not counted)."""
-        config = text_decoder(model).config
-        heads = config.num_key_value_heads / config.num_attention_heads
-        positions = sum(len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts))
-        layers = len(layer_list(model, "decoder"))
-        return int(positions * config.hidden_size * (1 + 2 * heads) * layers * prompts[0].element_size())
+    def num_bytes(
+        decoder: PackedDecoder,
+        num_active: int,
+        num_candidates: int,
+        lengths: Sequence[int],
+        drafts: Sequence[Sequence[int]],
+    ) -> int:
+        """Memory a trace takes: keys and values of every layer, and the input of those that may go, at every position."""
+        positions = sum(lengths) + sum(len(draft) - 1 for draft in drafts)
+        keys_values = decoder.slot_bytes // len(decoder.layers) * num_active
+        width = decoder.decoder.config.hidden_size
+        return positions * (keys_values + num_candidates * width * decoder.dtype.itemsize)
 
 
 @torch.inference_mode()
-def trace(model: Any, prompts: Sequence[Tensor], drafts: Sequence[list[int]], batch_size: int) -> Trace:
-    """Run the parent over each prompt (T_i, D) followed by its translation."""
-    limits = [len(draft) for draft in drafts]
-    groups = [_trace_group(model, prompts, drafts, chosen) for chosen in length_groups(prompts, limits, batch_size)]
-    return Trace(groups, [list(draft) for draft in drafts])
+def trace(
+    decoder: PackedDecoder,
+    prompts: Sequence[Tensor],
+    drafts: Sequence[list[int]],
+    limits: Sequence[int],
+    active: Sequence[int],
+    candidates: Sequence[int],
+) -> Trace:
+    """Run the parent, the layers at positions `active`, over each prompt (T_i, D) followed by its translation.
+
+    `candidates` are the positions that may go.
+    """
+    done, influence = [], {position: 0.0 for position in candidates}
+    lengths = [
+        len(prompt) + len(draft) - 1 for prompt, draft in zip(prompts, drafts)
+    ]  # the last token is only predicted
+    for rows in chunks(lengths):
+        packed, hidden = _fed(decoder, prompts, drafts, rows)
+        inputs, keys, values = {}, {}, {}
+        for position, output, key, value in decoder.forward(hidden, packed, active):
+            if position in influence:
+                inputs[position] = hidden
+                distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
+                influence[position] += distance.sum().item() / sum(lengths)
+            keys[position], values[position], hidden = key, value, output
+        done.append(_Chunk(packed, rows.start, inputs, keys, values))
+    return Trace(list(active), [len(p) for p in prompts], [list(d) for d in drafts], list(limits), done, influence)
 
 
-def _trace_group(model: Any, prompts: Sequence[Tensor], drafts: Sequence[Sequence[int]], chosen: list[int]) -> _Group:
-    decoder = text_decoder(model)
-    embeds, mask = left_pad([prompts[i] for i in chosen])
-    device, lengths = embeds.device, mask.sum(-1)
-    rows = [torch.tensor(drafts[i]) for i in chosen]
-    draft = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
-    fed = draft[:, :-1]
-    full_mask = torch.cat([mask, (draft[:, 1:] >= 0).long()], dim=1)  # a draft's last token is only predicted
-    cache = DynamicCache(config=decoder.config)
-    output = decoder(
-        inputs_embeds=torch.cat([embeds, embed(model, fed.clamp(min=0))], dim=1),
-        attention_mask=full_mask,
-        position_ids=(full_mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=True,
-    )
-    keys_values = [(layer.keys, layer.values) for layer in cache.layers]
-    hidden = output.hidden_states[: len(keys_values)]
-    return _Group(chosen, full_mask, embeds.shape[1], lengths, draft, hidden, keys_values)
+def _fed(
+    decoder: PackedDecoder, prompts: Sequence[Tensor], drafts: Sequence[Sequence[int]], rows: range
+) -> tuple[Packed, Tensor]:
+    """Input (N, D) of the given rows: each prompt and its draft, but for the draft's last token, which is only predicted."""
+    pieces = []
+    for row in rows:
+        fed = torch.tensor(drafts[row][:-1], dtype=torch.long, device=decoder.device)
+        pieces += [prompts[row], decoder.embed(fed)]
+    packed = Packed.of([len(prompts[row]) + len(drafts[row]) - 1 for row in rows], decoder.device)
+    return packed, torch.cat(pieces)
 
 
 @torch.inference_mode()
 def translate_without(
-    model: Any, traced: Trace, position: int, limits: Sequence[int], eos: Sequence[int]
-) -> list[list[int]]:
-    """What the traced parent, standing in `model`, would translate without its decoder layer at `position`.
+    stepper: Stepper, traced: Trace, position: int, watch: Watch | None = None
+) -> list[list[int]] | None:
+    """What the traced parent would translate without its layer at `position`; None if `watch` gave up.
 
-    Equal to decoding each prompt anew with that layer removed (float32; tests/test_drafts.py).
+    Equal to decoding each prompt anew with that layer left out (tests/test_drafts.py).
     """
-    results = [list(draft) for draft in traced.drafts]
-    for group in traced.groups:
-        for i, tokens in _redecode(model, group, position, limits, eos).items():
-            results[i] = tokens
-    return results
-
-
-def _redecode(
-    model: Any, group: _Group, position: int, limits: Sequence[int], eos: Sequence[int]
-) -> dict[int, list[int]]:
-    """New token ids of the prompts whose translation changes."""
-    hidden, cache = _verify(model, group, position)
-    predicted = lm_head(model)(hidden[:, group.width - 1 :]).argmax(-1)  # (B, K)
-    differs = (predicted != group.draft) & (group.draft >= 0)
-    changed = differs.any(-1).nonzero()[:, 0]
-    if not len(changed):
-        return {}
-    first = differs.int().argmax(-1)[changed]  # (changed,) index of the first token that differs
-    token = predicted[changed, first]
-    cache.batch_select_indices(changed)
-    # Keys and values of the draft from the first difference on stay in the cache but are masked out.
-    slot = torch.arange(group.draft.shape[1] - 1, device=token.device)[None, :]
-    mask = torch.cat([group.mask[changed, : group.width], (slot < first[:, None]).long()], dim=1)
-    kept = [group.draft[row, :n].tolist() for row, n in zip(changed.tolist(), first.tolist())]
-    state = Decoding(
-        cache=cache,
-        mask=mask,
-        position=group.lengths[changed] + first,
-        out=kept,
-        budget=torch.tensor([limits[group.chosen[row]] for row in changed.tolist()], device=token.device),
+    decoder = stepper.decoder
+    active = [layer for layer in traced.active if layer != position]
+    slots = stepper.slots([length + limit for length, limit in zip(traced.lengths, traced.limits)])
+    draft = _padded(traced.drafts, decoder.device)
+    predicted = torch.full_like(draft, -1)
+    for chunk in traced.chunks:
+        hidden = _above(decoder, traced, chunk, position, slots)
+        row, column, at = _answers(traced.lengths, chunk.packed, chunk.first_row)
+        predicted[row, column] = decoder.next_tokens(decoder.decoder.norm(hidden[at]))
+    differs = (predicted != draft) & (draft >= 0)
+    first = differs.int().argmax(-1)  # index of the first token that differs
+    changed = differs.any(-1)
+    rows = Rows(
+        token=predicted.gather(1, first[:, None])[:, 0],
+        position=torch.tensor(traced.lengths, device=decoder.device) + first,
+        out=[
+            tokens[:n] if new else list(tokens)
+            for tokens, n, new in zip(traced.drafts, first.tolist(), changed.tolist())
+        ],
+        budget=traced.limits,
+        alive=changed.tolist(),
     )
-    with without_layers(model, {"decoder": [position]}):
-        extend(model, state, token, eos)
-    return {group.chosen[row]: tokens for row, tokens in zip(changed.tolist(), state.out)}
+    return rows.out if stepper.extend(slots, active, rows, watch) else None
 
 
-def _verify(model: Any, group: _Group, position: int) -> tuple[Tensor, DynamicCache]:
-    """The candidate's last hidden states over prompt and draft, and its cache there: the parent's below the missing layer."""
-    decoder = text_decoder(model)
-    own: list[tuple[Tensor, Tensor]] = []
-    if position == len(group.keys_values) - 1:
-        hidden = decoder.norm(group.hidden[position])
-    else:
-        with without_layers(model, {"decoder": list(range(position + 1))}):
-            above = DynamicCache(config=decoder.config)
-            hidden = decoder(
-                inputs_embeds=group.hidden[position],
-                attention_mask=group.mask,
-                position_ids=(group.mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=above,
-                use_cache=True,
-            ).last_hidden_state
-        own = [(layer.keys, layer.values) for layer in above.layers]
-    with without_layers(model, {"decoder": [position]}):
-        cache = DynamicCache(config=decoder.config)
-    for index, (keys, values) in enumerate([*group.keys_values[:position], *own]):
-        cache.update(keys, values, index)
-    return hidden, cache
+@torch.inference_mode()
+def losses_without(decoder: PackedDecoder, traced: Trace, position: int) -> list[float]:
+    """Summed loss in nats of each draft under the traced parent without its layer at `position`, teacher-forced."""
+    sums = torch.zeros(len(traced.drafts), dtype=torch.float64, device=decoder.device)
+    draft = _padded(traced.drafts, decoder.device)
+    for chunk in traced.chunks:
+        hidden = _above(decoder, traced, chunk, position, None)
+        row, column, at = _answers(traced.lengths, chunk.packed, chunk.first_row)
+        sums.index_add_(0, row, _token_losses(decoder, hidden[at], draft[row, column]))
+    return sums.tolist()
+
+
+@torch.inference_mode()
+def losses(
+    decoder: PackedDecoder, prompts: Sequence[Tensor], answers: Sequence[list[int]], active: Sequence[int]
+) -> list[float]:
+    """Summed loss in nats of each answer after its prompt (T_i, D), through the layers at positions `active`."""
+    sums = torch.zeros(len(prompts), dtype=torch.float64, device=decoder.device)
+    lengths = [len(prompt) for prompt in prompts]
+    wanted = _padded(answers, decoder.device)
+    for rows in chunks([n + len(answer) - 1 for n, answer in zip(lengths, answers)]):
+        packed, hidden = _fed(decoder, prompts, answers, rows)
+        hidden = decoder.through(hidden, packed, active)
+        row, column, at = _answers(lengths, packed, rows.start)
+        sums.index_add_(0, row, _token_losses(decoder, hidden[at], wanted[row, column]))
+    return sums.tolist()
+
+
+def _token_losses(decoder: PackedDecoder, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Loss (tokens,) in nats of the targets, from hidden states (tokens, D)."""
+    logits = decoder.head(decoder.decoder.norm(hidden)).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+
+
+def _above(decoder: PackedDecoder, traced: Trace, chunk: _Chunk, position: int, slots: Slots | None) -> Tensor:
+    """The candidate's last hidden states (N, D); fills `slots` with its keys and values: below the missing layer the parent's."""
+    packed, hidden = chunk.packed, chunk.hidden[position]
+    if slots is not None:
+        index = slots.start[packed.row + chunk.first_row].long() + packed.position
+        for layer in traced.active:
+            if layer < position:
+                slots.keys[layer][index] = chunk.keys[layer]
+                slots.values[layer][index] = chunk.values[layer]
+    above = [layer for layer in traced.active if layer > position]
+    return decoder.through(hidden, packed, above, slots, chunk.first_row)
+
+
+def _answers(lengths: Sequence[int], packed: Packed, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the answer's tokens are predicted: for each its row in the batch, its index in the answer, its index among the packed."""
+    row = packed.row + first_row
+    index = packed.position - torch.tensor(lengths, device=packed.row.device)[row] + 1
+    at = (index >= 0).nonzero()[:, 0]
+    return row[at], index[at], at
+
+
+def _padded(drafts: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Drafts as one tensor (B, K), -1 after each one's end."""
+    rows = [torch.tensor(draft) for draft in drafts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)

@@ -17,12 +17,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from trimlingual.artifacts import SCRATCH, is_main_process, wait_for_everyone, write_json
+from trimlingual.artifacts import SCRATCH, write_json
 from trimlingual.audio import load_audio
 from trimlingual.decode import encode_clips
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_forward
 from trimlingual.models import explained_disk_full, freeze_, load_model, load_processor, pick_device, save_model
+from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import LoraSettings, ModelSettings, TaskSettings, TrainSettings

@@ -18,8 +18,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +148,31 @@ def paired_bootstrap_ratio(
 
 
 def paired_bootstrap_difference(
-    candidate: SentenceStatistics, baseline: SentenceStatistics, num_samples: int = 1000, seed: int = 12345
+    candidate: SentenceStatistics | Sequence[SentenceStatistics],
+    baseline: SentenceStatistics | Sequence[SentenceStatistics],
+    num_samples: int = 1000,
+    seed: int = 12345,
 ) -> tuple[Interval, float]:
     """Candidate's score minus baseline's with a 95 % interval, and the two-sided p-value of sacreBLEU's `--paired-bs`.
 
-    The p-value is that of `sacrebleu.significance._paired_bs_test` (after Moses): how often the absolute difference of
+    Given several statistics a side (one a target language, over the same clips in the same order), the score is their mean. The
+    p-value is that of `sacrebleu.significance._paired_bs_test` (after Moses): how often the absolute difference of
     a resample, less the mean of all, exceeds the real one, with one added above and below. Same seed, same resamples,
     same p as sacreBLEU; so is the quirk that two equal systems get the smallest p there is. Raises MetricError if the
     two were not scored on the same sentences.
     """
-    _check_pair(candidate, baseline)
-    real = candidate.score() - baseline.score()
-    sampled = np.concatenate(
-        [candidate.scores(w) - baseline.scores(w) for w in _resamples(len(baseline), num_samples, seed)]
-    )
+    one, other = ([side] if isinstance(side, SentenceStatistics) else list(side) for side in (candidate, baseline))
+    for pair in zip(one, other, strict=True):
+        _check_pair(*pair)
+    if len({len(statistics) for statistics in one}) != 1:
+        raise MetricError("the languages were scored on different numbers of clips: they cannot be resampled together")
+
+    def difference(score: Callable[[SentenceStatistics], Any]) -> Any:
+        return sum(score(a) - score(b) for a, b in zip(one, other)) / len(one)
+
+    real = difference(lambda statistics: statistics.score())
+    resamples = _resamples(len(one[0]), num_samples, seed)
+    sampled = np.concatenate([difference(partial(SentenceStatistics.scores, weights=w)) for w in resamples])
     centred = np.abs(sampled) - np.abs(sampled).mean()
     p_value = (int(np.sum(centred > abs(real))) + 1) / (len(sampled) + 1)
     return _percentile_interval(real, sampled), p_value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from trimlingual.artifacts import write_json
 from trimlingual.recipe import Dtype, Tower
@@ -276,3 +277,19 @@ def part_of(module_name: str, parts: Mapping[str, str] = PARTS) -> str | None:
         if module_name == prefix or module_name.startswith(prefix + "."):
             return part
     return None
+
+
+def decoder_layer(
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """One Qwen2 decoder layer over N tokens, (N, D) to (N, D), with the attention left to the caller.
+
+    `attend` gets rotated queries (N, H, E) and keys (N, K, E) and the values (N, K, E), and returns (N, H, E).
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    shape = (len(hidden), -1, attention.head_dim)
+    query, key = apply_rotary_pos_emb(attention.q_proj(normed).view(shape), attention.k_proj(normed).view(shape), *rope)
+    mixed = attend(query, key, attention.v_proj(normed).view(shape))
+    hidden = hidden + attention.o_proj(mixed.flatten(1))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import Artifact, ArtifactError, hash_file, is_main_process, write_json
+from trimlingual.artifacts import Artifact, ArtifactError, hash_file, write_json
+from trimlingual.processes import is_main_process
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe
 from trimlingual.steps import (

@@ -29,6 +29,10 @@ class Removal(BaseModel):
     layer: int = Field(ge=0)
     round: int | None = None
     score: float | None = None
+    runner_up: dict[str, Any] | None = Field(
+        default=None,
+        description="the second best candidate: layer, score difference with its 95 % paired bootstrap interval, p-value",
+    )
 
 
 class PrunePlan(BaseModel):
@@ -46,6 +50,10 @@ class PrunePlan(BaseModel):
     baseline_score: float | None = None
     baseline_scores: dict[str, float] = Field(default_factory=dict)
     candidates: list[dict[str, Any]] = Field(default_factory=list)
+    selection_mode: str | None = None
+    curve: list[dict[str, Any]] = Field(
+        default_factory=list, description="score and share of the unpruned model's, by number of layers removed"
+    )
     selection: dict[str, Any] = Field(default_factory=dict)
     decode: dict[str, Any] = Field(default_factory=dict)
     finetuned: bool = False

@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trimlingual.artifacts import is_main_process
+from trimlingual.processes import is_main_process
 
 console = Console(stderr=True)
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` items; yields the function that advances it. Drawn on a terminal only."""
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar over `total` items; yields the function that advances it, with a note to show if there is news.
+
+    Drawn on a terminal only.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -26,7 +29,11 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     hidden = not (console.is_terminal and is_main_process())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: int, note: str = "") -> None:
+            bar.update(task, advance=count, description=f"{label}: {note}" if note else None)
+
+        yield advance
 
 
 def say(message: str) -> None:

@@ -15,21 +15,20 @@ from typing import Any
 
 import torch
 
-from trimlingual.artifacts import SCRATCH, append_jsonl, machine, read_journal, write_json
+from trimlingual.artifacts import SCRATCH, machine, write_json
 from trimlingual.audio import load_audio
-from trimlingual.candidates import Scorer
+from trimlingual.candidates import Candidate, Scorer
 from trimlingual.data import Split
 from trimlingual.finetune import train_
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.loss import answer_forward
-from trimlingual.models import layer_list, load_model, load_processor, pick_device, save_model
-from trimlingual.plan import FINETUNED, PLAN_FILE, TOWERS, PrunePlan, Removal
-from trimlingual.progress import progress, say
+from trimlingual.models import layer_list, load_model, load_processor, pick_device, round_weights_, save_model
+from trimlingual.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
+from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.prompts import Collator, Example
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, Tower
+from trimlingual.search import JOURNAL_FILE, Search
 from trimlingual.sources import Clip
-
-JOURNAL_FILE = "candidates.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,11 @@ def rank(
 ) -> dict[str, Any]:
     """Find the layers to remove from the model in `model_dir` and write `plan.json` to `out_dir`.
 
-    Every candidate's score is appended to `candidates.jsonl` at once; a killed search goes on from there. Raises ValueError when
-    more layers are asked for than may go.
+    Every candidate's score is appended to `candidates.jsonl` at once; a killed search goes on from there. All processes of a
+    distributed run take part. Raises ValueError when more layers are asked for than may go.
     """
     started = time.perf_counter()
+    wait_for_everyone()
     source = _latest_round(out_dir) or model_dir
     device = pick_device(model_settings.device)
     model, processor = load_model(source, model_settings.dtype, device), load_processor(model_dir)
@@ -80,7 +80,7 @@ def rank(
             "layers": lineage.layers,
             "base": lineage.base,
             "metric": {language: settings.metric_for(language) for language in task.target_languages},
-            "signatures": search.signatures,
+            "signatures": search.signatures if settings.strategy == "greedy" else {},
             "selection": {
                 "hash": select.hash,
                 "num_clips": len(select.clips),
@@ -92,7 +92,8 @@ def rank(
             "machine": machine(),
         }
     )
-    write_json(out_dir / PLAN_FILE, plan.model_dump())
+    if is_main_process():
+        write_json(out_dir / PLAN_FILE, plan.model_dump())
     return {
         "removed": [f"{removal.tower}.{removal.layer}" for removal in plan.removals],
         "num_candidates": len(plan.candidates),
@@ -101,76 +102,17 @@ def rank(
 
 
 def _greedy_search(
-    search: Scorer, training: TrainingData | None, model_settings: ModelSettings, seed: int, out_dir: Path
+    scorer: Scorer, training: TrainingData | None, model_settings: ModelSettings, seed: int, out_dir: Path
 ) -> PrunePlan:
-    journal = out_dir / JOURNAL_FILE
-    known = {(r["round"], r["tower"], r["layer"]): r for r in read_journal(journal)}
-    finetune = search.settings.finetune_each_round
-    total = _num_candidates(search)
-    removals: list[Removal] = []
-    scored: list[dict[str, Any]] = []
-    say(f"layer search: {total} candidates of {len(search.select.clips)} clips each, {len(known)} already scored")
-    with progress("searching layers", total + 1) as advance:
-        baseline = _scored(search, known, journal, 0, None)
-        advance(1)
-        lineage = search.lineage
-        for number in range(1, search.settings.num_layers_to_remove + 1):
-            search.begin_round({tower: [r.layer for r in removals if r.tower == tower] for tower in TOWERS})
-            records = []
-            for candidate in search.candidates(lineage):
-                records.append(_scored(search, known, journal, number, candidate))
-                advance(1)
-            best = max(records, key=lambda record: record["score"])  # of equal ones the first, so the order is fixed
-            removals.append(Removal(tower=best["tower"], layer=best["layer"], round=number, score=best["score"]))
-            lineage = lineage.without({best["tower"]: [best["layer"]]})
-            say(f"  round {number}: {best['tower']} layer {best['layer']} goes, score {best['score']:.2f}")
-            if finetune:
-                assert training is not None
-                _finetune_round(search, training, model_settings, lineage, removals[-1], number, seed, out_dir)
-            scored += records
-    if finetune and not (out_dir / FINETUNED).is_dir():
-        (out_dir / SCRATCH / f"round-{len(removals)}").rename(out_dir / FINETUNED)
-    return PrunePlan(
-        removals=removals,
-        baseline_score=baseline["score"],
-        baseline_scores=baseline["scores"],
-        candidates=scored,
-        finetuned=bool(finetune),
-    )
+    def train_on(lineage: Lineage, removal: Removal) -> None:
+        assert training is not None
+        _finetune_round(scorer, training, model_settings, lineage, removal, seed, out_dir)
 
-
-def _num_candidates(search: Scorer) -> int:
-    first = len(search.candidates(search.lineage))
-    return sum(first - removed for removed in range(search.settings.num_layers_to_remove))
-
-
-def _scored(
-    search: Scorer,
-    known: dict[Any, dict[str, Any]],
-    journal: Path,
-    number: int,
-    candidate: tuple[Tower, int] | None,
-) -> dict[str, Any]:
-    """The record of one candidate of round `number` (None: the model as it came): from the journal, or scored now."""
-    tower, layer = candidate or (None, None)
-    identity = (number, tower, layer)
-    if identity not in known:
-        started = time.perf_counter()
-        scores, runaways = search.scores(candidate)
-        record = {
-            "round": number,
-            "tower": tower,
-            "layer": layer,
-            "score": sum(scores.values()) / len(scores),
-            "scores": scores,
-            "num_truncated": runaways,
-            "signatures": dict(search.signatures),
-            "seconds": round(time.perf_counter() - started, 4),
-        }
-        append_jsonl(journal, record)
-        known[identity] = record
-    search.signatures.update(known[identity]["signatures"])
-    return known[identity]
+    training_too = scorer.settings.finetune_each_round is not None
+    plan = Search(scorer, out_dir / JOURNAL_FILE, train_on if training_too else None).run()
+    if training_too and is_main_process() and not (out_dir / FINETUNED).is_dir():
+        (out_dir / SCRATCH / f"round-{len(plan.removals)}").rename(out_dir / FINETUNED)
+    return plan
 
 
 def _finetune_round(
@@ -179,12 +121,11 @@ def _finetune_round(
     model_settings: ModelSettings,
     lineage: Lineage,
     removal: Removal,
-    number: int,
     seed: int,
     out_dir: Path,
 ) -> None:
     """Drop the layer for good and fine-tune; the model of each finished round is kept, so that a killed search goes on from it."""
-    settings = search.settings.finetune_each_round
+    settings, number = search.settings.finetune_each_round, removal.round
     assert settings is not None
     folder = out_dir / SCRATCH / f"round-{number}"
     if folder.is_dir() or (out_dir / FINETUNED).is_dir():  # the model that was loaded is this round's or a later one's
@@ -194,10 +135,14 @@ def _finetune_round(
         search.model, search.processor, training.clips, training.examples, search.task, settings, seed,
         out_dir / SCRATCH / f"training-{number}",
     )  # fmt: skip
-    partial = folder.with_name(folder.name + ".partial")
-    save_model(search.model, search.processor, partial, model_settings.storage_dtype)
-    lineage.with_seen("train", {clip.audio_sha256 for clip in training.clips}).save(partial)
-    partial.rename(folder)
+    if is_main_process():
+        partial = folder.with_name(folder.name + ".partial")
+        save_model(search.model, search.processor, partial, model_settings.storage_dtype)
+        lineage.with_seen("train", {clip.audio_sha256 for clip in training.clips}).save(partial)
+        partial.rename(folder)
+    else:
+        round_weights_(search.model, model_settings.storage_dtype)
+    wait_for_everyone()
 
 
 def _latest_round(out_dir: Path) -> Path | None:
@@ -208,7 +153,7 @@ def _latest_round(out_dir: Path) -> Path | None:
     return max(done, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
-def _middle(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
+def _middle(search: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
     """The block around the middle (the paper's ablation: layers 12-19 of 32)."""
     if search.settings.towers == "both":
         raise ValueError("rank.strategy middle works on one tower; set rank.towers to decoder or encoder")
@@ -223,7 +168,7 @@ def _middle(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
 
 
 @torch.inference_mode()
-def _block_influence(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> PrunePlan:
+def _block_influence(search: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
     """Lowest Block Influence first: 1 - E[cos(layer input, layer output)] (Men et al. 2024, ShortGPT, eq. 1).
 
     Measured on the selection set with its references, teacher-forced, over all positions that are not padding.
@@ -249,7 +194,7 @@ def _block_influence(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> Pr
         hooks.append(layer_list(search.model, tower)[position].register_forward_hook(watch((tower, layer))))
     collator = Collator(search.prompter, lambda i: load_audio(search.select.clips[i].audio))
     forward, device = answer_forward(search.model), next(search.model.parameters()).device
-    examples = [example for language in search.task.target_languages for example in search.examples(language)]
+    examples = [example for language in search.task.target_languages for example in _examples(search, language)]
     try:
         for start in range(0, len(examples), search.decode.batch_size):
             batch = collator(examples[start : start + search.decode.batch_size])
@@ -265,3 +210,8 @@ def _block_influence(search: Scorer, allowed: Sequence[tuple[Tower, int]]) -> Pr
         removals=[Removal(tower=tower, layer=layer, score=influence[tower, layer]) for tower, layer in chosen],
         candidates=[{"round": 1, "tower": t, "layer": i, "score": influence[t, i]} for t, i in allowed],
     )
+
+
+def _examples(search: Scorer, language: str) -> list[Example]:
+    """The selection set with its references."""
+    return [Example(i, c.id, language, c.references[language]) for i, c in enumerate(search.select.clips)]

@@ -202,7 +202,7 @@ class TrainSettings(_Section):
 class DecodeSettings(_Section):
     """Greedy decoding, bounded by the audio's length so that a runaway cannot cost more than a few sentences."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = Field(default=128, description="at most; fewer where memory asks for it")
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     # Bound on new tokens of a clip: min_new_tokens + tokens_per_second x its seconds, at most max_new_tokens.
     tokens_per_second: Annotated[float, Field(gt=0)] = 12.0
@@ -213,7 +213,20 @@ class RankSettings(_Section):
     """Layer importance. `greedy` is the published search by real translation score."""
 
     strategy: Literal["greedy", "middle", "block-influence"] = "greedy"
-    num_layers_to_remove: Annotated[int, Field(ge=1)] = 8
+    num_layers_to_remove: Annotated[int, Field(ge=1)] = Field(default=8, description="the maximum, with min_retained")
+    min_retained: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="stop before the selection score falls below this share of the unpruned model's, e.g. 0.97",
+    )
+    # How a round of the greedy search finds its best candidate. Only `exact` is sure to; the others trade certainty for time.
+    selection: Literal["exact", "successive-halving", "bootstrap-racing"] = "exact"
+    early_stopping: bool = Field(
+        default=True,
+        description="exact: give a candidate up once it cannot be among the two best of its round any more",
+    )
+    first_clips: Annotated[int, Field(ge=1)] = Field(
+        default=10, description="clips after which halving and racing decide for the first time"
+    )
     metric: Metric | dict[str, Metric] = Field(default="chrfpp", description="one metric, or one a target language")
     towers: Literal["decoder", "encoder", "both"] = "decoder"
     protect_first: Annotated[int, Field(ge=0)] = 1
@@ -227,6 +240,15 @@ class RankSettings(_Section):
     def _fits(self) -> RankSettings:
         if self.finetune_each_round and self.strategy != "greedy":
             raise ValueError(f"finetune_each_round needs strategy greedy, not {self.strategy}")
+        if self.strategy != "greedy":
+            for name in ("min_retained", "selection"):
+                if getattr(self, name) not in (None, "exact"):
+                    raise ValueError(f"{name} needs strategy greedy, not {self.strategy}")
+        named = {self.metric} if isinstance(self.metric, str) else set(self.metric.values())
+        if "loss" in named and (self.min_retained or self.selection == "bootstrap-racing"):
+            raise ValueError(
+                "min_retained and bootstrap-racing need a translation metric (chrfpp, chrf, bleu), not loss"
+            )
         return self
 
     def metric_for(self, language: str) -> Metric:

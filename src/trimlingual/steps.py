@@ -206,9 +206,8 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
             folder,
         )
 
-    return Step(
-        "rank", out, _settings(recipe, rank=settings, decode=recipe.decode), {"model": model, "data": data}, work
-    )
+    wanted = _settings(recipe, rank=settings, decode=recipe.decode)
+    return Step("rank", out, wanted, {"model": model, "data": data}, work, everyone=True)
 
 
 def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:

@@ -1,0 +1,54 @@
+"""The processes of a distributed run (torchrun, accelerate launch): who writes, waiting for all, telling all."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+# One process may work for hours while the others wait. A process that dies is noticed by the launcher, which ends the rest.
+PATIENCE = timedelta(days=7)
+
+
+def num_processes() -> int:
+    """How many processes this run has; 1 unless started by torchrun or accelerate launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_index() -> int:
+    """Which of them this one is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """True in the one process that writes."""
+    return process_index() == 0
+
+
+def wait_for_everyone() -> None:
+    """Barrier between the processes; nothing in a plain run."""
+    if num_processes() > 1:
+        _group().barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Everybody's `value` (anything that can be pickled), in every process, in the order of the processes."""
+    if num_processes() == 1:
+        return [value]
+    values: list[Any] = [None] * num_processes()
+    _group().all_gather_object(values, value)
+    return values
+
+
+def _group() -> Any:
+    """torch.distributed, with the process group that accelerate, when it comes to training, will find and take."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            backend = "cpu:gloo,cuda:nccl"
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    return distributed
