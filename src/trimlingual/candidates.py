@@ -7,7 +7,7 @@ given up between them.
 
 from __future__ import annotations
 
-import random
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -32,6 +32,8 @@ from trimlingual.stepping import Stepper
 
 TRACE_SHARE = 0.5  # of the memory that is free, what candidates share may take
 ENCODE_BATCH = 32  # clips
+GPU_BLOCK_ROWS = 32  # rows of a block; more rows mean more waiting for the longest
+ROWS_IN_FLIGHT = 256  # on a GPU: up to here a decode step is bound by reading the weights
 
 
 class Candidate(NamedTuple):
@@ -124,14 +126,23 @@ class Scorer:
         self.eos = eos_token_ids(model, processor)
         self.metrics = {language: settings.metric_for(language) for language in task.target_languages}
         self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
-        # A random order, so that the first blocks stand for the whole when a candidate is given up after them.
-        order = random.Random(0).sample(range(len(select.clips)), len(select.clips))
-        size = max(1, decode.batch_size // max(1, len(self.translated)))
-        self.blocks = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
         self._sharing = settings.towers == "decoder"
         self._states: list[Tensor] | None = None
         self._stepper = Stepper(PackedDecoder(model), self.eos)
+        self.blocks = self._blocks()
         self.begin_round({}, None)
+
+    def _blocks(self) -> list[list[int]]:
+        """Clips in blocks of like length, the longest first: a block is decoded until its last row has ended."""
+        rows = GPU_BLOCK_ROWS if self._stepper.decoder.device.type == "cuda" else self.decode.batch_size
+        clips = self.select.clips
+        order = sorted(range(len(clips)), key=lambda clip: (-clips[clip].duration_s, clips[clip].id))
+        count = math.ceil(len(order) * max(1, len(self.translated)) / rows)
+        return (
+            [block.tolist() for block in np.array_split(np.array(order), count)]
+            if count < len(order)
+            else [[c] for c in order]
+        )
 
     @cached_property
     def empty_counts(self) -> dict[str, np.ndarray]:
@@ -186,32 +197,73 @@ class Scorer:
         traced = self._trace(self.blocks[0], language)
         return traced.influence[self._position(candidate)] if traced and candidate.tower == "decoder" else 0.0
 
-    def add(self, tally: Tally, candidate: Candidate | None, block: Sequence[int], floor: float | None = None) -> bool:
-        """Translate a block of clips without the candidate's layer (None: the parent) and add it to the tally.
+    def add(
+        self, tallies: Mapping[Candidate, Tally], block: Sequence[int], floor: float | None = None
+    ) -> dict[Candidate, bool]:
+        """Translate a block of clips without each candidate's layer and add that to its tally.
 
-        False, with nothing added, as soon as it is certain that the candidate stays below `floor` however the rest turns out.
+        False, with nothing added, for a candidate that is certain to stay below `floor` however the rest turns out.
         """
+        candidates, done = list(tallies), dict.fromkeys(tallies, True)
         for language, metric in self.metrics.items():
             if metric == "loss":
-                tally.losses.setdefault(language, {}).update(self._losses(candidate, block, language))
+                for candidate, tally in tallies.items():
+                    tally.losses.setdefault(language, {}).update(self._losses(candidate, block, language))
         if not self.translated:
-            return True
+            return done
+        traced = self._trace(block)
+        if traced is None:
+            for candidate, tally in tallies.items():
+                tally.tokens.update(self._translate(candidate, block))
+            return done
         keys = [(clip, number) for clip in block for number in range(len(self.translated))]
+        size = self._batch(traced)
+        for start in range(0, len(candidates), size):
+            group = candidates[start : start + size]
 
-        def hopeless(rows: list[list[int]], _alive: list[bool]) -> bool:
-            return floor is not None and tally.bound(dict(zip(keys, rows))) < floor
+            def hopeless(index: int, rows: list[list[int]], group: list[Candidate] = group) -> bool:
+                return floor is not None and tallies[group[index]].bound(dict(zip(keys, rows))) < floor
 
-        traced = self._trace(block) if candidate else None
-        if traced and candidate:
-            rows = translate_without(self._stepper, traced, self._position(candidate), hopeless if floor else None)
-            if rows is None:
-                return False
-        else:
-            prompts, active = self._prompts(block, self.translated, candidate), self._active(candidate)
-            rows = greedy(self._stepper, prompts, self._limits(block), self.decode.batch_size, active)
+            positions = [self._position(candidate) for candidate in group]
+            every = translate_without(self._stepper, traced, positions, hopeless if floor is not None else None)
+            for candidate, rows in zip(group, every):
+                done[candidate] = rows is not None
+                if rows is not None:
+                    tallies[candidate].tokens.update(self._by_clip(block, rows))
+        return done
+
+    def parent_tally(self) -> Tally:
+        """The round's parent on all clips."""
+        tally = Tally(self)
+        for block in self.blocks:
+            for language, metric in self.metrics.items():
+                if metric == "loss":
+                    tally.losses.setdefault(language, {}).update(self._losses(None, block, language))
+            if self.translated:
+                tally.tokens.update(self._translate(None, block))
+        return tally
+
+    def group_size(self) -> int:
+        """Candidates that are decoded together: on a GPU a step costs little more for many rows, on a CPU as much for each."""
+        if not self._sharing or self._stepper.decoder.device.type != "cuda":
+            return 1
+        rows = max(map(len, self.blocks)) * max(1, len(self.translated))
+        return max(1, ROWS_IN_FLIGHT // rows)
+
+    def _batch(self, traced: Trace) -> int:
+        """How many candidates' rows memory holds at once."""
+        slots = sum(traced.lengths) + sum(traced.limits)
+        return max(1, min(self.group_size(), self._stepper.room() // slots))
+
+    def _translate(self, candidate: Candidate | None, block: Sequence[int]) -> dict[int, list[list[int]]]:
+        """Translations by clip, decoded from the beginning."""
+        prompts = self._prompts(block, self.translated, candidate)
+        rows = greedy(self._stepper, prompts, self._limits(block), self.decode.batch_size, self._active(candidate))
+        return self._by_clip(block, rows)
+
+    def _by_clip(self, block: Sequence[int], rows: Sequence[list[int]]) -> dict[int, list[list[int]]]:
         step = len(self.translated)
-        tally.tokens.update({clip: rows[i * step : (i + 1) * step] for i, clip in enumerate(block)})
-        return True
+        return {clip: list(rows[i * step : (i + 1) * step]) for i, clip in enumerate(block)}
 
     def _losses(self, candidate: Candidate | None, block: Sequence[int], language: str) -> dict[int, tuple[float, int]]:
         """Teacher-forced loss of each clip's reference: nats in all, and tokens."""
@@ -240,9 +292,7 @@ class Scorer:
         else:
             limits = self._limits(block)
             if any(clip not in self.parent for clip in block):
-                tally = Tally(self)
-                self.add(tally, None, block)
-                self.parent.update(tally.tokens)
+                self.parent.update(self._translate(None, block))
             drafts = [ids for clip in block for ids in self.parent[clip]]
         gone = {layer for layer in self.removed["decoder"]}
         positions = [self._position(c) for c in self.candidates(self.lineage) if c.layer not in gone]

@@ -11,14 +11,14 @@ Shapes: B rows, N tokens packed (prompts, each followed by its draft but for the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trimlingual.packed import Packed, PackedDecoder, Slots, chunks
-from trimlingual.stepping import Rows, Stepper, Watch
+from trimlingual.stepping import Rows, Stepper
 
 
 @dataclass(frozen=True)
@@ -101,37 +101,57 @@ def _fed(
     return packed, torch.cat(pieces)
 
 
+# Called with a candidate's index and its tokens so far; True gives the candidate up.
+Hopeless = Callable[[int, list[list[int]]], bool]
+
+
 @torch.inference_mode()
 def translate_without(
-    stepper: Stepper, traced: Trace, position: int, watch: Watch | None = None
-) -> list[list[int]] | None:
-    """What the traced parent would translate without its layer at `position`; None if `watch` gave up.
+    stepper: Stepper, traced: Trace, positions: Sequence[int], hopeless: Hopeless | None = None
+) -> list[list[list[int]] | None]:
+    """What the traced parent would translate without its layer at each of these positions; None where `hopeless` gave up.
 
-    Equal to decoding each prompt anew with that layer left out (tests/test_drafts.py).
+    Equal to decoding each prompt anew with that layer left out (tests/test_drafts.py). The candidates are decoded in one batch, whose
+    rows go without different layers, so that a step reads the weights once for all of them.
     """
-    decoder = stepper.decoder
-    active = [layer for layer in traced.active if layer != position]
-    slots = stepper.slots([length + limit for length, limit in zip(traced.lengths, traced.limits)])
+    decoder, count = stepper.decoder, len(traced.lengths)
+    capacities = [length + limit for length, limit in zip(traced.lengths, traced.limits)]
+    slots = stepper.slots(capacities * len(positions))
     draft = _padded(traced.drafts, decoder.device)
-    predicted = torch.full_like(draft, -1)
-    for chunk in traced.chunks:
-        hidden = _above(decoder, traced, chunk, position, slots)
-        row, column, at = _answers(traced.lengths, chunk.packed, chunk.first_row)
-        predicted[row, column] = decoder.next_tokens(decoder.decoder.norm(hidden[at]))
-    differs = (predicted != draft) & (draft >= 0)
+    predicted = torch.full_like(draft, -1).repeat(len(positions), 1)
+    for number, position in enumerate(positions):
+        for chunk in traced.chunks:
+            hidden = _above(decoder, traced, chunk, position, slots, number * count)
+            row, column, at = _answers(traced.lengths, chunk.packed, chunk.first_row)
+            predicted[number * count + row, column] = decoder.next_tokens(hidden[at])
+    differs = (predicted != draft.repeat(len(positions), 1)) & (predicted >= 0)
     first = differs.int().argmax(-1)  # index of the first token that differs
     changed = differs.any(-1)
+    drafts = traced.drafts * len(positions)
     rows = Rows(
         token=predicted.gather(1, first[:, None])[:, 0],
-        position=torch.tensor(traced.lengths, device=decoder.device) + first,
-        out=[
-            tokens[:n] if new else list(tokens)
-            for tokens, n, new in zip(traced.drafts, first.tolist(), changed.tolist())
-        ],
-        budget=traced.limits,
+        position=torch.tensor(traced.lengths * len(positions), device=decoder.device) + first,
+        out=[tokens[:n] if new else list(tokens) for tokens, n, new in zip(drafts, first.tolist(), changed.tolist())],
+        budget=traced.limits * len(positions),
         alive=changed.tolist(),
+        without=[position for position in positions for _ in range(count)],
     )
-    return rows.out if stepper.extend(slots, active, rows, watch) else None
+    given_up: set[int] = set()
+
+    def watch(out: list[list[int]], alive: list[bool]) -> list[int]:
+        assert hopeless is not None
+        for number in range(len(positions)):
+            mine = slice(number * count, (number + 1) * count)
+            if number not in given_up and any(alive[mine]) and hopeless(number, out[mine]):
+                given_up.add(number)
+        return [row for row in range(len(out)) if row // count in given_up]
+
+    active = [layer for layer in traced.active if len(positions) > 1 or layer not in positions]
+    stepper.extend(slots, active, rows, watch if hopeless else None)
+    return [
+        None if number in given_up else rows.out[number * count : (number + 1) * count]
+        for number in range(len(positions))
+    ]
 
 
 @torch.inference_mode()
@@ -164,21 +184,22 @@ def losses(
 
 def _token_losses(decoder: PackedDecoder, hidden: Tensor, targets: Tensor) -> Tensor:
     """Loss (tokens,) in nats of the targets, from hidden states (tokens, D)."""
-    logits = decoder.head(decoder.decoder.norm(hidden)).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+    return torch.nn.functional.cross_entropy(decoder.logits(hidden).float(), targets, reduction="none").double()
 
 
-def _above(decoder: PackedDecoder, traced: Trace, chunk: _Chunk, position: int, slots: Slots | None) -> Tensor:
+def _above(
+    decoder: PackedDecoder, traced: Trace, chunk: _Chunk, position: int, slots: Slots | None, first_row: int = 0
+) -> Tensor:
     """The candidate's last hidden states (N, D); fills `slots` with its keys and values: below the missing layer the parent's."""
-    packed, hidden = chunk.packed, chunk.hidden[position]
+    packed, hidden, first_row = chunk.packed, chunk.hidden[position], first_row + chunk.first_row
     if slots is not None:
-        index = slots.start[packed.row + chunk.first_row].long() + packed.position
+        index = slots.start[packed.row + first_row] + packed.position
         for layer in traced.active:
             if layer < position:
                 slots.keys[layer][index] = chunk.keys[layer]
                 slots.values[layer][index] = chunk.values[layer]
     above = [layer for layer in traced.active if layer > position]
-    return decoder.through(hidden, packed, above, slots, chunk.first_row)
+    return decoder.through(hidden, packed, above, slots, first_row)
 
 
 def _answers(lengths: Sequence[int], packed: Packed, first_row: int) -> tuple[Tensor, Tensor, Tensor]:

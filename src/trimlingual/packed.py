@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trimlingual.models import decoder_layer, embed, layer_list, lm_head, text_decoder
+from trimlingual.models import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
+from trimlingual.rotary import rotate
 
 CHUNK_TOKENS = 16384  # prefilled at once: enough to fill a GPU, and its activations stay below 2 GB for 7B parameters
 
@@ -70,6 +72,11 @@ class Slots:
     start: Tensor  # (rows + 1,) int32, first slot of each row
     width: int
     ragged: bool
+
+    @cached_property
+    def each(self) -> Tensor:
+        """(rows + 1,) int32: where each row's query begins when every row has one."""
+        return torch.arange(len(self.start), dtype=torch.int32, device=self.start.device)
 
     @property
     def num_rows(self) -> int:
@@ -126,18 +133,15 @@ class PackedDecoder:
         reserve = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + reserve
 
-    def slots(self, capacities: Sequence[int]) -> Slots:
-        """Empty slots for rows of at most these many positions."""
-        rows, width = len(capacities), max(capacities)
-        shape = (sum(capacities) + 1 if self.flash else rows * width, self.num_kv_heads, self.head_dim)
+    def slots(self, rows: int, total: int, width: int) -> Slots:
+        """Empty slots for this many rows, of at most `width` positions each and `total` together."""
+        shape = (total + 1 if self.flash else rows * width, self.num_kv_heads, self.head_dim)
         # Zeros, not garbage: a masked NaN is still a NaN once it is multiplied by a weight of 0.
         keys, values = (
             [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers] for _ in range(2)
         )
         start = torch.arange(rows + 1, dtype=torch.int32, device=self.device) * width
-        slots = Slots(keys, values, start, width, self.flash)
-        slots.assign(capacities)
-        return slots
+        return Slots(keys, values, start, width, self.flash)
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary cosines and sines (N, E) of positions (N,)."""
@@ -154,18 +158,18 @@ class PackedDecoder:
         rows' `slots`, from row `first_row` on.
         """
         rope = self.rope(packed.position)
-        index = slots.start[packed.row + first_row].long() + packed.position if slots else None
+        index = slots.start[packed.row + first_row] + packed.position if slots else None
         for position in active:
             kept: list[Tensor] = []
 
-            def attend(query: Tensor, key: Tensor, value: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            to = (slots.keys[position], slots.values[position], index) if slots and index is not None else None
+
+            def attend(query: Tensor, key: Tensor, value: Tensor, kept: Any = kept, to: Any = to) -> Tensor:
+                query, key = rotate(query, key, value, rope, to)
                 kept += [key, value]
                 return self._causal(query, key, value, packed)
 
-            hidden = decoder_layer(self.layers[position], hidden, rope, attend)
-            if slots is not None:
-                slots.keys[position][index] = kept[0]
-                slots.values[position][index] = kept[1]
+            hidden = decoder_layer(self.layers[position], hidden, attend)
             yield position, hidden, kept[0], kept[1]
 
     def through(
@@ -177,17 +181,21 @@ class PackedDecoder:
         return hidden
 
     def prefill(self, prompts: Sequence[Tensor], active: Sequence[int], slots: Slots) -> Tensor:
-        """Run prompts (T_i, D), filling `slots`; returns the hidden state (B, D) after each prompt's last token."""
+        """Run prompts (T_i, D), filling `slots`; returns the last layer's output (B, D) at each prompt's last token."""
         last = []
         for rows in chunks([len(prompt) for prompt in prompts]):
             packed = Packed.of([len(prompts[row]) for row in rows], self.device)
             hidden = torch.cat([prompts[row] for row in rows])
             last.append(self.through(hidden, packed, active, slots, rows.start)[packed.last])
-        return self.decoder.norm(torch.cat(last))
+        return torch.cat(last)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of the last layer's output (..., D)."""
+        return self.head(rms_norm(self.decoder.norm, hidden))
 
     def next_tokens(self, hidden: Tensor) -> Tensor:
-        """Most likely next tokens (...) of normed hidden states (..., D)."""
-        return self.head(hidden).argmax(-1)
+        """Most likely next tokens (...) after the last layer's output (..., D)."""
+        return self.logits(hidden).argmax(-1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings (..., D)."""
@@ -200,11 +208,10 @@ class PackedDecoder:
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = slots.keys[position], slots.values[position]
-            keys[slot] = key
-            values[slot] = value
+            query, _ = rotate(query, key, value, rope, (keys, values, slot))
             return self._over_slots(query, keys, values, used, slots)
 
-        return decoder_layer(self.layers[position], hidden, rope, attend)
+        return decoder_layer(self.layers[position], hidden, attend)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
         longest = max(packed.lengths)
@@ -224,8 +231,8 @@ class PackedDecoder:
 
     def _over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
         if self.flash:
-            each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-            return _flash(query, keys, values, each, slots.start, 1, slots.width, causal=False, used=used.int())
+            each = slots.each[: len(query) + 1]
+            return _flash(query, keys, values, each, slots.start, 1, slots.width, causal=False, used=used)
         longest = slots.width if self.device.type == "cuda" else int(used.max())  # a CUDA graph needs one shape
 
         def rows(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Both look at the candidates on a growing number of clips, the same for all, and 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def _race(
 
     The winner is scored on all clips in the end, so that its score can be compared with the other rounds'.
     """
-    order = [clip for block in search.scorer.blocks for clip in block]
+    count = len(search.scorer.select.clips)
+    order = random.Random(0).sample(range(count), count)  # the first clips must stand for all
     standing, seen, size = list(candidates), 0, min(search.scorer.settings.first_clips, len(order))
     last: dict[Candidate, Record] = {}
     while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Search:
             + (f", {len(self.known)} records of an earlier run" if self.known else "")
         )
         with progress("searching layers", total + 1) as advance:
-            (baseline,) = self.share_out(0, [None], scorer.blocks)
+            baseline = self._baseline()
             advance(1)
             self._note(0, baseline)
             lineage, parent = scorer.lineage, baseline
@@ -90,39 +91,50 @@ class Search:
     def share_out(
         self,
         number: int,
-        candidates: Sequence[Candidate | None],
+        candidates: Sequence[Candidate],
         blocks: Sequence[Sequence[int]],
         floor: Callable[[list[dict[str, Any]]], float | None] | None = None,
         advance: Advance | None = None,
-        earlier: Mapping[Any, dict[str, Any]] | None = None,
+        earlier: Mapping[Candidate, dict[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Records of the candidates on these blocks of clips, in order: from the journal, or scored now, shared by all processes.
 
         `floor(records so far)` is the score below which a candidate is given up. `earlier` holds the candidates' records on other
         clips, all the same, which are added to.
         """
+        earlier = earlier or {}
         clips = sum(map(len, blocks)) + (earlier[candidates[0]]["num_clips"] if earlier else 0)
         records = [r for c in candidates if (r := self.known.get(_key(number, c, clips)))]
         if advance:
             advance(len(records))
         pending = [c for c in candidates if _key(number, c, clips) not in self.known]
-        for start in range(0, len(pending), num_processes()):
-            wave = pending[start : start + num_processes()]
-            mine = None
-            if process_index() < len(wave):
-                candidate = wave[process_index()]
-                limit = floor(records) if floor else None
-                mine = self._score(number, candidate, blocks, limit, (earlier or {}).get(candidate))
-            for record in gather(mine)[: len(wave)]:
-                self.known[_identity(record)] = record
+        size = self.scorer.group_size()
+        for start in range(0, len(pending), size * num_processes()):
+            wave = pending[start : start + size * num_processes()]
+            limit = floor(records) if floor else None
+            mine = self._score(number, wave[process_index() :: num_processes()], blocks, limit, earlier)
+            for record in chain.from_iterable(gather(mine)):
+                self._keep(record)
                 records.append(record)
-                if is_main_process():
-                    append_jsonl(self.journal, record)
             if advance:
                 best = max((r["score"] for r in records if r["score"] is not None), default=None)
                 advance(len(wave), f"round {number}, best {best:.2f}" if best is not None else "")
         by_candidate = {_identity(r): r for r in records}
         return [by_candidate[_key(number, c, clips)] for c in candidates]
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.known[_identity(record)] = record
+        if is_main_process():
+            append_jsonl(self.journal, record)
+
+    def _baseline(self) -> dict[str, Any]:
+        """The unpruned model's record; everybody goes on from the main process's translations."""
+        key = _key(0, None, len(self.scorer.select.clips))
+        if key not in self.known:
+            started = time.perf_counter()
+            record = _record(0, None, self.scorer.parent_tally(), True, started) if is_main_process() else None
+            self._keep(gather(record)[0])
+        return self.known[key]
 
     def tally(self, record: dict[str, Any]) -> Tally:
         """A record's translations, to be scored again."""
@@ -140,33 +152,27 @@ class Search:
     def _score(
         self,
         number: int,
-        candidate: Candidate | None,
+        candidates: Sequence[Candidate],
         blocks: Sequence[Sequence[int]],
         floor: float | None,
-        earlier: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """Score one candidate of round `number`; its score is None once it was given up."""
-        started, tally = time.perf_counter(), self.tally(earlier) if earlier else Tally(self.scorer)
-        done = True
+        earlier: Mapping[Candidate, dict[str, Any]],
+    ) -> list[dict[str, Any]]:
+        """Records of some candidates of round `number`, scored together; the score is None of one that was given up."""
+        started = time.perf_counter()
+        tallies = {c: self.tally(earlier[c]) if c in earlier else Tally(self.scorer) for c in candidates}
+        standing = dict(tallies)
         for i, block in enumerate(blocks):
-            done = self.scorer.add(tally, candidate, block, floor)
-            if done and floor is not None and i + 1 < len(blocks):
-                done = tally.bound() >= floor
-            if not done:
-                break
-        scores = tally.scores() if done else {}
-        return {
-            "round": number,
-            "tower": candidate.tower if candidate else None,
-            "layer": candidate.layer if candidate else None,
-            "num_clips": sum(map(len, blocks)) + (earlier["num_clips"] if earlier else 0),
-            "score": sum(scores.values()) / len(scores) if done else None,
-            "scores": scores,
-            "num_truncated": tally.num_runaways(),
-            "seconds": round(time.perf_counter() - started + (earlier["seconds"] if earlier else 0), 4),
-            "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if done else {},
-            "losses": tally.losses,
-        }
+            done = self.scorer.add(standing, block, floor) if standing else {}
+            standing = {c: tally for c, tally in standing.items() if done[c]}
+            if floor is not None and i + 1 < len(blocks):
+                standing = {c: tally for c, tally in standing.items() if tally.bound() >= floor}
+        records = [_record(number, c, tally, c in standing, started) for c, tally in tallies.items()]
+        for candidate, record in zip(candidates, records):
+            record["seconds"] = round(record["seconds"] / len(candidates), 4)
+            if candidate in earlier:
+                record["seconds"] += earlier[candidate]["seconds"]
+            record["num_clips"] = sum(map(len, blocks)) + (earlier[candidate]["num_clips"] if earlier else 0)
+        return records
 
     def _round(
         self, number: int, candidates: Sequence[Candidate], advance: Advance
@@ -174,7 +180,7 @@ class Search:
         """The best candidate's record and all of the round's records."""
         ordered = self._ordered(number, candidates)
         if number == 1:
-            self._probe(ordered, len(candidates))
+            self._probe(ordered)
         settings = self.scorer.settings
         if settings.selection != "exact":
             race = successive_halving if settings.selection == "successive-halving" else bootstrap_racing
@@ -198,12 +204,14 @@ class Search:
 
         return gather(sorted(candidates, key=promise))[0]
 
-    def _probe(self, ordered: Sequence[Candidate], count: int) -> None:
-        """Time one candidate, and say how long the whole search will take."""
+    def _probe(self, ordered: Sequence[Candidate]) -> None:
+        """Time the first candidates, and say how long the whole search will take."""
         total = self._num_candidates()
-        (record,) = self.share_out(1, ordered[:1], self.scorer.blocks)
-        seconds = record["seconds"] * total / num_processes()
-        say(f"  about {seconds / 60:.1f} minutes at {record['seconds']:.2f} s a candidate, if none is given up")
+        count = self.scorer.group_size() * num_processes()
+        started = time.perf_counter()
+        probed = self.share_out(1, ordered[:count], self.scorer.blocks)
+        seconds = max(time.perf_counter() - started, max(r["seconds"] for r in probed) / num_processes()) / len(probed)
+        say(f"  about {seconds * total / 60:.1f} minutes at {seconds:.2f} s a candidate, if none is given up")
 
     def _num_candidates(self) -> int:
         first = len(self.scorer.candidates(self.scorer.lineage))
@@ -241,6 +249,23 @@ def _second_best(records: Sequence[dict[str, Any]]) -> float | None:
     """Below this a candidate is neither the best of its round nor the runner-up."""
     scores = sorted((r["score"] for r in records if r["score"] is not None), reverse=True)
     return scores[1] - TIE if len(scores) > 1 else None
+
+
+def _record(number: int, candidate: Candidate | None, tally: Tally, whole: bool, started: float) -> dict[str, Any]:
+    """What the journal remembers; score None and no translations of a candidate that was given up."""
+    scores = tally.scores() if whole else {}
+    return {
+        "round": number,
+        "tower": candidate.tower if candidate else None,
+        "layer": candidate.layer if candidate else None,
+        "num_clips": len(tally.scorer.select.clips),
+        "score": sum(scores.values()) / len(scores) if whole else None,
+        "scores": scores,
+        "num_truncated": tally.num_runaways(),
+        "seconds": round(time.perf_counter() - started, 4),
+        "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if whole else {},
+        "losses": tally.losses,
+    }
 
 
 def _key(number: int, candidate: Candidate | None, num_clips: int) -> tuple[Any, ...]:

@@ -19,9 +19,9 @@ from trimlingual.packed import PackedDecoder, Slots
 
 logger = logging.getLogger(__name__)
 
-# Called with all tokens so far and whether each row goes on; True gives the whole batch up.
-Watch = Callable[[list[list[int]], list[bool]], bool]
-FIRST_WATCH = 16  # steps before the first look, then twice as many each time: looking costs the host's time
+# Called with all tokens so far and whether each row goes on; returns the rows to give up.
+Watch = Callable[[list[list[int]], list[bool]], list[int]]
+FIRST_WATCH = 64  # steps before the first look, then twice as many each time: looking costs the host's time
 SLOTS_SHARE = 0.6  # of the memory that is free, the keys and values of a batch may take
 LAG = 2  # steps that a GPU may run ahead of the host's knowing that all rows have ended
 
@@ -35,6 +35,7 @@ class Rows:
     out: list[list[int]]  # new tokens so far
     budget: list[int]  # how many there may be in all
     alive: list[bool]
+    without: list[int | None] | None = None  # position of the layer that each row goes without
 
 
 class Stepper:
@@ -48,71 +49,78 @@ class Stepper:
 
     def slots(self, capacities: Sequence[int]) -> Slots:
         """Slots for rows of at most these many positions: those of the last batch, if they are large enough."""
-        if self._slots is None or not self._slots.assign(capacities):
-            self._slots = self._graphs = None  # freed before the new ones are made
-            self._slots = self.decoder.slots(capacities)
-        return self._slots
+        old = self._slots
+        if old is not None and old.assign(capacities):
+            return old
+        rows, total, width = len(capacities), sum(capacities), max(capacities)
+        if old is not None:  # no smaller in any way, so that batches of two kinds do not take turns in making new ones
+            rows, total, width = max(rows, old.num_rows), max(total, len(old.keys[0]) - 1), max(width, old.width)
+        self._slots = self._graphs = old = None  # freed before the new ones are made
+        slots = self._slots = self.decoder.slots(rows, total, width)
+        slots.assign(capacities)
+        return slots
 
     def room(self) -> int:
         """Slots that a batch may take: what memory allows, or what it holds already."""
         held = len(self._slots.keys[0]) if self._slots else 0
         return max(held, int(SLOTS_SHARE * self.decoder.free_bytes() / self.decoder.slot_bytes))
 
-    def extend(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None = None) -> bool:
-        """Go on until every row has ended or used its budget; fills `rows.out`. False if `watch` gave up."""
-        if not any(rows.alive):
-            return True
-        if self.decoder.device.type == "cuda":
-            return self._extend_static(slots, active, rows, watch)
-        return self._extend_shrinking(slots, active, rows, watch)
+    def extend(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None = None) -> None:
+        """Go on through the layers at positions `active` until every row has ended or used its budget; fills `rows.out`."""
+        if any(rows.alive):
+            extend = self._extend_static if self.decoder.device.type == "cuda" else self._extend_shrinking
+            extend(slots, active, rows, watch)
 
-    def _extend_shrinking(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> bool:
+    def _extend_shrinking(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
         decoder, device = self.decoder, self.decoder.device
         row = torch.arange(len(rows.token), device=device)  # which row each of the batch is
         token, position, budget = rows.token, rows.position, torch.tensor(rows.budget, device=device)
         ends = torch.tensor(self.eos, dtype=torch.long, device=device)
         length = torch.tensor([len(tokens) for tokens in rows.out], device=device)
         alive = torch.tensor(rows.alive, device=device)
+        without = torch.tensor([-1 if w is None else w for w in rows.without or [None] * len(row)], device=device)
         steps, look = 0, FIRST_WATCH
         while True:
             length = length + alive
             for i, value in zip(row[alive].tolist(), token[alive].tolist()):
                 rows.out[i].append(value)
-            keep = (alive & ~torch.isin(token, ends) & (length < budget)).nonzero()[:, 0]
-            if not len(keep):
-                return True
-            if len(keep) < len(row):
-                slots = slots.kept(keep)
-                row, token, position, budget, length = (t[keep] for t in (row, token, position, budget, length))
-                alive = alive[keep]
+            alive = alive & ~torch.isin(token, ends) & (length < budget)
             steps += 1
             if watch and steps == look:
                 look *= 2
-                going = set(row.tolist())
-                if watch(rows.out, [i in going for i in range(len(rows.out))]):
-                    return False
+                going = set(row[alive].tolist())
+                hopeless = watch(rows.out, [i in going for i in range(len(rows.out))])
+                alive = alive & ~torch.isin(row, torch.tensor(hopeless, dtype=torch.long, device=device))
+            keep = alive.nonzero()[:, 0]
+            if not len(keep):
+                return
+            if len(keep) < len(row):
+                slots = slots.kept(keep)
+                row, token, position, budget, length, alive, without = (
+                    t[keep] for t in (row, token, position, budget, length, alive, without)
+                )
             rope, slot, used = decoder.rope(position), slots.start[: len(position)] + position, position + 1
-            hidden = decoder.embed(token)
+            hidden, lacking = decoder.embed(token), set(without.tolist())
             for layer in active:
-                hidden = decoder.step(layer, hidden, rope, slot, used, slots)
-            token, position = decoder.next_tokens(decoder.decoder.norm(hidden)), position + 1
+                output = decoder.step(layer, hidden, rope, slot, used, slots)
+                hidden = torch.where((without == layer)[:, None], hidden, output) if layer in lacking else output
+            token, position = decoder.next_tokens(hidden), position + 1
 
-    def _extend_static(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> bool:
-        most = max(rows.budget)
-        if self._graphs is None or self._graphs.slots is not slots or self._graphs.out.shape[1] <= most:
-            self._graphs = None
-            self._graphs = _Graphs(
-                self.decoder, slots, torch.tensor(self.eos, dtype=torch.long, device=self.decoder.device), most
-            )
-        return self._graphs.extend(active, rows, watch)
+    def _extend_static(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
+        graphs, most = self._graphs, max(rows.budget)
+        if graphs is None or graphs.slots is not slots or graphs.out.shape[1] <= most:
+            self._graphs = graphs = None
+            graphs = self._graphs = _Graphs(self.decoder, slots, self.eos, most)
+        graphs.extend(active, rows, watch)
 
 
 class _Graphs:
     """One step for a fixed number of rows, as CUDA graphs: its beginning, each layer, its end."""
 
-    def __init__(self, decoder: PackedDecoder, slots: Slots, eos: Tensor, most: int):
-        self.decoder, self.slots, self.eos = decoder, slots, eos
+    def __init__(self, decoder: PackedDecoder, slots: Slots, eos: Sequence[int], most: int):
+        self.decoder, self.slots = decoder, slots
         device, count = decoder.device, slots.num_rows
+        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.token, self.position, self.length, self.budget, self.slot = (
             torch.zeros(count, dtype=torch.long, device=device) for _ in range(5)
         )
@@ -123,6 +131,7 @@ class _Graphs:
         )  # the last column takes what is not kept
         self.num_alive = torch.zeros((), dtype=torch.long, device=device)
         self.hidden = torch.zeros((count, decoder.decoder.config.hidden_size), dtype=decoder.dtype, device=device)
+        self.lacks = torch.zeros((len(decoder.layers), count, 1), dtype=torch.bool, device=device)
         cosine, sine = decoder.rope(self.position)
         self.rope = (cosine.clone(), sine.clone())
         works: list[Callable[[], None]] = [self._begin, self._end]
@@ -130,7 +139,7 @@ class _Graphs:
         self.begin, self.end, *self.layers = self._captured(works)
         self.flags = torch.zeros(most + LAG + 2, dtype=torch.long).pin_memory()
 
-    def extend(self, active: Sequence[int], rows: Rows, watch: Watch | None) -> bool:
+    def extend(self, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
         """Stepper.extend, replayed."""
         count, device = len(rows.token), self.out.device
         self.alive.zero_()
@@ -144,7 +153,10 @@ class _Graphs:
         for i, tokens in enumerate(rows.out):
             kept[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         self.out[:count, : kept.shape[1]] = kept.to(device)
-        finished, look = True, FIRST_WATCH
+        self.lacks.zero_()
+        for layer in set(rows.without or ()) - {None}:
+            self.lacks[layer, :count, 0] = torch.tensor([w == layer for w in rows.without or ()], device=device)
+        look = FIRST_WATCH
         events: list[torch.cuda.Event] = []
         while True:
             self.begin()
@@ -158,14 +170,12 @@ class _Graphs:
                     break
             if watch and step + 1 == look:
                 look *= 2
-                if watch(self._read(count), self.alive[:count].tolist()):
-                    finished = False
-                    break
+                for row in watch(self._read(count), self.alive[:count].tolist()):
+                    self.alive[row] = False
             for position in active:
                 self.layers[position]()
             self.end()
         rows.out[:] = self._read(count)
-        return finished
 
     def _read(self, count: int) -> list[list[int]]:
         out, lengths = self.out[:count].tolist(), self.length[:count].tolist()
@@ -189,12 +199,12 @@ class _Graphs:
     def _layer(self, position: int) -> Callable[[], None]:
         def work() -> None:
             hidden = self.decoder.step(position, self.hidden, self.rope, self.slot, self.used, self.slots)
-            self.hidden.copy_(hidden)
+            self.hidden.copy_(torch.where(self.lacks[position], self.hidden, hidden))
 
         return work
 
     def _end(self) -> None:
-        self.token.copy_(self.decoder.next_tokens(self.decoder.decoder.norm(self.hidden)))
+        self.token.copy_(self.decoder.next_tokens(self.hidden))
         self.position.add_(1)
 
     def _captured(self, works: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
