@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from itertools import chain
 
@@ -144,6 +145,18 @@ def test_short_batches_keep_their_activations(make_model, processor, split, task
         calls.append(count)
     assert calls == [4, 2]
     torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_workers_load_the_same_batches(make_model, processor, split, task, examples, tmp_path):
+    def batches(num_workers):
+        settings = TrainSettings(num_workers=num_workers)
+        _, trainer = make_trainer(make_model(), processor, split.clips, examples, task, settings, 0, tmp_path)
+        pickle.dumps(trainer.data_collator)  # as workers get it where they are not forked
+        return list(trainer.get_train_dataloader())
+
+    for ours, theirs in zip(batches(2), batches(0), strict=True):
+        assert ours["ids"] == theirs["ids"]
+        assert torch.equal(ours["input_features"], theirs["input_features"])
 
 
 def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, split, task, examples, tmp_path):

@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -37,6 +39,10 @@ ENCODE_BATCH = 16  # clips encoded at once when the frozen tower's output is sto
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and the batch."""
+
+
+def _load_clip(clips: Sequence[Clip], index: int) -> np.ndarray:
+    return load_audio(clips[index].audio)  # a function with a name: workers that are not forked get it pickled
 
 
 class _Examples(Dataset):
@@ -196,7 +202,7 @@ def make_trainer(
         model=trained,
         args=training_arguments(settings, seed, work_dir, next(model.parameters()).device),
         train_dataset=_Examples(examples),
-        data_collator=Collator(prompter, lambda index: load_audio(clips[index].audio), states),
+        data_collator=Collator(prompter, partial(_load_clip, clips), states),
         callbacks=[_MarkComplete()],
     )
     if settings.length_grouped:
