@@ -84,6 +84,7 @@ def quantize_(model: Any) -> None:
 def make_data(folder: Path, count: int, processor: Any, seed: int = 0) -> tuple[list[Clip], list[Example]]:
     """Shaped noise of log-normal length (median 7.5 s, cut to 3 to 20 s) with random words of about 3 tokens a second."""
     rng = np.random.default_rng(seed)
+    words = sorted(token[1:] for token in processor.tokenizer.get_vocab() if token[:1] == "Ġ" and token[1:].isalpha())
     clips, examples = [], []
     for i in range(count):
         seconds = float(np.clip(rng.lognormal(np.log(7.5), 0.5), 3, 20))
@@ -91,8 +92,7 @@ def make_data(folder: Path, count: int, processor: Any, seed: int = 0) -> tuple[
         tone = np.sin(2 * np.pi * rng.uniform(80, 400) * time_s) * (0.5 + 0.5 * np.sin(2 * np.pi * 3 * time_s))
         path = folder / f"{i}.wav"
         soundfile.write(path, (0.3 * tone + 0.03 * rng.standard_normal(len(tone))).astype(np.float32), SAMPLE_RATE)
-        ids = rng.integers(300, 4000, int(seconds * rng.uniform(2.5, 3.5)))
-        text = processor.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        text = " ".join(words[j] for j in rng.integers(0, len(words), int(seconds * rng.uniform(2.5, 3.2))))
         clips.append(Clip(str(i), path, {"de": text}, None, seconds, str(i)))
         examples.append(Example(i, str(i), "de", text))
     return clips, examples
