@@ -88,7 +88,8 @@ class Bench:
         self.clips, self.examples = make_data(folder, args.clips, self.processor)
         seconds = [clip.duration_s for clip in self.clips]
         self.record: dict[str, Any] = {
-            "command": f"python benchmarks/train_speed.py --size {args.size} --clips {args.clips} --blocks {args.blocks}",
+            "command": f"python benchmarks/train_speed.py --size {args.size} --clips {args.clips} --blocks {args.blocks} "
+            f"--workers {args.workers} --parts {' '.join(args.parts)}",
             "commit": args.commit,
             "machine": machine(),
             "settings": {
