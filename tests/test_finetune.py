@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
+from itertools import chain
 
 import pytest
 import torch
 
 from trimlingual.audio import load_audio
-from trimlingual.finetune import TrainingError, _TranslationTrainer, finetune, last_complete_checkpoint, train_
+from trimlingual.finetune import (
+    TrainingError,
+    _TranslationTrainer,
+    finetune,
+    last_complete_checkpoint,
+    make_trainer,
+    train_,
+)
 from trimlingual.lineage import read_lineage
 from trimlingual.loss import answer_forward, answer_loss
 from trimlingual.models import load_model
@@ -26,7 +35,7 @@ def examples(split, task):
 def test_loss_equals_the_models_own_on_answer_tokens(make_model, processor, split, task, examples):
     """Ours (logits at answer positions only) against transformers' full forward with the same labels."""
     model = make_model()
-    collator = Collator(Prompter(processor, task), lambda i: load_audio(split.clips[i].audio))
+    collator = Collator(Prompter(processor, task), lambda i: load_audio(split.clips[i].audio), whole_window=True)
     batch = collator(examples[:6])
     batch.pop("ids")
     with torch.no_grad():
@@ -104,18 +113,77 @@ def test_lora_saves_a_merged_model_and_its_adapter(model_dir, lineage, split, ta
     )
 
 
+def test_batches_hold_clips_of_similar_length(make_model, processor, split, task, examples, tmp_path):
+    def durations(length_grouped):
+        settings = TrainSettings(batch_size=2, length_grouped=length_grouped)
+        _, trainer = make_trainer(make_model(), processor, split.clips, examples, task, settings, 0, tmp_path)
+        batches = [batch["ids"] for batch in trainer.get_train_dataloader()]
+        seconds = {clip.id: clip.duration_s for clip in split.clips}
+        return [[seconds[name.partition(":")[0]] for name in ids] for ids in batches]
+
+    grouped, shuffled = durations(True), durations(False)
+    assert sorted(chain(*grouped)) == sorted(chain(*shuffled))
+    assert sum(map(max, grouped)) < sum(map(max, shuffled))
+
+
+def test_short_batches_keep_their_activations(make_model, processor, split, task, examples, tmp_path, monkeypatch):
+    """Above the bound layers run twice (forward and again in backward), below it once; the weights come out equal."""
+    weights, calls = [], []
+    for bound in (0, 10**6):
+        model = make_model(layers=2)
+        count = 0
+
+        def counted(*args, forward=model.model.language_model.layers[0].mlp.forward, **kwargs):
+            nonlocal count
+            count += 1
+            return forward(*args, **kwargs)
+
+        model.model.language_model.layers[0].mlp.forward = counted
+        settings = TrainSettings(max_steps=2, gradient_checkpointing=True, checkpoint_from_tokens=bound)
+        train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / str(bound))
+        weights.append(model.lm_head.weight.detach().clone())
+        calls.append(count)
+    assert calls == [4, 2]
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_workers_load_the_same_batches(make_model, processor, split, task, examples, tmp_path):
+    def batches(num_workers):
+        settings = TrainSettings(num_workers=num_workers)
+        _, trainer = make_trainer(make_model(), processor, split.clips, examples, task, settings, 0, tmp_path)
+        pickle.dumps(trainer.data_collator)  # as workers get it where they are not forked
+        return list(trainer.get_train_dataloader())
+
+    for ours, theirs in zip(batches(2), batches(0), strict=True):
+        assert ours["ids"] == theirs["ids"]
+        assert torch.equal(ours["input_features"], theirs["input_features"])
+
+
+def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, split, task, examples, tmp_path):
+    model = make_model(layers=2).to(torch.bfloat16)
+    settings = TrainSettings(method="lora", max_steps=3, learning_rate=1e-2, mixed_precision="bf16", logging_steps=1)
+    info = train_(model, processor, split.clips, examples, task, settings, 0, tmp_path)
+    assert info["losses"][-1]["loss"] < info["losses"][0]["loss"]
+    adapter = [p for name, p in info["adapted"].named_parameters() if "lora_" in name]
+    assert {p.dtype for p in adapter} == {torch.float32}  # small updates would be lost in bfloat16
+    assert "forward" not in vars(model)
+
+
 class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("full", "adamw_torch"), ("lora", "adamw_torch"), ("full", "adamw_bnb_8bit")]
+)
 def test_resumed_training_ends_with_equal_weights(
-    model_dir, make_model, processor, split, task, examples, tmp_path, monkeypatch, method
+    model_dir, make_model, processor, split, task, examples, tmp_path, monkeypatch, method, optimizer
 ):
-    """Stopped in step 5 after a checkpoint at step 4, and again with the newest checkpoint half written."""
+    """Stopped in step 6 after a checkpoint at step 5, in the midst of an epoch of 4 steps, with a later checkpoint half written."""
     settings = TrainSettings(
-        method=method, max_steps=6, learning_rate=1e-3, save_steps=2, lora=LoraSettings(r=4, alpha=8)
-    )
+        method=method, max_steps=7, learning_rate=1e-3, save_steps=5, lora=LoraSettings(r=4, alpha=8),
+        optimizer=optimizer,
+    )  # fmt: skip
 
     def weights(info, model):
         return {n: p.detach().clone() for n, p in info.get("adapted", model).named_parameters()}
@@ -126,7 +194,7 @@ def test_resumed_training_ends_with_equal_weights(
     compute_loss = _TranslationTrainer.compute_loss
 
     def dies(self, *args, **kwargs):
-        if self.state.global_step == 5:
+        if self.state.global_step == 6:
             raise _Killed
         return compute_loss(self, *args, **kwargs)
 
@@ -134,11 +202,11 @@ def test_resumed_training_ends_with_equal_weights(
     with pytest.raises(_Killed):
         train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path / "stopped")
     monkeypatch.setattr(_TranslationTrainer, "compute_loss", compute_loss)
-    half = tmp_path / "stopped" / "checkpoint-5"
-    shutil.copytree(tmp_path / "stopped" / "checkpoint-4", half)
+    half = tmp_path / "stopped" / "checkpoint-6"
+    shutil.copytree(tmp_path / "stopped" / "checkpoint-5", half)
     (half / "complete.json").unlink()
     next(half.glob("*model.safetensors")).write_bytes(b"half")
-    assert last_complete_checkpoint(tmp_path / "stopped").endswith("checkpoint-4")
+    assert last_complete_checkpoint(tmp_path / "stopped").endswith("checkpoint-5")
 
     model = make_model(layers=2)
     resumed = weights(train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / "stopped"), model)

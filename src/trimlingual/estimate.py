@@ -73,10 +73,10 @@ def _config(recipe: Recipe) -> Any:
 
 
 def _training_bytes(num: int, held: int, train: TrainSettings) -> float:
-    """Weights, and for what is trained a gradient and two Adam states in the weights' dtype."""
+    """Weights, and for what is trained a gradient and two Adam states, in the weights' dtype or a byte each."""
     if train.method == "lora":
         return num * held * 1.1
-    return num * held * (2 + ADAM_STATES)
+    return num * (2 * held + ADAM_STATES * (1 if "8bit" in train.optimizer else held))
 
 
 def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored: int, gone: float) -> float:

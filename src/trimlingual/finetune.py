@@ -1,7 +1,8 @@
 """Fine-tuning, full or LoRA: the Hugging Face Trainer set up for speech translation.
 
 Because it is the Trainer, `accelerate launch`, torchrun, FSDP, DeepSpeed, mixed precision, resuming and trackers come with it. What is
-ours: the loss on answer tokens only, weighted by tokens under gradient accumulation; stored audio states when the tower is frozen;
+ours: the loss on answer tokens only, weighted by tokens under gradient accumulation; clips of similar length in a step, and the audio
+window cut to the longest; stored audio states when the tower is frozen;
 checkpoints that are either whole or not used; and a stop, with the batch's ids, when the loss is not finite.
 """
 
@@ -10,15 +11,19 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trimlingual.artifacts import SCRATCH, write_json
 from trimlingual.audio import load_audio
+from trimlingual.batches import LengthGroupedSampler
 from trimlingual.decode import encode_clips
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_forward
@@ -37,6 +42,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and the batch."""
 
 
+def _load_clip(clips: Sequence[Clip], index: int) -> np.ndarray:
+    return load_audio(clips[index].audio)  # a function with a name: workers that are not forked get it pickled
+
+
 class _Examples(Dataset):
     def __init__(self, examples: Sequence[Example]):
         self.examples = examples
@@ -49,8 +58,20 @@ class _Examples(Dataset):
 
 
 class _TranslationTrainer(Trainer):
+    lengths: Sequence[float] | None = None  # of the examples, in seconds, when clips of similar length share a step
+    checkpoint_from_tokens = 0
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(self.lengths, step_size, args.seed)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         ids = inputs.pop("ids")
+        if self.checkpoint_from_tokens:
+            checkpoint_layers_(model, inputs["input_ids"].numel() >= self.checkpoint_from_tokens)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -130,27 +151,7 @@ def train_(
 
     Raises TrainingError when the loss is not finite.
     """
-    if not examples:
-        raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
-    set_seed(seed)
-    prompter = Prompter(processor, task)
-    freeze_(model, settings.freeze)
-    trained = add_lora(model, settings.lora, seed) if settings.method == "lora" else model
-    states = None
-    if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
-        states = [tower.cpu() for tower in encode_clips(model, processor, clips, ENCODE_BATCH)]
-    trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
-        True  # answer_forward divides by num_items_in_batch itself
-    )
-    model.forward = answer_forward(model)
-    trainer = _TranslationTrainer(
-        model=trained,
-        args=training_arguments(settings, seed, work_dir, next(model.parameters()).device),
-        train_dataset=_Examples(examples),
-        data_collator=Collator(prompter, lambda index: load_audio(clips[index].audio), states),
-        callbacks=[_MarkComplete()],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
+    trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir)
     try:
         with explained_disk_full(work_dir):
             result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(work_dir))
@@ -169,6 +170,55 @@ def train_(
     if trained is not model:
         info["adapted"] = trained
     return info
+
+
+def make_trainer(
+    model: Any,
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    settings: TrainSettings,
+    seed: int,
+    work_dir: Path,
+) -> tuple[Any, Trainer]:
+    """What is trained (`model`, or the PEFT model around it) and a Trainer ready to start.
+
+    From here on `model.forward` is the training loss's; whoever trains deletes it afterwards. Raises ValueError without examples.
+    """
+    if not examples:
+        raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
+    set_seed(seed)
+    prompter = Prompter(processor, task)
+    freeze_(model, settings.freeze)
+    trained = add_lora(model, settings.lora, seed) if settings.method == "lora" else model
+    states = None
+    if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
+        states = [tower.cpu() for tower in encode_clips(model, processor, clips, ENCODE_BATCH)]
+    trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
+        True  # answer_forward divides by num_items_in_batch itself
+    )
+    model.forward = answer_forward(model)
+    trainer = _TranslationTrainer(
+        model=trained,
+        args=training_arguments(settings, seed, work_dir, next(model.parameters()).device),
+        train_dataset=_Examples(examples),
+        data_collator=Collator(prompter, partial(_load_clip, clips), states),
+        callbacks=[_MarkComplete()],
+    )
+    if settings.length_grouped:
+        trainer.lengths = [clips[example.clip].duration_s for example in examples]
+    if settings.gradient_checkpointing:
+        trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
+    trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
+    return trained, trainer
+
+
+def checkpoint_layers_(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing on or off in every layer, for the next forward; it must have been set up on the model before."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = on
 
 
 def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
@@ -208,6 +258,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, devic
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optimizer,
+        optim_args=settings.optimizer_args,
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",
         **checkpointing,

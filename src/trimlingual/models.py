@@ -237,14 +237,23 @@ def num_audio_states(num_frames: Tensor) -> Tensor:
 
 
 def tower_states(model: Any, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-    """Audio tower output (N, F_max, A) for log-mels (N, mels, M) and their mask (N, M), with padding masked as in training."""
+    """Audio tower output (N, F_max, A) for log-mels (N, mels, M) and their mask (N, M), with padding masked as in training.
+
+    M may be less than the model's window, which the tower's own forward refuses: so its modules are called one by one here.
+    Valid states are those of the whole window if M holds two frames beyond the longest clip, or is the window.
+    """
     tower = unwrap(model).model.audio_tower
-    lengths = (feature_attention_mask.sum(-1) - 1) // 2 + 1
-    num_positions = (input_features.shape[-1] - 2) // 2 + 1
-    valid = torch.arange(num_positions, device=lengths.device)[None, :] < lengths[:, None]
-    dummy = torch.zeros((len(lengths), num_positions, 1), dtype=tower.conv1.weight.dtype, device=input_features.device)
-    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=dummy, attention_mask=valid.long())
-    return tower(input_features, attention_mask=mask).last_hidden_state
+    weight = tower.conv1.weight
+    hidden = nn.functional.gelu(tower.conv1(input_features.to(weight.device, weight.dtype)))
+    hidden = nn.functional.gelu(tower.conv2(hidden)).permute(0, 2, 1)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    lengths = (feature_attention_mask.to(hidden.device).sum(-1) - 1) // 2 + 1
+    valid = positions[None, :] < lengths[:, None]
+    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
+    hidden = nn.functional.dropout(hidden + tower.embed_positions(positions), p=tower.dropout, training=tower.training)
+    for layer in tower.layers:
+        hidden = layer(hidden, mask)
+    return tower.layer_norm(tower.avg_pooler(hidden.permute(0, 2, 1)).permute(0, 2, 1))
 
 
 def project(model: Any, states: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from trimlingual.models import num_audio_states
 from trimlingual.recipe import TaskSettings
 
 IGNORED = -100  # label of positions that do not count, PyTorch's default ignore_index
+# Mel frames beyond a clip's last that its last audio state depends on: convolutions of width 3 and stride 1, then 2, see frame 2p + 2
+# from position p, and the last valid position is at most half the last frame. The spectra of both are those of silence, or nearly.
+CONTEXT_FRAMES = 2
+FRAMES_MULTIPLE = 64  # 0.64 s, 16 audio states: few different shapes, and aligned ones, at little padding
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,13 @@ class Prompter:
         return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def log_mels(processor: Any, audio: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Log-mels (N, mels, M) over the model's window and their mask (N, M), as the processor makes them.
+def log_mels(processor: Any, audio: Sequence[np.ndarray], whole_window: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-mel spectra (N, mels, M) and their mask (N, M), as the processor makes them over its window but cut to what is needed.
 
-    Raises ValueError for a clip longer than the window: it would be cut silently.
+    M is the longest clip's frames and the two that the encoder's convolutions see beyond it, rounded up to a multiple of
+    FRAMES_MULTIPLE; what is left out is padding that the encoder masks. Values are those of the whole window: silence is the
+    least value there is, so the maximum that a clip is normalised by is found within the clip. `whole_window`: M is the window's
+    length, which transformers' own forward insists on. Raises ValueError for a clip longer than the window: it would be cut silently.
     """
     extractor = processor.feature_extractor
     longest = max(len(samples) for samples in audio)
@@ -92,10 +99,14 @@ def log_mels(processor: Any, audio: Sequence[np.ndarray]) -> tuple[Tensor, Tenso
             f"a clip of {longest / extractor.sampling_rate:.1f} s is longer than the model's window of "
             f"{extractor.n_samples / extractor.sampling_rate:.0f} s; split it, or drop it with data.too_long: drop"
         )
+    num_frames = -(-longest // extractor.hop_length) + CONTEXT_FRAMES
+    num_frames = -(-num_frames // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
+    num_samples = extractor.n_samples if whole_window else min(num_frames * extractor.hop_length, extractor.n_samples)
     features = extractor(
         list(audio),
         sampling_rate=extractor.sampling_rate,
         padding="max_length",
+        max_length=num_samples,
         return_attention_mask=True,
         return_tensors="pt",
     )
@@ -110,10 +121,12 @@ class Collator:
         prompter: Prompter,
         load: Callable[[int], np.ndarray],
         states: Sequence[Tensor] | None = None,
+        whole_window: bool = False,
     ):
         self.prompter = prompter
         self.load = load
         self.states = states
+        self.whole_window = whole_window
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Batch with `ids` (for error messages), `input_ids`, `attention_mask`, `labels` (B, T) and the audio."""
@@ -141,5 +154,6 @@ class Collator:
             lengths = torch.tensor([len(states) for states in chosen])
             padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
             return {"audio_states": padded, "audio_lengths": lengths}, lengths.tolist()
-        features, mask = log_mels(self.prompter.processor, [self.load(example.clip) for example in examples])
+        audio = [self.load(example.clip) for example in examples]
+        features, mask = log_mels(self.prompter.processor, audio, self.whole_window)
         return {"input_features": features, "feature_attention_mask": mask}, num_audio_states(mask.sum(-1)).tolist()

@@ -179,9 +179,16 @@ class TrainSettings(_Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    optimizer: str = "adamw_torch"
+    length_grouped: bool = Field(default=True, description="clips of similar length share a step: less padding")
+    optimizer: str = Field(default="adamw_torch", description="as transformers.TrainingArguments.optim")
+    optimizer_args: str | None = Field(default=None, description="as transformers.TrainingArguments.optim_args")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    checkpoint_from_tokens: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="with gradient_checkpointing: batches of fewer tokens (clips x longest sequence, audio states included) "
+        "keep their activations instead of computing them again, which is faster and takes more memory",
+    )
     freeze: list[Literal["audio_tower", "projector", "embeddings", "lm_head"]] = Field(default_factory=list)
     lora: LoraSettings = LoraSettings()
     save_steps: Annotated[int, Field(ge=1)] = 200
