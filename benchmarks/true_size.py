@@ -31,7 +31,7 @@ def config(size: str, processor: Any) -> Qwen2AudioConfig:
     else:
         audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128}
         text = {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
             "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 8192,
         }  # fmt: skip
     return Qwen2AudioConfig(
