@@ -188,7 +188,6 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
                 own = [prompts[i] for i in block]
                 key = (tuple(block), drafts)
                 if key not in traces:
-                    traces.clear()
                     traces[key] = trace(stepper.decoder, own, kept, [limits[i] for i in block], range(count), positions)
                 for start in range(0, len(gone), group):
                     translate_without(stepper, traces[key], gone[start : start + group])
