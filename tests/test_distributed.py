@@ -1,16 +1,34 @@
-"""Fine-tuning under torchrun: two processes on the CPU (gloo)."""
+"""Several processes under torchrun, on the CPU (gloo)."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from trimlingual.artifacts import read_artifact
+from trimlingual.models import resolve_base
+from trimlingual.plan import read_plan
 
 from .test_pipeline import SMALL
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "trimlingual", *arguments]
+
+
+def with_settings(settings: list[str]) -> list[str]:
+    return [word for setting in [*settings, "model.device=cpu"] for word in ("--set", setting)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -19,21 +37,56 @@ def test_two_processes_train_one_model(manifests, tmp_path):
     losses = {}
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", "trimlingual", "finetune", "mini", "--run-dir", str(folder)]
-        for override in [
-            *SMALL,
-            *manifests,
-            f"finetune.batch_size={batch}",
-            "finetune.logging_steps=1",
-            "model.device=cpu",
-        ]:
-            command += ["--set", override]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-        )
+        settings = [*SMALL, *manifests, f"finetune.batch_size={batch}", "finetune.logging_steps=1"]
+        words = command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings))
+        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         info = read_artifact(folder / "teacher").info
         assert info["steps"] == 4
         losses[processes] = [entry["loss"] for entry in info["losses"]]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def search(processes: int, manifests: list[str], folder: Path) -> list[str]:
+    settings = [*manifests, "rank.num_layers_to_remove=2", "rank.protected=[2,4,6,8]", "decode.batch_size=4"]
+    model = str(resolve_base("builtin:mini"))
+    words = ["rank", "mini", "--run-dir", str(folder), "--model", model, *with_settings(settings)]
+    return command(processes, *words)
+
+
+def journal(folder: Path) -> list[dict]:
+    path = folder / "rank.partial" / "candidates.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
+    """Same plan; after `kill -9` of everything in the middle, the records that were written are not made again."""
+    once = subprocess.run(
+        search(1, manifests, tmp_path / "one"), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert once.returncode == 0, once.stderr[-3000:]
+    words = search(2, manifests, tmp_path / "two")
+    killed = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(before := journal(tmp_path / "two")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    assert 3 <= len(before) < 11, f"{len(before)} of 12 records: too late to be killed in the middle"
+    again = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert again.returncode == 0, again.stderr[-3000:]
+    one, two = read_plan(tmp_path / "one" / "rank"), read_plan(tmp_path / "two" / "rank")
+    assert two.removals == one.removals
+    assert two.curve == one.curve
+    both = {(c["round"], c["layer"]): c["score"] for c in one.candidates}
+    for candidate in two.candidates:
+        expected = both[candidate["round"], candidate["layer"]]
+        assert candidate["score"] is None or expected is None or candidate["score"] == pytest.approx(expected, abs=1e-9)
+    after = (tmp_path / "two" / "rank" / "candidates.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in after][: len(before)] == before
+    assert len({(r["round"], r["layer"]) for r in map(json.loads, after)}) == len(after)

@@ -78,3 +78,25 @@ def test_memory_of_a_trace_is_foreseen(make_model, processor, split, task):
         for tensors in (chunk.hidden, chunk.keys, chunk.values):
             held += sum(t.numel() * t.element_size() for t in tensors.values())
     assert held == Trace.num_bytes(stepper.decoder, 3, 2, [len(p) for p in prompts], parent)
+
+
+def test_a_hopeless_candidate_is_given_up_and_the_others_are_not(make_model, processor, split, task, monkeypatch):
+    monkeypatch.setattr("trimlingual.stepping.FIRST_WATCH", 2)
+    model = make_model(layers=5, seed=2).double()
+    prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
+    prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
+    limits = [12] * len(prompts)
+    stepper = Stepper(PackedDecoder(model), eos)
+    parent = greedy(stepper, prompts, limits, 4)
+    traced = trace(stepper.decoder, prompts, parent, limits, range(5), range(5))
+    whole = translate_without(stepper, traced, [1, 2, 3])
+    looks = []
+
+    def hopeless(number, tokens):
+        looks.append(number)
+        assert all(ours[: len(so_far)] == so_far for so_far, ours in zip(tokens, whole[number]))
+        return number == 1
+
+    assert translate_without(stepper, traced, [1, 2, 3], hopeless) == [whole[0], None, whole[2]]
+    assert looks.count(1) == 1
+    assert looks.count(0) > 1

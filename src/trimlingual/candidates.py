@@ -82,6 +82,8 @@ class Tally:
 
     def bound(self, going: Mapping[tuple[int, int], list[int]] | None = None) -> float:
         """The best mean score that is still possible; `going` are unfinished translations, (clip, number of the language) -> tokens."""
+        if len(self.scorer.translated) < len(self.scorer.metrics):
+            return math.inf  # a loss has no bound
         bounds = []
         for number, language in enumerate(self.scorer.translated):
             counts = self.scorer.empty_counts[language].copy()

@@ -1,0 +1,240 @@
+"""The fast search gives the plain procedure's answer, on random models of varied shape and the built-in model; and its other modes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trimlingual.audio import load_audio
+from trimlingual.data import Split
+from trimlingual.decode import max_new_tokens, translate_clips
+from trimlingual.layers import drop_layers_, without_layers
+from trimlingual.lineage import read_lineage
+from trimlingual.loss import answer_loss
+from trimlingual.metrics import corpus_score
+from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base, save_model
+from trimlingual.plan import read_plan
+from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.rank import JOURNAL_FILE, rank
+from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, load_recipe
+from trimlingual.sources import read_source
+
+from .test_drafts import SHAPES
+
+CPU = torch.device("cpu")
+METRICS = {"de": "chrfpp", "zh": "chrf"}
+NEAR_TIE = 1e-3  # of a logit; float32 sums in another order may choose either side
+
+
+def run(model_dir, split, task, decode, settings, out_dir):
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model_settings = ModelSettings(base="tiny", dtype="float32", storage_dtype="float32", device="cpu")
+    rank(model_dir, read_lineage(model_dir, "tiny"), split, task, model_settings, decode, settings, None, 0, out_dir)
+    return read_plan(out_dir)
+
+
+def records(out_dir):
+    lines = (out_dir / JOURNAL_FILE).read_text(encoding="utf-8").splitlines()
+    return {(r["round"], r["layer"]): r for r in map(json.loads, lines)}
+
+
+def plainly(model_dir, processor, removed, clip, language, task, decode):
+    """A fresh model without the layers, the processor, `generate`, one clip. Token ids, and where the choice was a near-tie."""
+    model = load_model(model_dir, "float32", CPU)
+    drop_layers_(model, {"decoder": removed})
+    text = Prompter(processor, task).text(language)
+    inputs = processor(text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt")
+    done = model.generate(
+        **inputs, max_new_tokens=max_new_tokens(clip.duration_s, decode), do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    best = torch.cat(done.logits).topk(2).values
+    return done.sequences[0, inputs["input_ids"].shape[1] :].tolist(), (best[:, 0] - best[:, 1] < NEAR_TIE).tolist()
+
+
+def assert_same(out_dir, plan, model_dir, processor, split, task, decode, only=None):
+    """Every candidate's translations, scores and every round's choice are the plain procedure's."""
+    found, ties, changed, removed = records(out_dir), 0, 0, []
+    for removal in plan.removals:
+        scores = {}
+        for (number, layer), record in found.items():
+            if number != removal.round or (only is not None and (number, layer) not in only):
+                continue
+            by_language = []
+            for n, (language, metric) in enumerate(METRICS.items()):
+                texts = []
+                for i, clip in enumerate(split.clips):
+                    tokens, near = plainly(model_dir, processor, [*removed, layer], clip, language, task, decode)
+                    ours = record["tokens"][str(i)][n]
+                    if ours != tokens:
+                        first = next(k for k, (a, b) in enumerate(zip(ours, tokens)) if a != b)
+                        assert near[first], f"round {number}, layer {layer}, clip {i}, {language}: token {first}"
+                        ties += 1
+                    changed += ours != found[0, None]["tokens"][str(i)][n]
+                    texts.append(processor.tokenizer.decode(ours, skip_special_tokens=True).strip())
+                references = [clip.references[language] for clip in split.clips]
+                by_language.append(corpus_score(metric, texts, references, language).value)
+            scores[layer] = sum(by_language) / 2
+            assert record["score"] == pytest.approx(scores[layer], abs=1e-9)
+        if only is None:
+            assert removal.layer == max(sorted(scores), key=lambda layer: scores[layer])
+        removed.append(removal.layer)
+    assert changed, "no candidate changed any translation: the test would not see a wrong one"
+    assert ties <= 1
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_random_models(make_model, processor, split, task, tmp_path, number):
+    shape = SHAPES[number]
+    model = make_model(**shape, seed=100 + number)
+    with torch.no_grad():  # some answers end early, some run into their bound
+        model.lm_head.weight[eos_token_ids(model, processor)[0]] *= 2.5
+    folder = tmp_path / "model"
+    save_model(model, processor, folder, "float32")
+    split = Split("select", (split.clips[0], split.clips[3], split.clips[4]))  # 0.3, 1.8 and 1.3 s
+    decode = DecodeSettings(batch_size=3, max_new_tokens=7)
+    settings = RankSettings(
+        num_layers_to_remove=1 if shape["layers"] == 2 else 2, metric=METRICS, early_stopping=False,
+        protect_first=0, protect_last=0, protected=list(range(1, shape["layers"] - 2)),
+    )  # fmt: skip
+    plan = run(folder, split, task, decode, settings, tmp_path / "rank")
+    assert_same(tmp_path / "rank", plan, folder, processor, split, task, decode)
+
+
+def test_built_in_model(tmp_path):
+    recipe, folder = load_recipe("mini"), resolve_base("builtin:mini")
+    clips = read_source(recipe.data.select, ["de", "zh"], tmp_path)
+    ordered = sorted(clips, key=lambda clip: clip.duration_s)
+    split = Split("select", (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+    settings = RankSettings(
+        num_layers_to_remove=2, metric=METRICS, early_stopping=False, protected=[2, 3, 4, 6, 7, 8, 9]
+    )
+    plan = run(folder, split, recipe.task, recipe.decode, settings, tmp_path / "rank")
+    assert_same(tmp_path / "rank", plan, folder, load_processor(folder), split, recipe.task, recipe.decode)
+
+
+def with_own_references(model, processor, split, task, decode):
+    """The selection set with the model's own translations as references: it scores 100, and without a layer far less."""
+    done = translate_clips(model, processor, task, split.clips, decode)
+    texts = {(t.id, t.language): t.hypothesis or "x" for t in done}
+    clips = [replace(c, references={lang: texts[c.id, lang] for lang in task.target_languages}) for c in split.clips]
+    return Split("select", tuple(clips))
+
+
+@pytest.fixture
+def easy(model_dir, processor, split, task, decode_settings):
+    return with_own_references(load_model(model_dir, "float32", CPU), processor, split, task, decode_settings)
+
+
+@pytest.fixture
+def idle(model_dir, processor, split, task, decode_settings, tmp_path):
+    """A model whose layers 2 and 3 do next to nothing, and its selection set."""
+    model = load_model(model_dir, "float32", CPU)
+    with torch.no_grad():
+        for layer in (2, 3):
+            model.model.language_model.layers[layer].self_attn.o_proj.weight.mul_(1e-4 * layer)
+            model.model.language_model.layers[layer].mlp.down_proj.weight.mul_(1e-4 * layer)
+    save_model(model, processor, tmp_path / "idle", "float32")
+    return tmp_path / "idle", with_own_references(model, processor, split, task, decode_settings)
+
+
+def test_early_stopping_changes_no_answer(idle, task, tmp_path):
+    folder, split = idle
+    decode = DecodeSettings(batch_size=2, max_new_tokens=12)  # a block a clip
+    plans = {}
+    for stopping in (False, True):
+        settings = RankSettings(num_layers_to_remove=2, metric=METRICS, early_stopping=stopping)
+        plans[stopping] = run(folder, split, task, decode, settings, tmp_path / str(stopping))
+    whole, stopped = plans[False], plans[True]
+    assert [r.layer for r in stopped.removals] == [r.layer for r in whole.removals]
+    assert [r.runner_up for r in stopped.removals] == [r.runner_up for r in whole.removals]
+    given_up = [c for c in stopped.candidates if c["score"] is None]
+    assert given_up, "no candidate was given up: the test says nothing"
+    scores = {(c["round"], c["layer"]): c["score"] for c in whole.candidates}
+    for candidate in given_up:
+        better = [s for (n, _), s in scores.items() if n == candidate["round"] and s > scores[n, candidate["layer"]]]
+        assert len(better) >= 2, "one of the two best was given up"
+    for candidate in stopped.candidates:
+        if candidate["score"] is not None:
+            assert candidate["score"] == pytest.approx(scores[candidate["round"], candidate["layer"]], abs=1e-9)
+
+
+def test_min_retained_and_the_curve(model_dir, easy, task, decode_settings, tmp_path):
+    settings = RankSettings(num_layers_to_remove=4, metric=METRICS, protect_first=0, protect_last=0)
+    whole = run(model_dir, easy, task, decode_settings, settings, tmp_path / "whole")
+    assert [entry["num_removed"] for entry in whole.curve] == [0, 1, 2, 3, 4]
+    assert whole.curve[0]["retained"] == 1
+    assert [r.score for r in whole.removals] == [entry["score"] for entry in whole.curve[1:]]
+    least = (whole.curve[2]["retained"] + whole.curve[3]["retained"]) / 2
+    plan = run(
+        model_dir, easy, task, decode_settings, settings.model_copy(update={"min_retained": least}), tmp_path / "some"
+    )
+    assert plan.removals == whole.removals[:2]
+    assert plan.curve == whole.curve[:4], "the point that was too low is part of the curve"
+    nothing = settings.model_copy(update={"min_retained": 1.0})
+    with pytest.raises(ValueError, match=r"no layer can go: .* rank.min_retained is 1.0; lower it"):
+        run(model_dir, easy, task, decode_settings, nothing, tmp_path / "none")
+
+
+def test_runner_up(model_dir, easy, task, decode_settings, tmp_path):
+    plan = run(model_dir, easy, task, decode_settings, RankSettings(num_layers_to_remove=1, metric=METRICS), tmp_path)
+    (removal,), second = plan.removals, plan.removals[0].runner_up
+    scores = sorted((c["score"] for c in plan.candidates), reverse=True)
+    assert second["difference"] == pytest.approx(scores[0] - scores[1])
+    assert second["low"] <= second["difference"] <= second["high"]
+    assert next(c["layer"] for c in plan.candidates if c["score"] == scores[1]) == second["layer"] != removal.layer
+    assert 0 < second["p_value"] <= 1
+
+
+@pytest.mark.parametrize("selection", ["successive-halving", "bootstrap-racing"])
+def test_racing(idle, task, decode_settings, tmp_path, selection):
+    """The layers that do nothing are found, by fewer translations; a killed race goes on."""
+    folder, split = idle
+    settings = RankSettings(num_layers_to_remove=2, metric=METRICS, selection=selection, first_clips=2)
+    plan = run(folder, split, task, decode_settings, settings, tmp_path / "rank")
+    assert {removal.layer for removal in plan.removals} == {2, 3}
+    assert plan.selection_mode == selection
+    seen = [c["num_clips"] for c in plan.candidates]
+    assert min(seen) < len(split.clips), "no candidate was dropped early"
+    chosen = {(r.round, r.layer) for r in plan.removals}
+    assert all(c["num_clips"] == len(split.clips) for c in plan.candidates if (c["round"], c["layer"]) in chosen)
+    lines = (tmp_path / "rank" / JOURNAL_FILE).read_text().splitlines(keepends=True)
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (stopped / JOURNAL_FILE).write_text("".join(lines[: len(lines) // 2]))
+    assert run(folder, split, task, decode_settings, settings, stopped).removals == plan.removals
+
+
+def test_shared_loss_is_the_loss(model_dir, processor, split, task, decode_settings, tmp_path):
+    plan = run(model_dir, split, task, decode_settings, RankSettings(num_layers_to_remove=1, metric="loss"), tmp_path)
+    model = load_model(model_dir, "float32", CPU)
+    collator = Collator(Prompter(processor, task), lambda i: load_audio(split.clips[i].audio))
+    for candidate in plan.candidates:
+        for language in task.target_languages:
+            examples = [Example(i, c.id, language, c.references[language]) for i, c in enumerate(split.clips)]
+            with without_layers(model, {"decoder": [candidate["layer"]]}):
+                loss = answer_loss(model, collator, examples, 4)
+            assert -candidate["scores"][language] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric": "loss", "min_retained": 0.9}, "need a translation metric"),
+        ({"metric": "loss", "selection": "bootstrap-racing"}, "need a translation metric"),
+        ({"strategy": "middle", "min_retained": 0.9}, "min_retained needs strategy greedy"),
+        ({"strategy": "block-influence", "selection": "successive-halving"}, "selection needs strategy greedy"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RankSettings(**settings)
+
+
+def test_one_language_is_enough(model_dir, split, tmp_path, decode_settings):
+    task = TaskSettings(target_languages=["zh"])
+    plan = run(model_dir, split, task, decode_settings, RankSettings(num_layers_to_remove=1, metric="bleu"), tmp_path)
+    assert set(plan.signatures) == {"zh"}
