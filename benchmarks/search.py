@@ -37,12 +37,12 @@ from trimlingual.artifacts import machine, write_json
 from trimlingual.candidates import Scorer
 from trimlingual.data import Split
 from trimlingual.decode import encode_clips, greedy
-from trimlingual.drafts import trace, translate_without
+from trimlingual.drafts import Trace, trace, translate_without
 from trimlingual.lineage import Lineage
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.packed import PackedDecoder
 from trimlingual.recipe import RankSettings, load_recipe
-from trimlingual.search import Search
+from trimlingual.search import Search, _second_best
 from trimlingual.sources import Clip, read_source
 from trimlingual.stepping import Stepper
 
@@ -98,38 +98,74 @@ def ours(case: Case, num_remove: int, metric: Any, early_stopping: bool) -> dict
         started = clock(case.device)
         plan = search.run()
         seconds = clock(case.device) - started
-        records = list(search.known.values())
-    rounds = {n: [r for r in plan.candidates if r["round"] == n] for n in range(1, num_remove + 1)}
+    rounds = []
     scored = sum(r["seconds"] for r in plan.candidates)
-    return {
-        "seconds": seconds,
-        "num_candidates": len(plan.candidates),
-        "num_given_up": sum(r["score"] is None for r in plan.candidates),
-        "seconds_a_candidate_by_round": [mean(r["seconds"] for r in rs) * seconds / scored for rs in rounds.values()],
-        "removed": [r.layer for r in plan.removals],
-        "records": records,
-    }
+    for number in range(1, num_remove + 1):
+        own = [r for r in plan.candidates if r["round"] == number]
+        share = mean(r["seconds"] for r in own) * seconds / scored  # with its part of what candidates have in common
+        given_up = sum(r["score"] is None for r in own)
+        rounds.append({"round": number, "num_candidates": len(own), "num_given_up": given_up, "seconds": share})
+    return {"seconds": seconds, "rounds": rounds, "removed": [r.layer for r in plan.removals]}
 
 
-def published(case: Case, num_remove: int, rounds: Sequence[int], num_clips: int) -> dict[str, Any]:
-    """Seconds of a candidate in these rounds (1 is the first), and the translations."""
+def some_rounds(case: Case, metric: Any, rounds: Sequence[int], folder: Path) -> dict[str, Any]:
+    """Whole rounds of the search, each from nothing: the parent's translations, its pass, and every candidate."""
+    settings = RankSettings(metric=metric)
+    search = make_search(case, folder / "journal.jsonl", settings)
+    scorer, done = search.scorer, []
+    search.known = {}
+    for number in rounds:
+        started = clock(case.device)
+        gone = removals(case, number)[:-1]
+        scorer.begin_round({"decoder": gone}, None)
+        candidates = scorer.candidates(scorer.lineage.without({"decoder": gone}))
+        ordered = search._ordered(number, candidates)
+        shared = clock(case.device) - started
+        records = search.share_out(number, ordered, scorer.blocks, _second_best)
+        seconds = (clock(case.device) - started) / len(candidates)
+        given_up = sum(r["score"] is None for r in records)
+        done.append(
+            {
+                "round": number,
+                "num_candidates": len(candidates),
+                "num_given_up": given_up,
+                "seconds": seconds,
+                "shared_s": shared,
+            }
+        )
+        print(
+            f"ours, round {number}: {seconds:.3f} s a candidate ({len(candidates)} of them, {shared:.1f} s for what they share)",
+            flush=True,
+        )
+    return {"rounds": done}
+
+
+def removals(case: Case, number: int) -> list[int]:
+    """Layers that a candidate of round `number` lacks."""
+    return [int(i) for i in np.linspace(1, len(case.model.model.language_model.layers) - 2, number).round()]
+
+
+def published(case: Case, rounds: Sequence[int], num_clips: int) -> list[dict[str, Any]]:
+    """Seconds of a candidate in these rounds (1 is the first), and its translations."""
     order = sorted(range(len(case.split.clips)), key=lambda clip: case.split.clips[clip].duration_s)
     clips = [order[i] for i in np.linspace(0, len(order) - 1, min(num_clips, len(order))).round().astype(int)]
-    count = len(case.model.model.language_model.layers)
-    published_candidate(case, [1], clips[:1])  # warm-up
+    published_candidate(case, [1], clips[:2])  # warm-up
     candidates = []
     for number in rounds:
-        removed = [int(i) for i in np.linspace(1, count - 2, number).round()]
-        copied, done = published_candidate(case, removed, clips)
+        copied, done = published_candidate(case, removals(case, number), clips)
         if len(clips) == len(order):
             seconds = copied + sum(row["seconds"] for row in done)
         else:
             slope, base = np.polyfit([len(row["tokens"]) for row in done], [row["seconds"] for row in done], 1)
-            seconds = copied + sum(base + slope * case.limit(clip) for clip in order)
-        candidates.append({"round": number, "removed": removed, "copy_s": copied, "seconds": seconds, "rows": done})
+            languages = len(case.task.target_languages)
+            lengths = [case.limit(c) for c in order] if case.num_tokens else [len(r["tokens"]) for r in done]
+            seconds = copied + (base + slope * mean(lengths)) * len(order) * languages
+        each = [[len(row["tokens"]), round(row["seconds"], 4)] for row in done]
+        candidates.append(
+            {"round": number, "copy_s": copied, "seconds": seconds, "tokens_and_seconds": each, "rows": done}
+        )
         print(f"published, round {number}: {seconds:.1f} s a candidate (copy {copied:.2f} s)", flush=True)
-    every = np.interp(range(1, num_remove + 1), [c["round"] for c in candidates], [c["seconds"] for c in candidates])
-    return {"candidates": candidates, "seconds_a_candidate_by_round": every.tolist(), "num_clips": len(clips)}
+    return candidates
 
 
 def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
@@ -143,9 +179,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
     eos = () if case.num_tokens else eos_token_ids(case.model, case.processor)
     table: list[dict[str, Any]] = []
 
-    def add(name: str, work: Callable[[], Any], per: int = 1, warm: bool = True) -> None:
-        if warm:
-            work()
+    def add(name: str, work: Callable[[], Any], per: int = 1) -> None:
         started = clock(case.device)
         work()
         table.append({"lever": name, "seconds": (clock(case.device) - started) / per})
@@ -168,44 +202,41 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
     add(
         "all clips in batches of 50 (generate)",
         lambda: [generate_embedded(case, [prompts[i] for i in half], max(limits[i] for i in half)) for half in halves],
-        warm=False,
     )
     stepper, gpu = Stepper(PackedDecoder(case.model), eos), case.device.type == "cuda"
     few = positions[::3] if gpu else positions
-
-    def decode_all() -> None:
-        for position in few:
-            greedy(stepper, prompts, limits, 128, [i for i in range(count) if i != position])
-
+    parent = greedy(stepper, prompts, limits, 128)  # this also captures the graphs
     name = "our decoder: no padding, slots" + (", CUDA graphs" if gpu else ", ended rows leave")
-    add(name, decode_all, len(few), warm=gpu)
-    parent = greedy(stepper, prompts, limits, 128)
+    alone = [[i for i in range(count) if i != position] for position in few]
+    add(name, lambda: [greedy(stepper, prompts, limits, 128, active) for active in alone], len(few))
 
-    def shared(blocks: Sequence[Sequence[int]], drafts: bool, gone: Sequence[int], group: int) -> Callable[[], None]:
-        def work() -> None:
-            for block in blocks:
-                kept = [parent[i] if drafts else parent[i][:1] for i in block]
-                own = [prompts[i] for i in block]
-                key = (tuple(block), drafts)
-                if key not in traces:
-                    traces[key] = trace(stepper.decoder, own, kept, [limits[i] for i in block], range(count), positions)
-                for start in range(0, len(gone), group):
-                    translate_without(stepper, traces[key], gone[start : start + group])
+    def traced(blocks: Sequence[Sequence[int]], drafts: bool) -> list[Trace]:
+        kept = [tokens if drafts else tokens[:1] for tokens in parent]
+        return [
+            trace(stepper.decoder, *([x[i] for i in block] for x in (prompts, kept, limits)), range(count), positions)
+            for block in blocks
+        ]
 
-        return work
+    def without(traces: Sequence[Trace], gone: Sequence[int], group: int) -> None:
+        for one in traces:
+            room = stepper.room() // (sum(one.lengths) + sum(one.limits))
+            size = max(1, min(group, room))
+            for start in range(0, len(gone), size):
+                translate_without(stepper, one, gone[start : start + size])
 
-    traces: dict[Any, Any] = {}
-    whole = [range(i, min(i + 128, len(prompts))) for i in range(0, len(prompts), 128)]
-    add("prefill below the missing layer shared", shared(whole, False, few, 1), len(few), warm=gpu)
-    traces.clear()
-    add("the parent's translation as a draft", shared(whole, True, few, 1), len(few), warm=gpu)
-    traces.clear()
+    every = [range(i, min(i + 128, len(prompts))) for i in range(0, len(prompts), 128)]
+    for name, drafts in (
+        ("prefill below the missing layer shared", False),
+        ("the parent's translation as a draft", True),
+    ):
+        traces = traced(every, drafts)
+        without(traces, few[:1], 1)  # warm-up
+        add(name, lambda traces=traces: without(traces, few, 1), len(few))
+        del traces
     if gpu:
-        quarters = [list(block) for block in np.array_split(np.arange(len(prompts)), max(1, len(prompts) // 25))]
-        quarters = [[int(i) for i in block] for block in quarters]
-        work = shared(quarters, True, positions, len(positions))
-        work()
-        add("several candidates in one batch", work, len(positions), warm=False)
+        traces = traced([block.tolist() for block in np.array_split(np.arange(len(prompts)), 4)], True)
+        without(traces, positions, len(positions))  # warm-up
+        add("several candidates in one batch", lambda: without(traces, positions, len(positions)), len(positions))
     return table
 
 
@@ -239,15 +270,15 @@ def against_generate(case: Case, tokens: int = 40) -> list[dict[str, Any]]:
     return table
 
 
-def differences(case: Case, theirs: dict[str, Any]) -> dict[str, int]:
+def differences(case: Case, theirs: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many translations of the published procedure ours does not reproduce, for the same removals."""
     stepper = Stepper(PackedDecoder(case.model), eos_token_ids(case.model, case.processor))
     count = len(stepper.decoder.layers)
     states = encode_clips(case.model, case.processor, case.split.clips, 32)
     languages = case.task.target_languages
     differ = total = 0
-    for candidate in theirs["candidates"]:
-        *before, last = candidate["removed"]
+    for candidate in theirs:
+        *before, last = removals(case, candidate["round"])
         active = [i for i in range(count) if i not in before]
         clips = sorted({row["clip"] for row in candidate["rows"]})
         prompts = prompts_of(case, states, clips)
@@ -260,6 +291,25 @@ def differences(case: Case, theirs: dict[str, Any]) -> dict[str, int]:
         differ += sum(a != b for a, b in zip(mine, wanted))
         total += len(wanted)
     return {"translations": total, "differ": differ}
+
+
+def speedup(result: dict[str, Any], layers: int, remove: int) -> dict[str, Any]:
+    """Published over ours: every pair of measured rounds, and the whole search with the rounds between by interpolation."""
+    theirs: dict[int, list[float]] = {}
+    for candidate in result["published"]:
+        theirs.setdefault(candidate["round"], []).append(candidate["seconds"])
+    mine = {r["round"]: r["seconds"] for r in result["ours"]["rounds"]}
+    ratios = [float(seconds / mine[number]) for number, some in theirs.items() for seconds in some]
+    counts = np.array([layers - 2 - n for n in range(remove)])
+    whole = []
+    for values in ({number: median(some) for number, some in theirs.items()}, mine):
+        each = np.interp(np.arange(1, remove + 1), list(values), list(values.values()))
+        whole.append(float((each * counts).sum()))
+    names = ("published_seconds", "ours_seconds")
+    return {
+        "median": median(ratios), "min": min(ratios), "max": max(ratios), "num_candidates": int(counts.sum()),
+        **dict(zip(names, whole)), "whole_search": whole[0] / whole[1],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -310,40 +360,38 @@ def main() -> None:
             tokens = case.num_tokens
             result["clips"]["tokens"] = {"mean": mean(tokens), "min": min(tokens), "max": max(tokens)}
         metric = load_recipe("mini").rank.metric if mini else "chrfpp"  # type: ignore[union-attr]
-        theirs: dict[str, Any] = {}
+        theirs: list[dict[str, Any]] = []
+        rounds = sorted({1, (1 + remove) // 2, remove})
 
         def part(name: str, work: Callable[[], Any]) -> None:
-            if name.split("_")[0] in parts:
-                result[name] = work()
-                kept = {k: v for k, v in result.items()}
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(out, _without_rows(kept))
+            result[name] = work()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, _without_rows(result))
 
-        if "published" in parts:
-            theirs = published(
-                case, remove, sorted({1, (1 + remove) // 2, remove}), args.published_clips or (10**6 if mini else 10)
+        num_clips = args.published_clips or (len(lengths) if mini else 8)
+        if "published" in parts:  # before ours and after it: a shared machine is not as fast at all times
+            theirs += published(case, rounds, num_clips)
+        if "ours" in parts:
+            part(
+                "ours",
+                (lambda: ours(case, remove, metric, True))
+                if mini
+                else (lambda: some_rounds(case, metric, rounds, folder)),
             )
+            if mini:
+                part("ours_without_early_stopping", lambda: ours(case, remove, metric, False))
+        if "published" in parts and not mini:
+            theirs += published(case, rounds, num_clips)
+        if theirs:
             part("published", lambda: theirs)
-        part("ours", lambda: ours(case, remove, metric, True))
-        if mini:
-            part("ours_without_early_stopping", lambda: ours(case, remove, metric, False))
-        if "published" in parts and "ours" in parts:
-            pairs = list(zip(theirs["seconds_a_candidate_by_round"], result["ours"]["seconds_a_candidate_by_round"]))
-            counts = [layers - 2 - n for n in range(remove)]
-            ratios = [a / b for a, b in pairs]
-            whole = sum(n * a for n, (a, _) in zip(counts, pairs)) / result["ours"]["seconds"]
-            result["speedup_vs_published"] = {
-                "median": median(ratios),
-                "min": min(ratios),
-                "max": max(ratios),
-                "whole_search": whole,
-            }
+            part("speedup_vs_published", lambda: speedup(result, layers, remove))
             print("speedup_vs_published", result["speedup_vs_published"], flush=True)
         depths = [int(i) for i in np.linspace(1, layers - 2, 10 if not mini else 4).round()]
-        part("levers", lambda: levers(case, depths))
-        if case.device.type == "cuda":
+        if "levers" in parts:
+            part("levers", lambda: levers(case, depths))
+        if "decode" in parts and case.device.type == "cuda":
             part("decode", lambda: against_generate(case))
-        if mini and theirs:
+        if "differences" in parts and mini and theirs:
             part("differences", lambda: differences(case, theirs))
     write_json(out, _without_rows(result))
     print(json.dumps(_without_rows(result)))
@@ -351,7 +399,7 @@ def main() -> None:
 
 def _without_rows(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_rows(v) for k, v in value.items() if k not in ("rows", "records")}
+        return {k: _without_rows(v) for k, v in value.items() if k != "rows"}
     return [_without_rows(v) for v in value] if isinstance(value, list) else value
 
 

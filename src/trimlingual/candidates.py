@@ -50,11 +50,16 @@ class Tally:
         self.scorer = scorer
         self.tokens: dict[int, list[list[int]]] = {}  # clip -> a translation for each translated language
         self.losses: dict[str, dict[int, tuple[float, int]]] = {}  # language -> clip -> (nats, tokens) of its reference
+        self._counts = {language: counts.copy() for language, counts in scorer.empty_counts.items()}
 
-    @property
-    def num_clips(self) -> int:
-        """Clips scored."""
-        return len(self.tokens) or len(next(iter(self.losses.values()), ()))
+    def add(self, tokens: Mapping[int, list[list[int]]]) -> None:
+        """Take in the translations of some clips."""
+        self.tokens.update(tokens)
+        for number, language in enumerate(self.scorer.translated):
+            texts = [self.scorer.prompter.decode(rows[number]) for rows in tokens.values()]
+            references = [self.scorer.reference(clip, language) for clip in tokens]
+            metric = self.scorer.metrics[language]
+            self._counts[language][list(tokens)] = sentence_statistics(metric, texts, references, language).counts
 
     def scores(self) -> dict[str, float]:
         """Score by language on the clips so far, higher is better; a loss counts negative."""
@@ -63,18 +68,10 @@ class Tally:
             for language, metric in self.scorer.metrics.items()
         }
 
-    def score(self) -> float:
-        """Mean of the languages' scores."""
-        scores = self.scores()
-        return sum(scores.values()) / len(scores)
-
     def statistics(self, language: str) -> SentenceStatistics:
         """Counts of the clips so far, in the clips' order."""
-        number = self.scorer.translated.index(language)
-        clips = sorted(self.tokens)
-        texts = [self.scorer.prompter.decode(self.tokens[clip][number]) for clip in clips]
-        references = [self.scorer.reference(clip, language) for clip in clips]
-        return sentence_statistics(self.scorer.metrics[language], texts, references, language)
+        counts = self._counts[language][sorted(self.tokens)]
+        return SentenceStatistics(self.scorer.metrics[language], counts, self.scorer.signatures[language])
 
     def num_runaways(self) -> int:
         """Translations that ran into their bound."""
@@ -86,18 +83,16 @@ class Tally:
             return math.inf  # a loss has no bound
         bounds = []
         for number, language in enumerate(self.scorer.translated):
-            counts = self.scorer.empty_counts[language].copy()
+            metric, counts = self.scorer.metrics[language], self._counts[language]
+            started = {clip: ids for (clip, n), ids in (going or {}).items() if n == number}
+            if started:
+                prefixes = [self.scorer.prompter.decode(ids) for ids in started.values()]
+                references = [self.scorer.reference(clip, language) for clip in started]
+                counts = counts.copy()
+                counts[list(started)] = settled_counts(metric, prefixes, references, language)
             finished = np.zeros(len(counts), dtype=bool)
-            if self.tokens:
-                finished[sorted(self.tokens)] = True
-                counts[finished] = self.statistics(language).counts
-            open_ = {clip: ids for (clip, n), ids in (going or {}).items() if n == number}
-            if open_:
-                prefixes = [self.scorer.prompter.decode(ids) for ids in open_.values()]
-                references = [self.scorer.reference(clip, language) for clip in open_]
-                metric = self.scorer.metrics[language]
-                counts[list(open_)] = settled_counts(metric, prefixes, references, language)
-            bounds.append(best_possible(self.scorer.metrics[language], counts, finished))
+            finished[list(self.tokens)] = True
+            bounds.append(best_possible(metric, counts, finished))
         return sum(bounds) / len(bounds)
 
     def _negative_loss(self, language: str) -> float:
@@ -216,7 +211,7 @@ class Scorer:
         traced = self._trace(block)
         if traced is None:
             for candidate, tally in tallies.items():
-                tally.tokens.update(self._translate(candidate, block))
+                tally.add(self._translate(candidate, block))
             return done
         keys = [(clip, number) for clip in block for number in range(len(self.translated))]
         size = self._batch(traced)
@@ -231,7 +226,7 @@ class Scorer:
             for candidate, rows in zip(group, every):
                 done[candidate] = rows is not None
                 if rows is not None:
-                    tallies[candidate].tokens.update(self._by_clip(block, rows))
+                    tallies[candidate].add(self._by_clip(block, rows))
         return done
 
     def parent_tally(self) -> Tally:
@@ -242,7 +237,7 @@ class Scorer:
                 if metric == "loss":
                     tally.losses.setdefault(language, {}).update(self._losses(None, block, language))
             if self.translated:
-                tally.tokens.update(self._translate(None, block))
+                tally.add(self._translate(None, block))
         return tally
 
     def group_size(self) -> int:

@@ -139,7 +139,8 @@ class Search:
     def tally(self, record: dict[str, Any]) -> Tally:
         """A record's translations, to be scored again."""
         tally = Tally(self.scorer)
-        tally.tokens = _tokens(record)
+        if record["tokens"]:
+            tally.add(_tokens(record))
         for language, sums in record["losses"].items():
             tally.losses[language] = {int(clip): tuple(pair) for clip, pair in sums.items()}
         return tally

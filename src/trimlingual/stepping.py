@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Called with all tokens so far and whether each row goes on; returns the rows to give up.
 Watch = Callable[[list[list[int]], list[bool]], list[int]]
 FIRST_WATCH = 64  # steps before the first look, then twice as many each time: looking costs the host's time
-SLOTS_SHARE = 0.6  # of the memory that is free, the keys and values of a batch may take
+SLOTS_SHARE = 0.7  # of the memory that is free, the keys and values of a batch may take
 LAG = 2  # steps that a GPU may run ahead of the host's knowing that all rows have ended
 
 
