@@ -109,15 +109,17 @@ def ours(case: Case, num_remove: int, metric: Any, early_stopping: bool) -> dict
 
 
 def some_rounds(case: Case, metric: Any, rounds: Sequence[int], folder: Path) -> dict[str, Any]:
-    """Whole rounds of the search, each from nothing: the parent's translations, its pass, and every candidate."""
+    """Whole rounds of the search: the parent's pass and every candidate. The parent's translations come from the round before."""
     settings = RankSettings(metric=metric)
     search = make_search(case, folder / "journal.jsonl", settings)
     scorer, done = search.scorer, []
     search.known = {}
     for number in rounds:
-        started = clock(case.device)
         gone = removals(case, number)[:-1]
         scorer.begin_round({"decoder": gone}, None)
+        parent = scorer.parent_tally().tokens
+        started = clock(case.device)
+        scorer.begin_round({"decoder": gone}, parent)
         candidates = scorer.candidates(scorer.lineage.without({"decoder": gone}))
         ordered = search._ordered(number, candidates)
         shared = clock(case.device) - started
@@ -204,7 +206,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         lambda: [generate_embedded(case, [prompts[i] for i in half], max(limits[i] for i in half)) for half in halves],
     )
     stepper, gpu = Stepper(PackedDecoder(case.model), eos), case.device.type == "cuda"
-    few = positions[::3] if gpu else positions
+    few = positions[::6] if gpu else positions
     parent = greedy(stepper, prompts, limits, 128)  # this also captures the graphs
     name = "our decoder: no padding, slots" + (", CUDA graphs" if gpu else ", ended rows leave")
     alone = [[i for i in range(count) if i != position] for position in few]
@@ -234,7 +236,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         add(name, lambda traces=traces: without(traces, few, 1), len(few))
         del traces
     if gpu:
-        traces = traced([block.tolist() for block in np.array_split(np.arange(len(prompts)), 4)], True)
+        traces = traced([block.tolist() for block in np.array_split(np.arange(len(prompts)), 8)], True)
         without(traces, positions, len(positions))  # warm-up
         add("several candidates in one batch", lambda: without(traces, positions, len(positions)), len(positions))
     return table
@@ -368,7 +370,7 @@ def main() -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, _without_rows(result))
 
-        num_clips = args.published_clips or (len(lengths) if mini else 8)
+        num_clips = args.published_clips or (len(lengths) if mini else 6)
         if "published" in parts:  # before ours and after it: a shared machine is not as fast at all times
             theirs += published(case, rounds, num_clips)
         if "ours" in parts:
@@ -386,7 +388,7 @@ def main() -> None:
             part("published", lambda: theirs)
             part("speedup_vs_published", lambda: speedup(result, layers, remove))
             print("speedup_vs_published", result["speedup_vs_published"], flush=True)
-        depths = [int(i) for i in np.linspace(1, layers - 2, 10 if not mini else 4).round()]
+        depths = [int(i) for i in np.linspace(1, layers - 2, 19 if not mini else 4).round()]
         if "levers" in parts:
             part("levers", lambda: levers(case, depths))
         if "decode" in parts and case.device.type == "cuda":

@@ -32,7 +32,7 @@ from trimlingual.stepping import Stepper
 
 TRACE_SHARE = 0.5  # of the memory that is free, what candidates share may take
 ENCODE_BATCH = 32  # clips
-GPU_BLOCK_ROWS = 32  # rows of a block; more rows mean more waiting for the longest
+GPU_BLOCK_ROWS = 13  # rows of a block: few, because it is decoded until its last row has ended
 ROWS_IN_FLIGHT = 256  # on a GPU: up to here a decode step is bound by reading the weights
 
 

@@ -8,6 +8,8 @@ Shapes: N tokens, H heads, K key-value heads, E head size, S slots.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
@@ -26,12 +28,13 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Rotated queries (N, H, E) and keys (N, K, E) for cosines and sines (N, E); the given tensors are used up."""
     if triton is not None and query.device.type == "cuda" and query.dtype != torch.float32:
-        grid = (len(query), query.shape[1] + 2 * key.shape[1])
+        heads, kv_heads, half = query.shape[1], key.shape[1], query.shape[2] // 2
+        tile = math.gcd(heads, kv_heads, 8)
         keys, values, slot = to or (key, value, torch.empty(0, dtype=torch.long, device=key.device))
-        _kernel[grid](
+        _kernel[len(query), (heads + 2 * kv_heads) // tile](
             query, key, value, *rope, keys, values, slot,
-            H=query.shape[1], K=key.shape[1], HALF=query.shape[2] // 2, BLOCK=triton.next_power_of_2(query.shape[2] // 2),
-            WRITE=to is not None, num_warps=1,
+            H=heads, K=kv_heads, HALF=half, BLOCK=triton.next_power_of_2(half), TILE=tile, WRITE=to is not None,
+            num_warps=2,
         )  # fmt: skip
         return query, key
     query, key = apply_rotary_pos_emb(query, key, *rope)
@@ -44,34 +47,37 @@ def rotate(
 
 def _rotary_kernel(
     query, key, value, cosine, sine, keys, values, slot,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WRITE: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and head: queries first, then keys, then values."""
+    """One program a token and TILE heads: the queries' first, then the keys', then the values'."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    lane = tl.arange(0, BLOCK)
-    there = lane < HALF
-    if head < H + K:
-        base = query + (token * H + head) * 2 * HALF if head < H else key + (token * K + head - H) * 2 * HALF
-        kind = query.dtype.element_ty
-        low = tl.load(base + lane, mask=there).to(tl.float32)
-        high = tl.load(base + HALF + lane, mask=there).to(tl.float32)
+    first = tl.program_id(1) * TILE
+    head = tl.arange(0, TILE)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    there = (lane < HALF) & (head < TILE)
+    kind = query.dtype.element_ty
+    if first < H + K:
+        base = query + (token * H + first) * 2 * HALF if first < H else key + (token * K + first - H) * 2 * HALF
+        at = head * 2 * HALF + lane
+        low = tl.load(base + at, mask=there).to(tl.float32)
+        high = tl.load(base + at + HALF, mask=there).to(tl.float32)
         angle = token * 2 * HALF + lane  # the two halves have the same angles
-        cosine_of = tl.load(cosine + angle, mask=there).to(tl.float32)
-        sine_of = tl.load(sine + angle, mask=there).to(tl.float32)
+        cosine_of = tl.load(cosine + angle, mask=lane < HALF).to(tl.float32)
+        sine_of = tl.load(sine + angle, mask=lane < HALF).to(tl.float32)
         new_low = ((low * cosine_of).to(kind).to(tl.float32) - (high * sine_of).to(kind).to(tl.float32)).to(kind)
         new_high = ((high * cosine_of).to(kind).to(tl.float32) + (low * sine_of).to(kind).to(tl.float32)).to(kind)
-        tl.store(base + lane, new_low, mask=there)
-        tl.store(base + HALF + lane, new_high, mask=there)
-        if WRITE and head >= H:
-            place = keys + (tl.load(slot + token) * K + head - H) * 2 * HALF
-            tl.store(place + lane, new_low, mask=there)
-            tl.store(place + HALF + lane, new_high, mask=there)
+        tl.store(base + at, new_low, mask=there)
+        tl.store(base + at + HALF, new_high, mask=there)
+        if WRITE and first >= H:
+            place = keys + (tl.load(slot + token) * K + first - H) * 2 * HALF
+            tl.store(place + at, new_low, mask=there)
+            tl.store(place + at + HALF, new_high, mask=there)
     elif WRITE:
-        source = value + (token * K + head - H - K) * 2 * HALF
-        place = values + (tl.load(slot + token) * K + head - H - K) * 2 * HALF
-        tl.store(place + lane, tl.load(source + lane, mask=there), mask=there)
-        tl.store(place + HALF + lane, tl.load(source + HALF + lane, mask=there), mask=there)
+        at = head * 2 * HALF + lane
+        source = value + (token * K + first - H - K) * 2 * HALF
+        place = values + (tl.load(slot + token) * K + first - H - K) * 2 * HALF
+        tl.store(place + at, tl.load(source + at, mask=there), mask=there)
+        tl.store(place + at + HALF, tl.load(source + at + HALF, mask=there), mask=there)
 
 
 if triton is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 Watch = Callable[[list[list[int]], list[bool]], list[int]]
 FIRST_WATCH = 64  # steps before the first look, then twice as many each time: looking costs the host's time
 SLOTS_SHARE = 0.7  # of the memory that is free, the keys and values of a batch may take
+SMALLEST_STEP = 8  # rows: a step over fewer takes no less time
 LAG = 2  # steps that a GPU may run ahead of the host's knowing that all rows have ended
 
 
@@ -115,102 +117,146 @@ class Stepper:
 
 
 class _Graphs:
-    """One step for a fixed number of rows, as CUDA graphs: its beginning, each layer, its end."""
+    """Decoding steps as CUDA graphs, over entries of which each stands for a row.
+
+    A row's keys are found through its entry, so entries can change places: those that go on are moved to the front now and then, and
+    the step runs over the first half, quarter, ... of them.
+    """
 
     def __init__(self, decoder: PackedDecoder, slots: Slots, eos: Sequence[int], most: int):
         self.decoder, self.slots = decoder, slots
         device, count = decoder.device, slots.num_rows
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
-        self.token, self.position, self.length, self.budget, self.slot = (
-            torch.zeros(count, dtype=torch.long, device=device) for _ in range(5)
+        self.row, self.token, self.position, self.length, self.budget, self.slot = (
+            torch.zeros(count, dtype=torch.long, device=device) for _ in range(6)
         )
+        self.start = torch.zeros(count + 1, dtype=torch.int32, device=device)
         self.alive = torch.zeros(count, dtype=torch.bool, device=device)
         self.used = torch.ones(count, dtype=torch.int32, device=device)
-        self.out = torch.zeros(
-            (count, most + 1), dtype=torch.long, device=device
-        )  # the last column takes what is not kept
-        self.num_alive = torch.zeros((), dtype=torch.long, device=device)
-        self.hidden = torch.zeros((count, decoder.decoder.config.hidden_size), dtype=decoder.dtype, device=device)
         self.lacks = torch.zeros((len(decoder.layers), count, 1), dtype=torch.bool, device=device)
+        self.hidden = torch.zeros((count, decoder.decoder.config.hidden_size), dtype=decoder.dtype, device=device)
         cosine, sine = decoder.rope(self.position)
         self.rope = (cosine.clone(), sine.clone())
-        works: list[Callable[[], None]] = [self._begin, self._end]
-        works += [self._layer(position) for position in range(len(decoder.layers))]
-        self.begin, self.end, *self.layers = self._captured(works)
+        # The last column takes what is not kept.
+        self.out = torch.zeros((count, most + 1), dtype=torch.long, device=device)
+        self.num_alive = torch.zeros((), dtype=torch.long, device=device)
         self.flags = torch.zeros(most + LAG + 2, dtype=torch.long).pin_memory()
+        self.sizes = [count]
+        while slots.ragged and self.sizes[-1] >= 2 * SMALLEST_STEP:
+            self.sizes.append(self.sizes[-1] // 2)
+        self.steps: dict[int, list[Callable[[], None]]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
 
     def extend(self, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
         """Stepper.extend, replayed."""
-        count, device = len(rows.token), self.out.device
-        self.alive.zero_()
-        self.position.zero_()
-        self.token[:count], self.position[:count] = rows.token, rows.position
-        self.alive[:count] = torch.tensor(rows.alive, device=device)
-        self.budget[:count] = torch.tensor(rows.budget, device=device)
-        lengths = [len(tokens) for tokens in rows.out]
-        self.length[:count] = torch.tensor(lengths, device=device)
-        kept = torch.zeros((count, max(lengths, default=0)), dtype=torch.long)
-        for i, tokens in enumerate(rows.out):
-            kept[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        self.out[:count, : kept.shape[1]] = kept.to(device)
-        self.lacks.zero_()
-        for layer in set(rows.without or ()) - {None}:
-            self.lacks[layer, :count, 0] = torch.tensor([w == layer for w in rows.without or ()], device=device)
-        look = FIRST_WATCH
+        self._load(rows)
+        known, size, look = sum(rows.alive), self.sizes[0], FIRST_WATCH
         events: list[torch.cuda.Event] = []
         while True:
-            self.begin()
-            step = len(events)
-            self.flags[step].copy_(self.num_alive, non_blocking=True)
+            smaller = min((s for s in self.sizes if s >= known), default=size)
+            if smaller < size:
+                if events:
+                    self._pack(size)
+                size = smaller
+            begin, end, *layers = self._step(size)
+            begin()
+            number = len(events)
+            self.flags[number].copy_(self.num_alive, non_blocking=True)
             events.append(torch.cuda.Event())
             events[-1].record()
-            if step >= LAG:
-                events[step - LAG].synchronize()
-                if not self.flags[step - LAG]:
+            if number >= LAG:
+                events[number - LAG].synchronize()
+                known = int(self.flags[number - LAG])
+                if not known:
                     break
-            if watch and step + 1 == look:
+            if watch and number + 1 == look:
                 look *= 2
-                for row in watch(self._read(count), self.alive[:count].tolist()):
-                    self.alive[row] = False
+                self._look(rows, watch)
             for position in active:
-                self.layers[position]()
-            self.end()
-        rows.out[:] = self._read(count)
+                layers[position]()
+            end()
+        rows.out[:] = self._read(len(rows.out))[0]
 
-    def _read(self, count: int) -> list[list[int]]:
-        out, lengths = self.out[:count].tolist(), self.length[:count].tolist()
-        return [tokens[:length] for tokens, length in zip(out, lengths)]
+    def _load(self, rows: Rows) -> None:
+        """Entries for the rows, those that go on first."""
+        count, device, total = len(rows.out), self.out.device, len(self.row)
+        order = list(range(count))
+        if self.slots.ragged:
+            order.sort(key=lambda row: not rows.alive[row])
+        entries = torch.tensor(order, device=device)
+        self.row.copy_(torch.tensor([*order, *range(count, total)]))
+        self.start[:total] = self.slots.start[self.row]
+        self.token[:count], self.position[:count] = rows.token[entries], rows.position[entries]
+        self.alive.zero_()
+        self.alive[:count] = torch.tensor([rows.alive[row] for row in order], device=device)
+        self.budget[:count] = torch.tensor([rows.budget[row] for row in order], device=device)
+        self.length[:count] = torch.tensor([len(rows.out[row]) for row in order], device=device)
+        longest = max(map(len, rows.out))
+        kept = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in rows.out], dtype=torch.long)
+        self.out[:count, :longest] = kept.to(device)
+        self.lacks.zero_()
+        lacking = torch.tensor([-1 if w is None else w for w in rows.without or [None] * count], device=device)
+        for layer in set(rows.without or ()) - {None}:
+            self.lacks[layer, :count, 0] = lacking[entries] == layer
 
-    def _begin(self) -> None:
+    def _pack(self, size: int) -> None:
+        """Move the entries that go on to the front of the first `size`."""
+        order = torch.argsort(~self.alive[:size], stable=True)
+        for tensor in (self.row, self.token, self.position, self.length, self.budget, self.alive, self.start):
+            tensor[:size] = tensor[:size][order]
+        self.lacks[:, :size] = self.lacks[:, :size][:, order]
+
+    def _read(self, count: int) -> tuple[list[list[int]], list[bool]]:
+        """Tokens so far and whether it goes on, of each row."""
+        out, lengths, going = self.out.tolist(), [0] * len(self.row), [False] * len(self.row)
+        for row, length, alive in zip(self.row.tolist(), self.length.tolist(), self.alive.tolist()):
+            lengths[row], going[row] = length, alive
+        return [out[row][: lengths[row]] for row in range(count)], going[:count]
+
+    def _look(self, rows: Rows, watch: Watch) -> None:
+        hopeless = watch(*self._read(len(rows.out)))
+        given_up = torch.tensor(hopeless, dtype=torch.long, device=self.row.device)
+        self.alive &= ~torch.isin(self.row, given_up)
+
+    def _step(self, size: int) -> list[Callable[[], None]]:
+        """The beginning and the end of a step and each layer, over the first `size` entries."""
+        if size not in self.steps:
+            slots = replace(self.slots, start=self.start[: size + 1])
+            works = [lambda: self._begin(size), lambda: self._end(size)]
+            works += [partial(self._layer, position, size, slots) for position in range(len(self.decoder.layers))]
+            self.steps[size] = self._captured(works)
+        return self.steps[size]
+
+    def _begin(self, size: int) -> None:
         """Append the predicted tokens, see who goes on, and embed."""
-        column = torch.where(self.alive, self.length, self.out.shape[1] - 1)
-        self.out.scatter_(1, column[:, None], self.token[:, None])
-        self.length.add_(self.alive)
-        ended = (self.token[:, None] == self.eos[None, :]).any(-1)
-        self.alive.logical_and_(~ended & (self.length < self.budget))
-        self.num_alive.copy_(self.alive.sum())
-        self.position.mul_(self.alive)
-        self.slot.copy_(self.slots.start[:-1] + self.position)
-        self.used.copy_(self.position + 1)
-        self.hidden.copy_(self.decoder.embed(self.token))
-        for held, now in zip(self.rope, self.decoder.rope(self.position)):
-            held.copy_(now)
+        alive, length, token, position = (t[:size] for t in (self.alive, self.length, self.token, self.position))
+        column = torch.where(alive, length, self.out.shape[1] - 1)
+        self.out[self.row[:size], column] = token
+        length.add_(alive)
+        ended = (token[:, None] == self.eos[None, :]).any(-1)
+        alive.logical_and_(~ended & (length < self.budget[:size]))
+        self.num_alive.copy_(alive.sum())
+        position.mul_(alive)
+        self.slot[:size] = self.start[:size] + position
+        self.used[:size] = position + 1
+        self.hidden[:size] = self.decoder.embed(token)
+        for held, now in zip(self.rope, self.decoder.rope(position)):
+            held[:size] = now
 
-    def _layer(self, position: int) -> Callable[[], None]:
-        def work() -> None:
-            hidden = self.decoder.step(position, self.hidden, self.rope, self.slot, self.used, self.slots)
-            self.hidden.copy_(torch.where(self.lacks[position], self.hidden, hidden))
+    def _layer(self, position: int, size: int, slots: Slots) -> None:
+        rope = (self.rope[0][:size], self.rope[1][:size])
+        hidden = self.hidden[:size]
+        output = self.decoder.step(position, hidden, rope, self.slot[:size], self.used[:size], slots)
+        hidden.copy_(torch.where(self.lacks[position, :size], hidden, output))
 
-        return work
-
-    def _end(self) -> None:
-        self.token.copy_(self.decoder.next_tokens(self.hidden))
-        self.position.add_(1)
+    def _end(self, size: int) -> None:
+        self.token[:size] = self.decoder.next_tokens(self.hidden[:size])
+        self.position[:size].add_(1)
 
     def _captured(self, works: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
         """Each piece of work as a graph; as it is, with a word, where the device refuses to capture it."""
-        pool = torch.cuda.graph_pool_handle()
-        graphs = []
+        graphs: list[Callable[[], None]] = []
+        held = [tensor.clone() for tensor in self._state()]
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -220,7 +266,7 @@ class _Graphs:
             torch.cuda.current_stream().wait_stream(stream)
             for work in works:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=self.pool):
                     work()
                 graphs.append(graph.replay)
         except RuntimeError as error:
@@ -229,5 +275,10 @@ class _Graphs:
             logger.warning(
                 "no CUDA graphs for this model (%s); going on without, more slowly", str(error).split("\n")[0]
             )
-            return list(works)
+            graphs = list(works)
+        for tensor, before in zip(self._state(), held):
+            tensor.copy_(before)
         return graphs
+
+    def _state(self) -> list[Tensor]:
+        return [self.token, self.position, self.length, self.alive, self.out]

@@ -1,0 +1,100 @@
+"""What only a GPU can show: CUDA graphs, flash attention over rows of unlike length, the rotary kernel. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+from trimlingual.decode import embed_prompt, encode_clips, greedy
+from trimlingual.drafts import trace, translate_without
+from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
+from trimlingual.packed import PackedDecoder
+from trimlingual.prompts import Prompter
+from trimlingual.recipe import load_recipe
+from trimlingual.rotary import rotate
+from trimlingual.sources import read_source
+from trimlingual.stepping import Stepper
+
+from .test_drafts import SHAPES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("number", range(0, len(SHAPES), 3))
+def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, number):
+    """In float32, with graphs: candidates alone, together, and the CPU's decoding."""
+    model = make_model(**SHAPES[number], seed=number)
+    eos, layers = eos_token_ids(model, processor), range(SHAPES[number]["layers"])
+    with torch.no_grad():
+        model.lm_head.weight[eos[0]] *= 2.5
+    prompter = Prompter(processor, task)
+    states = encode_clips(model, processor, split.clips, 4)
+    prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
+    limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
+    on_cpu = Stepper(PackedDecoder(model), eos)
+    expected = [greedy(on_cpu, prompts, limits, 99, [i for i in layers if i != gone]) for gone in layers]
+    model, prompts = model.cuda(), [prompt.cuda() for prompt in prompts]
+    stepper = Stepper(PackedDecoder(model), eos)
+    parent = greedy(stepper, prompts, limits, 5)
+    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    together = translate_without(stepper, traced, layers)
+    alone = [translate_without(stepper, traced, [gone])[0] for gone in layers]
+    pairs = [(a, b, c) for x, y, z in zip(together, alone, expected) for a, b, c in zip(x, y, z)]
+    assert sum(a == b == c for a, b, c in pairs) >= len(pairs) - 1  # a near-tie may fall another way
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    recipe, folder = load_recipe("mini"), resolve_base("builtin:mini")
+    clips = read_source(recipe.data.select, ["de", "zh"], tmp_path_factory.mktemp("clips"))
+    return recipe, folder, clips
+
+
+def in_bfloat16(mini):
+    recipe, folder, clips = mini
+    model, processor = load_model(folder, "bfloat16", torch.device("cuda")), load_processor(folder)
+    states = encode_clips(model, processor, clips, 32)
+    prompter, eos = Prompter(processor, recipe.task), eos_token_ids(model, processor)
+    prompts = [embed_prompt(model, prompter, s, language) for s in states for language in ("de", "zh")]
+    return model, prompts, Stepper(PackedDecoder(model), eos)
+
+
+def test_bfloat16_is_close_to_generate(mini):
+    """128 translations of very different length, so that entries are packed several times."""
+    model, prompts, stepper = in_bfloat16(mini)
+    ours = greedy(stepper, prompts, [64] * len(prompts), 128)
+    theirs = [model.generate(inputs_embeds=p[None], max_new_tokens=64, do_sample=False)[0].tolist() for p in prompts]
+    assert len({len(tokens) for tokens in ours}) > 10
+    assert sum(a == b for a, b in zip(ours, theirs)) >= 0.9 * len(prompts)
+    one_by_one = [greedy(stepper, [p], [64], 1)[0] for p in prompts]
+    assert sum(a == b for a, b in zip(ours, one_by_one)) >= 0.9 * len(prompts)
+
+
+def test_bfloat16_candidates_together(mini):
+    _, prompts, stepper = in_bfloat16(mini)
+    layers, limits = range(len(stepper.decoder.layers)), [64] * len(prompts)
+    parent = greedy(stepper, prompts, limits, 128)
+    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    together = translate_without(stepper, traced, [3, 5, 8])
+    for gone, found in zip([3, 5, 8], together):
+        anew = greedy(stepper, prompts, limits, 128, [i for i in layers if i != gone])
+        assert sum(a == b for a, b in zip(found, anew)) >= 0.9 * len(prompts)
+        assert found != parent
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 32, 128), (8, 2, 64), (6, 3, 24)])
+def test_rotary_kernel_gives_the_same_bits(dtype, heads, kv_heads, size):
+    shape = {"device": "cuda", "dtype": dtype}
+    query, key = torch.randn(50, heads, size, **shape), torch.randn(50, kv_heads, size, **shape)
+    value, angle = torch.randn(50, kv_heads, size, **shape), torch.randn(50, size // 2, device="cuda")
+    rope = tuple(torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
+    expected = apply_rotary_pos_emb(query, key, *rope)
+    keys, values = torch.zeros(200, kv_heads, size, **shape), torch.zeros(200, kv_heads, size, **shape)
+    slot = torch.randperm(200, device="cuda")[:50]
+    got = rotate(query.clone(), key.clone(), value, rope, (keys, values, slot))
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(keys[slot], expected[1])
+    assert torch.equal(values[slot], value)
+    assert keys.count_nonzero() == expected[1].count_nonzero()
