@@ -151,7 +151,7 @@ def published(case: Case, rounds: Sequence[int], num_clips: int) -> list[dict[st
     """Seconds of a candidate in these rounds (1 is the first), and its translations."""
     order = sorted(range(len(case.split.clips)), key=lambda clip: case.split.clips[clip].duration_s)
     clips = [order[i] for i in np.linspace(0, len(order) - 1, min(num_clips, len(order))).round().astype(int)]
-    published_candidate(case, [1], clips[:2])  # warm-up
+    published_candidate(case, [1], clips)  # warm-up: a fresh machine is slow for its first half-minute
     candidates = []
     for number in rounds:
         copied, done = published_candidate(case, removals(case, number), clips)

@@ -145,6 +145,7 @@ class _Graphs:
         while slots.ragged and self.sizes[-1] >= 2 * SMALLEST_STEP:
             self.sizes.append(self.sizes[-1] // 2)
         self.steps: dict[int, list[Callable[[], None]]] = {}
+        self.views: dict[int, Slots] = {}  # kept, because the graphs read their memory
         self.pool = torch.cuda.graph_pool_handle()
 
     def extend(self, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
@@ -221,7 +222,7 @@ class _Graphs:
     def _step(self, size: int) -> list[Callable[[], None]]:
         """The beginning and the end of a step and each layer, over the first `size` entries."""
         if size not in self.steps:
-            slots = replace(self.slots, start=self.start[: size + 1])
+            slots = self.views[size] = replace(self.slots, start=self.start[: size + 1])
             works = [lambda: self._begin(size), lambda: self._end(size)]
             works += [partial(self._layer, position, size, slots) for position in range(len(self.decoder.layers))]
             self.steps[size] = self._captured(works)
