@@ -17,6 +17,7 @@ VERBS = [
     "prune",
     "distill",
     "quantize",
+    "trim-vocab",
     "evaluate",
     "export",
     "report",

@@ -133,11 +133,24 @@ def quantize(
     _stage(recipe, run_dir, overrides, force, "quantized", "model", model, out_dir)
 
 
+@app.command(
+    "trim-vocab", epilog="Example: trimlingual trim-vocab my.yaml --model runs/my/quantized --text de.txt --out small"
+)
+def trim_vocab(
+    recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    model: ModelOption = None, out_dir: OutOption = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Count tokens on this file too (one sentence a line).")] = None,
+) -> None:  # fmt: skip
+    """Keep only the tokens that the target languages and the prompts need."""
+    files = [f"vocab.texts={json.dumps([str(path) for path in text])}"] if text else []
+    _stage(recipe, run_dir, [*(overrides or ()), *files], force, "trimmed", "model", model, out_dir)
+
+
 @app.command(epilog="Example: trimlingual evaluate my.yaml --model runs/my/pruned --out pruned-scores")
 def evaluate(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
-    name: Annotated[str, typer.Option(help="Which model of the run: base, teacher, pruned, recovered, quantized.")] = "base",
+    name: Annotated[str, typer.Option(help="Which model of the run: base, teacher, pruned, recovered, quantized, trimmed.")] = "base",
 ) -> None:  # fmt: skip
     """Translate the test split, score it and measure the model."""
     _stage(recipe, run_dir, overrides, force, f"evaluate {name}", "model", model, out_dir)

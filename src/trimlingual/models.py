@@ -32,6 +32,8 @@ PARTS = {
     "decoder": "model.language_model",
     "lm_head": "lm_head",
 }
+# How the names of the stored tensors with one row a token end: the embedding, the output head (absent when tied).
+ROWS_BY_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 BUILTIN = "builtin:"
 
 

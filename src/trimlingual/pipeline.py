@@ -2,6 +2,7 @@
 
     data -> teacher -> rank -> pruned -> distilled -> recovered -> quantized -> evaluations -> exported -> report
 
+and, if the recipe trims the vocabulary, `trimmed` before the teacher or after all other models.
 Every stage is a Step (steps.py): where it writes, the settings and inputs that decide its output, and the work. A step whose
 artefact is there with the same fingerprint is skipped; one that was killed goes on. Fingerprints chain (a step's inputs are the
 fingerprints of the steps before it), so what a changed recipe invalidates is known before anything runs.
@@ -33,6 +34,7 @@ from trimlingual.steps import (
     quantize_step,
     rank_step,
     report_step,
+    vocab_step,
 )
 
 OPTIONAL_ROLES = ("baseline", "evaluation")  # an evaluation without a comparison and an export without scores are whole
@@ -79,7 +81,9 @@ def run_stage(
     """
     steps = {step.name: step for step in plan(recipe, run_dir)}
     if name not in steps:
-        raise ValueError(f"recipe {recipe.name!r} has no stage {name!r}; it has: {', '.join(steps)}")
+        raise ValueError(
+            f"recipe {recipe.name!r} has no stage {name!r}; it has: {', '.join(steps)} (a null section leaves its stage out)"
+        )
     step = steps[name]
     inputs = dict(step.inputs)
     for role, folder in (replaced or {}).items():
@@ -116,10 +120,13 @@ def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
 
     base = base_ref(recipe)
     data = add(data_step(recipe, base, run_dir / "data"))
-    teacher, student, distilled = base, base, None
     models: dict[str, Ref] = {"base": base}
+    start = base  # what everything below is made from
+    if recipe.vocab and recipe.vocab.when == "before":
+        start = models["trimmed"] = add(vocab_step(recipe, base, data.ref, run_dir / "trimmed")).ref
+    teacher, student, distilled = start, start, None
     if recipe.finetune:
-        step = finetune_step("teacher", recipe, recipe.finetune, base, data.ref, None, run_dir / "teacher")
+        step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, run_dir / "teacher")
         teacher = student = models["teacher"] = add(step).ref
     if recipe.rank:
         ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank"))
@@ -130,13 +137,15 @@ def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
         step = finetune_step("recovered", recipe, recipe.recover, student, data.ref, distilled, run_dir / "recovered")
         student = models["recovered"] = add(step).ref
     if recipe.quantize:
-        start = models[recipe.quantize.start]
+        source = start if recipe.quantize.start == "base" else models[recipe.quantize.start]
         student = models["quantized"] = add(
-            quantize_step(recipe, start, data.ref, distilled, run_dir / "quantized")
+            quantize_step(recipe, source, data.ref, distilled, run_dir / "quantized")
         ).ref
+    if recipe.vocab and recipe.vocab.when == "after":
+        student = models["trimmed"] = add(vocab_step(recipe, student, data.ref, run_dir / "trimmed")).ref
     evaluated: dict[str, Ref] = {}
-    for name in recipe.evaluate.models:
-        if name in models:
+    for name in models:  # in the order they are made: what comes after the teacher is compared with it
+        if name in recipe.evaluate.models:
             baseline = evaluated.get("teacher")
             step = evaluate_step(name, recipe, models[name], data.ref, baseline, run_dir / "evaluations" / name)
             evaluated[name] = add(step).ref

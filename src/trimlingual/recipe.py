@@ -141,6 +141,36 @@ class DataSettings(_Section):
     too_long: Literal["error", "drop"] = "error"
 
 
+class VocabSettings(_Section):
+    """Vocabulary trimming: tokens kept are those counted on the given text, the prompts', every byte and special token."""
+
+    when: Literal["before", "after"] = Field(
+        default="before", description="before: the base model is trimmed first; after: the finished model is"
+    )
+    references: bool = Field(default=True, description="count the training references in the target languages")
+    texts: list[str] = Field(
+        default_factory=list, description="further text to count: UTF-8 files, one sentence a line"
+    )
+    held_out: list[str] = Field(default_factory=list, description="text files that the coverage is reported on")
+    min_count: Annotated[int, Field(ge=1)] = Field(default=1, description="a token counted less often is not kept")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="keep the most frequent ones, so many in all"
+    )
+    pad_to_multiple: Annotated[int, Field(ge=1)] = Field(
+        default=64, description="rows are brought to a multiple of this with further real tokens"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> VocabSettings:
+        if not (self.references or self.texts):
+            raise ValueError("references is false and texts is empty: nothing to count tokens on")
+        if self.max_tokens is not None and self.max_tokens % self.pad_to_multiple:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} must be a multiple of pad_to_multiple {self.pad_to_multiple}"
+            )
+        return self
+
+
 class LoraSettings(_Section):
     """LoRA as published: r 64, alpha 128, rank-stabilised, every linear layer."""
 
@@ -299,12 +329,13 @@ class QuantizeSettings(_Section):
 class EvaluateSettings(_Section):
     """What is measured on the test split, for every model of the run."""
 
-    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized"]] = [
+    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized", "trimmed"]] = [
         "base",
         "teacher",
         "pruned",
         "recovered",
         "quantized",
+        "trimmed",
     ]
     bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")
@@ -320,6 +351,7 @@ class Recipe(_Section):
     task: TaskSettings
     data: DataSettings
     decode: DecodeSettings = DecodeSettings()
+    vocab: VocabSettings | None = None
     finetune: TrainSettings | None = TrainSettings()
     rank: RankSettings | None = RankSettings()
     distill: DistillSettings | None = DistillSettings()
@@ -357,6 +389,10 @@ class Recipe(_Section):
             if not have[self.quantize.start]:
                 problems.append(
                     f"quantize.start is {self.quantize.start!r} but no stage of this recipe makes that model"
+                )
+            if self.vocab and self.vocab.when == "after" and "lm_head" in self.quantize.parts:
+                problems.append(
+                    "vocab.when is after but quantize.parts has lm_head: rows of a 4-bit head cannot be taken out; use before"
                 )
         if self.rank:
             for language in self.task.target_languages:

@@ -161,6 +161,27 @@ def _content(source: Source) -> dict[str, Any]:
         return {"missing": True}
 
 
+def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
+    """Vocabulary trimming, of the base model or of a finished one."""
+    settings = recipe.vocab
+    assert settings is not None
+    files = {path: Path(path) for path in [*settings.texts, *settings.held_out]}
+    content = {name: hash_file(path) if path.is_file() else "missing" for name, path in files.items()}
+
+    def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.vocab import counted_texts, trim_vocab
+
+        splits = load_splits(inputs["data"].folder) if "data" in inputs else None
+        lineage = lineage_of(inputs["model"], recipe)
+        for split in (splits.train, splits.out_of_domain) if splits else ():
+            lineage = lineage.with_seen("train", split.audio_hashes if split else ())
+        texts, held_out = counted_texts(splits, recipe.task.target_languages, settings)
+        return trim_vocab(inputs["model"].folder, lineage, texts, held_out, recipe.task, settings, folder)
+
+    wanted = {"vocab": settings.model_dump(), "task": recipe.task.model_dump(), "content": content}
+    return Step("trimmed", out, wanted, _inputs(model=model, data=data if settings.references else None), work)
+
+
 def finetune_step(
     name: str, recipe: Recipe, train: TrainSettings, model: Ref, data: Ref, distilled: Ref | None, out: Path
 ) -> Step:

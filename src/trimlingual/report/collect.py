@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODELS = ("base", "teacher", "pruned", "recovered", "quantized")  # in the order in which a run makes them
-STAGES = ("data", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported")
+MODELS = ("base", "trimmed", "teacher", "pruned", "recovered", "quantized")  # in the order in which a run makes them
+STAGES = ("data", "trimmed", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported")
 QUALITY = ("bleu", "chrf", "chrfpp")
 MAX_EXAMPLES = 6
 MAX_AUDIO_BYTES = (
@@ -60,7 +60,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     """
     run_dir = Path(run_dir)
     recipe = _read_json(run_dir / "recipe.json", "it is not the folder of a run")
-    results = _results(run_dir)
+    results = _results(run_dir, trimmed_last=(recipe.get("vocab") or {}).get("when") == "after")
     splits = {result["split"]["hash"]: name for name, result in results.items()}
     if len(splits) > 1:
         raise ReportError(
@@ -108,10 +108,10 @@ def languages(report: dict[str, Any]) -> list[str]:
     return [language for language in asked if language in evaluated] + sorted(evaluated - set(asked))
 
 
-def _results(run_dir: Path) -> dict[str, dict[str, Any]]:
+def _results(run_dir: Path, trimmed_last: bool) -> dict[str, dict[str, Any]]:
     folder = run_dir / "evaluations"
     results = {}
-    for name in MODELS:
+    for name in sorted(MODELS, key=lambda name: trimmed_last and name == "trimmed"):
         if (folder / name).is_dir():
             hint = f"the evaluation of {name} is not finished; run `trimlingual evaluate` again or delete that folder"
             results[name] = _read_json(folder / name / "result.json", hint)

@@ -1,0 +1,181 @@
+"""Byte-level BPE with fewer tokens: which tokens may go, and the tokenizer without them. Pure functions on tokenizer.json.
+
+Why a text whose tokens are all kept keeps its tokenisation. BPE applies, within a word, the merge of lowest rank (the leftmost of
+equals) until none applies. What a merge makes lies inside one final token, and no merge crosses the border of a final token, so
+inside a token the merges are those of the token's own string, in the same order, whatever stands around it. `merge_tree` lists
+what they make. If all of it is kept, and the merges between kept tokens, then at every step the merge the full tokenizer takes is
+there, and it is still the lowest in rank, because merges only went: by induction every step is the same. All bytes are kept, so any
+other text is still spelled without loss, in more tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+
+class VocabError(ValueError):
+    """A vocabulary that cannot be trimmed as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Bpe:
+    """A byte-level BPE: `vocab` and `added` map tokens to ids, `ranks` a pair of tokens to the place of its merge."""
+
+    vocab: dict[str, int]
+    ranks: dict[tuple[str, str], int]
+    added: dict[str, int]
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Every token's id, added ones included."""
+        return self.vocab | self.added
+
+    def byte_ids(self) -> set[int]:
+        """Ids of the 256 single bytes."""
+        return {self.vocab[byte] for byte in pre_tokenizers.ByteLevel.alphabet() if byte in self.vocab}
+
+    def merge_tree(self, token: str) -> set[str]:
+        """`token` and all that its own merges make on the way to it, bytes included.
+
+        Of a token that merging does not lead to (an added one, or one that `ignore_merges` alone yields) only itself.
+        """
+        symbols = list(token)
+        tree = {token, *symbols}
+        while len(symbols) > 1:
+            known = [(self.ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in self.ranks]
+            if not known:
+                return {token}
+            _, at = min(known)
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+            tree.add(symbols[at])
+        return tree
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which tokens stay: `ids[new]` is the old id. `num_used` were counted, `num_on_the_way` close the merges, `num_filled` fill
+    up to the multiple."""
+
+    ids: list[int]
+    num_used: int
+    num_on_the_way: int
+    num_filled: int
+
+    @cached_property
+    def new_id(self) -> dict[int, int]:
+        """Old id to new."""
+        return {old: new for new, old in enumerate(self.ids)}
+
+    def numbers(self) -> dict[str, int]:
+        """For the record."""
+        return {"counted": self.num_used, "on_the_way": self.num_on_the_way, "filled": self.num_filled}
+
+
+def read_bpe(tokenizer: Mapping[str, Any]) -> Bpe:
+    """The BPE of a tokenizer.json; VocabError for a tokenizer of another kind."""
+    model = tokenizer["model"]
+    if model.get("type") != "BPE" or '"ByteLevel"' not in repr(tokenizer["pre_tokenizer"]).replace("'", '"'):
+        raise VocabError(
+            f"the tokenizer is not a byte-level BPE (model {model.get('type')!r}): its vocabulary cannot be trimmed without loss; "
+            "set vocab: null"
+        )
+    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise VocabError("a BPE with dropout, subword prefixes or word suffixes cannot be trimmed; set vocab: null")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return Bpe(
+        vocab=dict(model["vocab"]),
+        ranks={(left, right): rank for rank, (left, right) in enumerate(pairs)},
+        added={token["content"]: token["id"] for token in tokenizer["added_tokens"]},
+    )
+
+
+def choose(
+    bpe: Bpe,
+    counts: Mapping[int, int],
+    required: Iterable[int],
+    *,
+    min_count: int = 1,
+    max_tokens: int | None = None,
+    multiple: int = 1,
+) -> Kept:
+    """The tokens to keep: bytes, added tokens, `required`, and those counted `min_count` times, closed under their merges.
+
+    With `max_tokens` the most frequent ones that fit. The number is then brought to the next `multiple` with further real tokens,
+    counted ones first, then by merge order; it stays below only when the vocabulary ends. Raises VocabError when what must stay
+    is more than `max_tokens`.
+    """
+    token_of = {old: token for token, old in bpe.ids.items()}
+    kept: set[int] = set()
+
+    def closure(old: int) -> set[int]:
+        return {old, *(bpe.vocab[part] for part in bpe.merge_tree(token_of[old]) if part in bpe.vocab)} - kept
+
+    for old in {*bpe.byte_ids(), *bpe.added.values(), *required}:
+        kept |= closure(old)
+    if max_tokens is not None and len(kept) > max_tokens:
+        raise VocabError(
+            f"bytes, special tokens and prompts alone are {len(kept)} tokens: vocab.max_tokens {max_tokens} is too few"
+        )
+    wanted = sorted((old for old in counts if old in token_of), key=lambda old: (-counts[old], old))
+    used = [old for old in wanted if counts[old] >= min_count]
+    for old in used:
+        more = closure(old)
+        if max_tokens is None or len(kept) + len(more) <= max_tokens:
+            kept |= more
+    num_closed, target = len(kept), -(-len(kept) // multiple) * multiple
+    for old in [*wanted, *sorted(bpe.vocab.values())]:
+        if len(kept) == target:
+            break
+        if old in kept:
+            continue
+        more = closure(old)
+        if len(kept) + len(more) <= target:
+            kept |= more
+    # Tokens outside the BPE come last: that is where the library gives them ids when it loads them.
+    inside = set(bpe.vocab.values())
+    num_used = sum(old in kept for old in used)
+    return Kept(
+        ids=sorted(kept, key=lambda old: (old not in inside, old)),
+        num_used=num_used,
+        num_on_the_way=num_closed - len({*used} & kept | {*bpe.byte_ids(), *bpe.added.values(), *required}),
+        num_filled=len(kept) - num_closed,
+    )
+
+
+def trimmed_tokenizer(tokenizer: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The tokenizer.json with the tokens `kept` alone, numbered in that order; a merge stays exactly when its three parts do."""
+    bpe, new_id = read_bpe(tokenizer), {old: new for new, old in enumerate(kept)}
+    vocab = {token: new_id[old] for token, old in bpe.vocab.items() if old in new_id}
+    merges = [list(pair) for pair in bpe.ranks if vocab.keys() >= {*pair, "".join(pair)}]
+    added = [{**token, "id": new_id[token["id"]]} for token in tokenizer["added_tokens"]]
+    trimmed = {
+        **tokenizer,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "model": {**tokenizer["model"], "vocab": vocab, "merges": merges},
+    }
+    processor = tokenizer.get("post_processor")
+    if processor:
+        trimmed["post_processor"] = _renumbered(processor, new_id)
+    return trimmed
+
+
+def _renumbered(processor: Any, new_id: Mapping[int, int]) -> Any:
+    """A post-processor with new ids: `ids` lists of templates, and [token, id] pairs of the BERT kind."""
+    if isinstance(processor, Mapping):
+        return {
+            key: [new_id[old] for old in value]
+            if key == "ids"
+            else [value[0], new_id[value[1]]]
+            if key in ("sep", "cls")
+            else _renumbered(value, new_id)
+            for key, value in processor.items()
+        }
+    if isinstance(processor, list):
+        return [_renumbered(value, new_id) for value in processor]
+    return processor
