@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from trimlingual.artifacts import SCRATCH
 from trimlingual.audio import load_audio
 from trimlingual.finetune import train_
+from trimlingual.integers import save_packed
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_logits
 from trimlingual.models import DTYPES, PARTS, load_model, load_processor, part_of, pick_device, save_model
@@ -45,6 +46,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Make the 4-bit model of the one in `model_dir`: QLoRA on `examples`, merge, quantise again, save to `out_dir`.
 
+    bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by integers.py, with 8-bit embeddings if asked for.
+
     `out_dir/adapter` keeps the adapter. The change in loss and logits from the trained model (adapter on the 4-bit base) over the
     merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
     should not be, or the other way round.
@@ -71,11 +74,17 @@ def quantize(
     merge_(merged, adapted)
     save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
     plain = measure(merged)
-    del adapted, base, merged
-    final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
-    check_quantized(final_model, settings)
-    final = measure(final_model)
-    save_model(final_model, processor, out_dir)
+    del adapted, base
+    if settings.scheme == "int4":
+        info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype)
+        del merged
+        final = measure(load_model(out_dir, model_settings.dtype, device))
+    else:
+        del merged
+        final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
+        check_quantized(final_model, settings)
+        final = measure(final_model)
+        save_model(final_model, processor, out_dir)
     after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in clips})
     replace(after, quantization=config_summary(settings)).save(out_dir)
     info["change"] = {
@@ -92,10 +101,13 @@ def quantize(
 
 
 def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
-    """The 4-bit configuration. Modules are skipped by their names in memory; other spellings match nothing and are ignored."""
+    """The 4-bit configuration to train on; an int4 model is trained as nf4, which bitsandbytes computes with.
+
+    Modules are skipped by their names in memory; other spellings match nothing and are ignored.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=settings.scheme,
+        bnb_4bit_quant_type="nf4" if settings.scheme == "int4" else settings.scheme,
         bnb_4bit_use_double_quant=settings.double_quantization,
         bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
         llm_int8_skip_modules=[prefix for part, prefix in PARTS.items() if part not in settings.parts],
@@ -104,6 +116,14 @@ def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
 
 def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
     """What is 4-bit and how, for lineage, card and report."""
+    if settings.scheme == "int4":
+        return {
+            "method": "compressed-tensors",
+            "scheme": "int4",
+            "group_size": settings.group_size,
+            "parts": sorted(settings.parts),
+            "eight_bit": sorted(settings.eight_bit),
+        }
     return {
         "method": "bitsandbytes",
         "scheme": settings.scheme,
