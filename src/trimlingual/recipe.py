@@ -249,7 +249,7 @@ class DistillSettings(_Section):
 
 
 class QuantizeSettings(_Section):
-    """QLoRA: 4-bit base, adapter trained on it, adapter merged onto the dequantised base, quantised again."""
+    """QLoRA: 4-bit base, adapter trained on it, adapter merged, quantised again."""
 
     start: Literal["recovered", "pruned", "teacher", "base"] = "recovered"
     parts: list[Literal["decoder", "audio_tower", "projector", "lm_head"]] = Field(
@@ -264,6 +264,9 @@ class QuantizeSettings(_Section):
         default_factory=list, description="stored in 8 bits beside int4"
     )
     compute_dtype: Dtype = "bfloat16"
+    # What the adapter is added to before the model is quantised again. `dequantized` is what it was trained on, but these weights
+    # stand on the 4-bit grid: rounding takes most of them back to where they were, and the adapter is lost (docs/method.md).
+    merge_base: Literal["original", "dequantized"] = "original"
     train: TrainSettings = TrainSettings(method="lora", epochs=1.0)
 
     @model_validator(mode="after")
