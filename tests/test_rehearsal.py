@@ -10,7 +10,15 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from trimlingual.estimate import estimate
 from trimlingual.measure import count_parameters, disk_bytes
-from trimlingual.models import ModelError, is_on_hub, load_model, load_processor, resolve_base, window_s
+from trimlingual.models import (
+    ModelError,
+    is_on_hub,
+    load_model,
+    load_processor,
+    resolve_base,
+    weights_on_disk,
+    window_s,
+)
 from trimlingual.pipeline import compress
 from trimlingual.prune import layer_digests
 from trimlingual.quantize import bitsandbytes_config, check_quantized
@@ -68,6 +76,16 @@ def test_random_weights_are_quantised_as_read_ones_are():
     assert torch.equal(model.lm_head.weight, load_model(resolve_base(TINY), "bfloat16", CPU).lm_head.weight)
 
 
+def test_weights_on_disk():
+    folder = resolve_base(TINY)
+    with weights_on_disk(folder, CPU) as stored:
+        assert layer_digests(load_model(stored, "float32", CPU)) == layer_digests(load_model(folder, "float32", CPU))
+        assert disk_bytes(stored) == pytest.approx(disk_bytes(folder), rel=0.02)
+        with weights_on_disk(stored, CPU) as same:
+            assert same == stored
+    assert not stored.exists()
+
+
 def test_unknown_shape():
     with pytest.raises(ModelError, match="random models: random:qwen2-audio-7b, random:qwen2-audio-tiny"):
         resolve_base("random:qwen3")
@@ -92,6 +110,9 @@ def test_a_whole_run(manifests, tmp_path):
     assert sizes["base"][0] == sizes["teacher"][0] == 6
     assert sizes["pruned"][0] == 5
     assert sizes["base"][1] == pytest.approx(sizes["teacher"][1], rel=0.02)
+    # nothing that a random teacher says is kept, yet recovery sees as much data as it would
+    distilled = (tmp_path / "run" / "distilled" / "distilled.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(distilled) == 2 * 24
     for name in ("report.md", "report.html"):
         assert "Rehearsal" in (tmp_path / "run" / "report" / name).read_text(encoding="utf-8")
     card = (tmp_path / "run" / "exported" / "README.md").read_text(encoding="utf-8")

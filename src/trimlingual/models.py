@@ -116,12 +116,22 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
 
 
 def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any) -> Any:
-    """A random model; to be quantised it goes through a temporary folder, because transformers quantises only what it reads."""
+    """A random model; to be quantised it goes through the disk, because transformers quantises only what it reads."""
     if quantization_config is None:
         return draw(folder, DTYPES[dtype], device).eval()
+    with weights_on_disk(folder, device) as stored:
+        return load_model(stored, dtype, device, quantization_config)
+
+
+@contextmanager
+def weights_on_disk(folder: Path, device: torch.device) -> Iterator[Path]:
+    """A folder whose weights are files: `folder` itself or, if its weights are drawn, a temporary one with them in bfloat16."""
+    if not is_random(folder):
+        yield folder
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        draw(folder, torch.bfloat16, device).save_pretrained(temporary, max_shard_size="4GB")
-        return load_model(Path(temporary), dtype, device, quantization_config)
+        save_model(draw(folder, torch.bfloat16, device), load_processor(folder), Path(temporary), "bfloat16")
+        yield Path(temporary)
 
 
 def check_folder(folder: Path) -> None:

@@ -4,7 +4,8 @@
 always the same ones for a seed, a kind of device and a version of torch. The real tokenizer cannot be shipped, so the built-in
 model's tokenizer and chat template stand in for it, with a feature extractor as large as the real one's; the model has all its rows,
 but those beyond the tokenizer get a zero in lm_head, so that answers are text. Scores mean nothing, and a random model seldom ends an
-answer: decoding runs to its bound, which makes times upper ones; distillation filters such answers out, so little of it remains.
+answer: decoding runs to its bound, which makes times upper ones. Nothing it says is fit to learn from, so distillation passes
+references on instead.
 """
 
 from __future__ import annotations
