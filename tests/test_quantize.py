@@ -33,7 +33,7 @@ def examples(split, task):
 
 
 def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_settings, examples, tmp_path):
-    settings = QuantizeSettings(compute_dtype="float32", train=TRAIN)
+    settings = QuantizeSettings(compute_dtype="float32", merge_base="dequantized", train=TRAIN)
     info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
     change = info["change"]
     # Merging is exact in float32, but CPUs with AVX512-BF16 run 4-bit layers in bfloat16 whatever compute dtype is asked for.
@@ -45,6 +45,45 @@ def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_s
     assert count_parameters(model) == count_parameters(load_model(model_dir, "float32", CPU))
     assert read_lineage(tmp_path).quantization["scheme"] == "nf4"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_integers_that_ship(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    settings = QuantizeSettings(
+        scheme="int4", group_size=64, eight_bit=["embeddings", "lm_head"], compute_dtype="float32", train=TRAIN
+    )
+    info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    assert info["num_4bit_modules"] > 40
+    assert info["num_8bit_modules"] == 2
+    assert info["change"]["final_sqnr_db"] > 2
+    assert read_lineage(tmp_path).quantization["eight_bit"] == ["embeddings", "lm_head"]
+    assert count_parameters(load_model(tmp_path, "float32", CPU)) == count_parameters(
+        load_model(model_dir, "float32", CPU)
+    )
+
+
+def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, processor, tmp_path):
+    """A small adapter: added to weights that stand on the 4-bit grid, rounding undoes it."""
+    from trimlingual.finetune import add_lora
+
+    name, settings = "model.language_model.layers.2.mlp.up_proj", QuantizeSettings()
+    kept = {}
+    for base in ("original", "dequantized"):
+        four = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))
+        before = dequantized(four.get_submodule(name))
+        adapted = add_lora(four, LoraSettings(r=4, alpha=8), 0)
+        layer = four.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_B["default"].weight.normal_(std=0.005, generator=torch.Generator().manual_seed(0))
+        delta = layer.get_delta_weight("default")
+        target = load_model(model_dir, "float32", CPU)
+        merge_(target, adapted, base)
+        save_model(target, processor, tmp_path / base, "float32")
+        again = load_model(tmp_path / base, "float32", CPU, bitsandbytes_config(settings))
+        moved = dequantized(again.get_submodule(name)) - before
+        kept[base] = ((moved * delta).sum() / delta.square().sum()).item()  # share of the adapter in what moved
+    assert kept["original"] == pytest.approx(1, abs=0.25)
+    assert abs(kept["dequantized"]) < 0.25
 
 
 @pytest.mark.parametrize("parts", [["decoder"], ["audio_tower", "projector"], ["decoder", "lm_head"]])

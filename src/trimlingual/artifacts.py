@@ -29,7 +29,17 @@ SCRATCH = (
 WORK_FILE = "work.json"  # in a .partial folder: the fingerprint the work in it belongs to
 # Bump when a stage's output for equal settings changes meaning: old artefacts are then stale instead of silently mixed in.
 FORMAT = 1
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "sacrebleu", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "compressed-tensors",
+    "datasets",
+    "sacrebleu",
+    "numpy",
+)
 
 
 class ArtifactError(ValueError):

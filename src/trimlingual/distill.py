@@ -11,7 +11,8 @@ from typing import Any
 from trimlingual.artifacts import write_text
 from trimlingual.data import DataSplits
 from trimlingual.decode import Translation, translate_clips
-from trimlingual.models import load_model, load_processor, pick_device
+from trimlingual.lineage import read_lineage
+from trimlingual.models import RANDOM, load_model, load_processor, pick_device
 from trimlingual.prompts import Example
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings
 from trimlingual.sources import Clip
@@ -32,8 +33,10 @@ def distill(
 ) -> dict[str, Any]:
     """Translate the training clips with the teacher, keep what is fit to learn from, and write `distilled.jsonl`.
 
-    Goes on from the last batch that is on disk. Returns how many were kept and dropped, by language and reason.
+    Goes on from the last batch that is on disk. Returns how many were kept and dropped, by language and reason. In a rehearsal, whose
+    teacher says nothing fit to learn from, references stand in for what is dropped, so that later stages see as much data.
     """
+    rehearsal = read_lineage(teacher_dir).base.startswith(RANDOM)
     model = load_model(teacher_dir, model_settings.dtype, pick_device(model_settings.device))
     translations = translate_clips(
         model,
@@ -51,8 +54,9 @@ def distill(
         gold = references[translation.id].get(translation.language, "")
         reason = reject(translation, gold, settings)
         counts[translation.language][reason or "kept"] += 1
-        if reason is None:
-            record = {"id": translation.id, "language": translation.language, "text": translation.hypothesis}
+        text = gold if rehearsal and reason else translation.hypothesis
+        if reason is None or (rehearsal and gold):
+            record = {"id": translation.id, "language": translation.language, "text": text}
             lines.append(json.dumps(record, ensure_ascii=False))
     if not lines:
         raise ValueError(f"no teacher translation is fit to learn from: {counts}; look at {JOURNAL_FILE}")

@@ -10,6 +10,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits a weight, plus an 8-bit scale a block of 64, plus a float32 scale a block of 256 scales
 # (Dettmers et al. 2023, section 3). Without double quantisation the scale is a float32.
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
+SCALE_BYTES = 2  # of int4's groups and of 8-bit rows
 ADAM_STATES = 2
 
 
@@ -17,7 +18,7 @@ def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """(disk, memory) as text by stage name. Memory counts weights, gradients and optimiser states, not activations."""
     sizes = part_sizes(recipe)
     full = sum(sizes.values())
-    layers = sizes["decoder_layers"]
+    layers = sizes["decoder"] + sizes["decoder_other"]
     count = _num_decoder_layers(recipe)
     removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" else 0
     pruned = full - layers * removed // count
@@ -32,28 +33,38 @@ def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
         size = full if recipe.quantize.start in ("base", "teacher") else pruned
         gone = 0 if size == full else removed
         disk = _quantized_bytes(sizes, recipe.quantize, stored, gone / count)
-        rows["quantized"] = rows["exported"] = (
-            gb(disk),
-            gb(disk + _adapter_bytes(sizes, recipe.quantize, gone / count)),
-        )
+        trained = recipe.quantize.model_copy(
+            update={"scheme": "nf4", "eight_bit": []}
+        )  # what the adapter is trained on
+        memory = _quantized_bytes(sizes, trained, held, gone / count)
+        memory += _adapter_bytes(sizes, recipe.quantize, gone / count)
+        rows["quantized"] = rows["exported"] = (gb(disk), gb(memory))
     else:
         rows["exported"] = (gb(pruned * stored), "")
     return rows
 
 
 def part_sizes(recipe: Recipe) -> dict[str, int]:
-    """Parameters of the base model by part, from its configuration alone (on the meta device)."""
+    """Parameters of the base model, from its configuration alone (on the meta device).
+
+    Weights of the linear layers by part (`decoder`, `audio_tower`, `projector`, `lm_head`), which can be 4-bit; `embeddings`;
+    `decoder_other`: biases and norms of the decoder's layers; `other`: the rest.
+    """
     import torch
+    from torch import nn
     from transformers import Qwen2AudioForConditionalGeneration
 
-    from trimlingual.models import layer_list
+    from trimlingual.models import PARTS, layer_list, part_of, text_decoder
 
     with torch.device("meta"):
         model = Qwen2AudioForConditionalGeneration(_config(recipe))
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            sizes[part_of(name) or "decoder"] += module.weight.numel()
     layers = sum(p.numel() for p in layer_list(model, "decoder").parameters())
-    tower = sum(p.numel() for p in model.model.audio_tower.parameters())
-    total = sum(p.numel() for p in model.parameters())
-    return {"decoder_layers": layers, "audio_tower": tower, "rest": total - layers - tower}
+    sizes |= {"decoder_other": layers - sizes["decoder"], "embeddings": text_decoder(model).embed_tokens.weight.numel()}
+    return sizes | {"other": sum(p.numel() for p in model.parameters()) - sum(sizes.values())}
 
 
 def _num_decoder_layers(recipe: Recipe) -> int:
@@ -80,15 +91,18 @@ def _training_bytes(num: int, held: int, train: TrainSettings) -> float:
 
 
 def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored: int, gone: float) -> float:
-    bits = NF4_BYTES[settings.double_quantization]
-    tower = bits if "audio_tower" in settings.parts else stored
-    decoder = bits if "decoder" in settings.parts else stored
-    return sizes["decoder_layers"] * (1 - gone) * decoder + sizes["audio_tower"] * tower + sizes["rest"] * stored
+    """Bytes of the weights; `gone` is the share of decoder layers that were removed."""
+    four = NF4_BYTES[settings.double_quantization]
+    if settings.scheme == "int4":
+        four = 0.5 + SCALE_BYTES / settings.group_size
+    left = {part: 1 - gone if part.startswith("decoder") else 1 for part in sizes}
+    each = {part: 1 if part in settings.eight_bit else four if part in settings.parts else stored for part in sizes}
+    return sum(number * left[part] * each[part] for part, number in sizes.items())
 
 
 def _adapter_bytes(sizes: dict[str, int], settings: QuantizeSettings, gone: float) -> float:
     """Adapter in float32 with gradient and two Adam states; about 2.5 % of the weights at r = 64 (the paper: 2.41 %)."""
-    adapted = 0.025 * settings.train.lora.r / 64 * (sizes["decoder_layers"] * (1 - gone) + sizes["audio_tower"])
+    adapted = 0.025 * settings.train.lora.r / 64 * (sizes["decoder"] * (1 - gone) + sizes["audio_tower"])
     return adapted * 4 * (2 + ADAM_STATES)
 
 

@@ -43,5 +43,5 @@ def model_card(recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None) 
         version=__version__,
         prompt=recipe.task.prompt.format(language=recipe.task.language_name(recipe.task.target_languages[0])),
         base=lineage.base.removeprefix("builtin:"),
-        on_hub=not lineage.base.startswith(("builtin:", "/", ".", "~")),
+        on_hub=not lineage.base.startswith(("builtin:", "random:", "/", ".", "~")),
     )

@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 
 from trimlingual.artifacts import ARTIFACT_FILE, WORK_FILE
+from trimlingual.rehearsal import random_weight_bytes
 
 # Beside a model but no part of it: our own records, and what a Hub download leaves.
 _NOT_SHIPPED = {ARTIFACT_FILE, WORK_FILE, "README.md", ".gitattributes", ".gitignore"}
@@ -45,8 +46,8 @@ def disk_bytes(folder: Path) -> int:
     """Bytes of every file that must be shipped: weights, configuration, tokenizer.
 
     Our records, README.md and an adapter that is merged already are left out.
-    Hidden folders (a Hub download's .cache) are left out; links count as what they point to. Raises MeasureError if
-    nothing is left.
+    Hidden folders (a Hub download's .cache) are left out; links count as what they point to; weights of a rehearsal's base
+    model, which are drawn instead of read, count as if they were stored in bfloat16. Raises MeasureError if nothing is left.
     """
     folder = Path(folder)
     shipped = [
@@ -60,7 +61,7 @@ def disk_bytes(folder: Path) -> int:
     ]
     if not shipped:
         raise MeasureError(f"{folder} holds no file to ship; disk_bytes needs the folder of a saved model")
-    return sum(path.stat().st_size for path in shipped)
+    return sum(path.stat().st_size for path in shipped) + random_weight_bytes(folder)
 
 
 class Stopwatch:

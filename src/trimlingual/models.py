@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from trimlingual.artifacts import write_json
 from trimlingual.recipe import Dtype, Tower
+from trimlingual.rehearsal import PREFIX as RANDOM
+from trimlingual.rehearsal import draw, is_random, random_base
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,17 @@ class ModelError(ValueError):
 
 
 def is_on_hub(base: str) -> bool:
-    """Whether a base model's name is a Hub id: neither built in nor a folder nor spelled like a path."""
-    return not (base.startswith((BUILTIN, ".", "/", "~")) or Path(base).is_dir())
+    """Whether a base model's name is a Hub id: neither built in, nor random, nor a folder, nor spelled like a path."""
+    return not (base.startswith((BUILTIN, RANDOM, ".", "/", "~")) or Path(base).is_dir())
 
 
 def resolve_base(base: str, revision: str | None = None) -> Path:
-    """Folder of a base model: `builtin:mini`, a local folder, or a Hub id (downloaded to the Hugging Face cache)."""
+    """Folder of a base model: `builtin:mini`, `random:...` (weights drawn when loaded), a local folder, or a Hub id (downloaded)."""
+    if base.startswith(RANDOM):
+        try:
+            return random_base(base)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
     if base.startswith(BUILTIN):
         folder = Path(__file__).parent / base.removeprefix(BUILTIN) / "model"
         if not folder.is_dir():
@@ -84,8 +92,10 @@ def pick_device(device: str) -> torch.device:
 def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any = None) -> Any:
     """Load a model for inference (eval mode). Safetensors only; code in the folder is never run.
 
-    Raises ModelError when the folder holds no usable model.
+    Packed weights are unpacked, random ones drawn. Raises ModelError when the folder holds no usable model.
     """
+    if is_random(folder):
+        return _load_random(folder, dtype, device, quantization_config)
     check_folder(folder)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen2_audio":
@@ -100,7 +110,30 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
         )
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
+        from trimlingual.integers import unpack_
+
+        unpack_(model, DTYPES[dtype])
     return model.eval()
+
+
+def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any) -> Any:
+    """A random model; to be quantised it goes through the disk, because transformers quantises only what it reads."""
+    if quantization_config is None:
+        return draw(folder, DTYPES[dtype], device).eval()
+    with weights_on_disk(folder, device) as stored:
+        return load_model(stored, dtype, device, quantization_config)
+
+
+@contextmanager
+def weights_on_disk(folder: Path, device: torch.device) -> Iterator[Path]:
+    """A folder whose weights are files: `folder` itself or, if its weights are drawn, a temporary one with them in bfloat16."""
+    if not is_random(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        save_model(draw(folder, torch.bfloat16, device), load_processor(folder), Path(temporary), "bfloat16")
+        yield Path(temporary)
 
 
 def check_folder(folder: Path) -> None:

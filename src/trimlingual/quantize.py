@@ -1,7 +1,10 @@
-"""QLoRA and what follows it: train an adapter on the 4-bit model, merge it onto the dequantised base, quantise again.
+"""QLoRA and what follows it: train an adapter on the 4-bit model, merge it, quantise again.
 
-The adapter was trained against the 4-bit weights, so these (dequantised), not the original ones, are the base it belongs to (Dettmers
-et al. 2023, QLoRA). The only file that imports bitsandbytes.
+The adapter was trained on the 4-bit weights, so only these (dequantised) and the adapter together are the model that was trained
+(Dettmers et al. 2023, QLoRA). But they stand on the 4-bit grid, and an adapter moves most of them by less than half a step: rounded
+again they are back where they were, and what was learned is gone. Merged onto the original weights, which lie anywhere between the
+steps, it survives on average. So that is the default (`merge_base`); benchmarks/quantization.py measures both, and merging inside
+4-bit. The only file that imports bitsandbytes.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +21,19 @@ from transformers import BitsAndBytesConfig
 from trimlingual.artifacts import SCRATCH
 from trimlingual.audio import load_audio
 from trimlingual.finetune import train_
+from trimlingual.integers import save_packed
 from trimlingual.lineage import Lineage
 from trimlingual.loss import answer_logits
-from trimlingual.models import DTYPES, PARTS, load_model, load_processor, part_of, pick_device, save_model
+from trimlingual.models import (
+    DTYPES,
+    PARTS,
+    load_model,
+    load_processor,
+    part_of,
+    pick_device,
+    round_weights_,
+    save_model,
+)
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
 from trimlingual.sources import Clip
@@ -45,6 +58,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Make the 4-bit model of the one in `model_dir`: QLoRA on `examples`, merge, quantise again, save to `out_dir`.
 
+    bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by integers.py, with 8-bit embeddings if asked for.
+
     `out_dir/adapter` keeps the adapter. The change in loss and logits from the trained model (adapter on the 4-bit base) over the
     merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
     should not be, or the other way round.
@@ -68,14 +83,21 @@ def quantize(
 
     trained = measure(adapted)
     merged = load_model(model_dir, model_settings.dtype, device)
-    merge_(merged, adapted)
-    save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
+    merge_(merged, adapted, settings.merge_base)
+    round_weights_(merged, model_settings.storage_dtype)
     plain = measure(merged)
-    del adapted, base, merged
-    final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
-    check_quantized(final_model, settings)
-    final = measure(final_model)
-    save_model(final_model, processor, out_dir)
+    del adapted, base
+    if settings.scheme == "int4":
+        info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype)
+        del merged
+        final = measure(load_model(out_dir, model_settings.dtype, device))
+    else:
+        save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
+        del merged
+        final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
+        check_quantized(final_model, settings)
+        final = measure(final_model)
+        save_model(final_model, processor, out_dir)
     after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in clips})
     replace(after, quantization=config_summary(settings)).save(out_dir)
     info["change"] = {
@@ -92,10 +114,13 @@ def quantize(
 
 
 def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
-    """The 4-bit configuration. Modules are skipped by their names in memory; other spellings match nothing and are ignored."""
+    """The 4-bit configuration to train on; an int4 model is trained as nf4, which bitsandbytes computes with.
+
+    Modules are skipped by their names in memory; other spellings match nothing and are ignored.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=settings.scheme,
+        bnb_4bit_quant_type="nf4" if settings.scheme == "int4" else settings.scheme,
         bnb_4bit_use_double_quant=settings.double_quantization,
         bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
         llm_int8_skip_modules=[prefix for part, prefix in PARTS.items() if part not in settings.parts],
@@ -104,12 +129,22 @@ def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
 
 def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
     """What is 4-bit and how, for lineage, card and report."""
+    if settings.scheme == "int4":
+        return {
+            "method": "compressed-tensors",
+            "scheme": "int4",
+            "group_size": settings.group_size,
+            "parts": sorted(settings.parts),
+            "eight_bit": sorted(settings.eight_bit),
+            "merge_base": settings.merge_base,
+        }
     return {
         "method": "bitsandbytes",
         "scheme": settings.scheme,
         "double_quantization": settings.double_quantization,
         "parts": sorted(settings.parts),
         "compute_dtype": settings.compute_dtype,
+        "merge_base": settings.merge_base,
     }
 
 
@@ -143,10 +178,11 @@ def check_quantized(model: Any, settings: QuantizeSettings) -> None:
 
 
 @torch.no_grad()
-def merge_(target: Any, adapted: Any) -> None:
-    """Write `dequantised 4-bit weight + adapter` of the PEFT model into the plain model `target`, in float32 before rounding.
+def merge_(target: Any, adapted: Any, base: Literal["dequantized", "original"] = "dequantized") -> None:
+    """Write `weight + adapter` of the PEFT model into the plain model `target`, in float32 before rounding.
 
-    Modules that are neither 4-bit nor adapted keep the target's weights.
+    The weight is the dequantised 4-bit one, which the adapter was trained on, or the `original` one, which `target` holds. Modules
+    that are not adapted become their dequantised selves, or stay as they are.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -155,8 +191,10 @@ def merge_(target: Any, adapted: Any) -> None:
         other = source.get(name)
         if not isinstance(module, nn.Linear) or other is None:
             continue
-        base = other.get_base_layer() if isinstance(other, LoraLayer) else other
-        weight = dequantized(base) if is_4bit(base) else base.weight.float()
+        trained_on = other.get_base_layer() if isinstance(other, LoraLayer) else other
+        weight = module.weight.float()
+        if base == "dequantized":
+            weight = dequantized(trained_on) if is_4bit(trained_on) else trained_on.weight.float()
         if isinstance(other, LoraLayer):
             weight = weight + other.get_delta_weight(adapted.active_adapter).float()
         module.weight.copy_(weight.to(module.weight.dtype))

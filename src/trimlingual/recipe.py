@@ -39,7 +39,7 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """The base model and how its weights are held."""
 
-    base: str = Field(description="`builtin:mini`, a folder, or a Hub id such as Qwen/Qwen2-Audio-7B-Instruct")
+    base: str = Field(description="`builtin:mini`, a folder, a Hub id, or random:qwen2-audio-7b (a rehearsal)")
     revision: str | None = None
     dtype: Dtype = Field(default="bfloat16", description="weights in memory, while computing")
     storage_dtype: Dtype = Field(default="bfloat16", description="weights on disk")
@@ -308,16 +308,35 @@ class DistillSettings(_Section):
 
 
 class QuantizeSettings(_Section):
-    """QLoRA: 4-bit base, adapter trained on it, adapter merged onto the dequantised base, quantised again."""
+    """QLoRA: 4-bit base, adapter trained on it, adapter merged, quantised again."""
 
     start: Literal["recovered", "pruned", "teacher", "base"] = "recovered"
     parts: list[Literal["decoder", "audio_tower", "projector", "lm_head"]] = Field(
         default=["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
     )
-    scheme: Literal["nf4", "fp4"] = "nf4"
+    scheme: Literal["nf4", "fp4", "int4"] = Field(
+        default="nf4", description="format that ships; int4 is trained as nf4 and unpacked by transformers when it runs"
+    )
     double_quantization: bool = True
+    group_size: Literal[32, 64, 128] = Field(default=128, description="weights that share a scale, for int4")
+    eight_bit: list[Literal["embeddings", "lm_head"]] = Field(
+        default_factory=list, description="stored in 8 bits beside int4"
+    )
     compute_dtype: Dtype = "bfloat16"
+    # What the adapter is added to before the model is quantised again. `dequantized` is what it was trained on, but these weights
+    # stand on the 4-bit grid: rounding takes most of them back to where they were, and the adapter is lost (docs/method.md).
+    merge_base: Literal["original", "dequantized"] = "original"
     train: TrainSettings = TrainSettings(method="lora", epochs=1.0)
+
+    @model_validator(mode="after")
+    def _formats(self) -> QuantizeSettings:
+        if self.eight_bit and self.scheme != "int4":
+            raise ValueError(
+                f"eight_bit needs scheme int4, not {self.scheme}: bitsandbytes holds one number format a model"
+            )
+        if "lm_head" in self.eight_bit and "lm_head" in self.parts:
+            raise ValueError("lm_head is in parts (4 bits) and in eight_bit; name it in one of them")
+        return self
 
     @model_validator(mode="after")
     def _lora(self) -> QuantizeSettings:
