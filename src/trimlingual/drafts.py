@@ -76,7 +76,7 @@ def trace(
     lengths = [
         len(prompt) + len(draft) - 1 for prompt, draft in zip(prompts, drafts)
     ]  # the last token is only predicted
-    for rows in chunks(lengths):
+    for rows in chunks(lengths, decoder.device):
         packed, hidden = _fed(decoder, prompts, drafts, rows)
         inputs, keys, values = {}, {}, {}
         for position, output, key, value in decoder.forward(hidden, packed, active):
@@ -174,7 +174,7 @@ def losses(
     sums = torch.zeros(len(prompts), dtype=torch.float64, device=decoder.device)
     lengths = [len(prompt) for prompt in prompts]
     wanted = _padded(answers, decoder.device)
-    for rows in chunks([n + len(answer) - 1 for n, answer in zip(lengths, answers)]):
+    for rows in chunks([n + len(answer) - 1 for n, answer in zip(lengths, answers)], decoder.device):
         packed, hidden = _fed(decoder, prompts, answers, rows)
         hidden = decoder.through(hidden, packed, active)
         row, column, at = _answers(lengths, packed, rows.start)

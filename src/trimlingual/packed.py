@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from trimlingual.models import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
 from trimlingual.rotary import rotate
 
-CHUNK_TOKENS = 16384  # prefilled at once: enough to fill a GPU, and its activations stay below 2 GB for 7B parameters
+# Tokens prefilled at once: on a GPU enough to fill it, with activations below 2 GB for 7B parameters; on a CPU what its caches hold.
+CHUNK_TOKENS = {"cuda": 16384, "cpu": 4096}
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Packed:
         return self.offsets[1:].long() - 1
 
 
-def chunks(lengths: Sequence[int]) -> Iterator[range]:
+def chunks(lengths: Sequence[int], device: torch.device) -> Iterator[range]:
     """Consecutive rows of at most CHUNK_TOKENS tokens together (a longer row alone)."""
     start, tokens = 0, 0
     for row, length in enumerate(lengths):
-        if tokens and tokens + length > CHUNK_TOKENS:
+        if tokens and tokens + length > CHUNK_TOKENS.get(device.type, 4096):
             yield range(start, row)
             start, tokens = row, 0
         tokens += length
@@ -183,7 +184,7 @@ class PackedDecoder:
     def prefill(self, prompts: Sequence[Tensor], active: Sequence[int], slots: Slots) -> Tensor:
         """Run prompts (T_i, D), filling `slots`; returns the last layer's output (B, D) at each prompt's last token."""
         last = []
-        for rows in chunks([len(prompt) for prompt in prompts]):
+        for rows in chunks([len(prompt) for prompt in prompts], self.device):
             packed = Packed.of([len(prompts[row]) for row in rows], self.device)
             hidden = torch.cat([prompts[row] for row in rows])
             last.append(self.through(hidden, packed, active, slots, rows.start)[packed.last])

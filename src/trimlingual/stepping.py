@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Watch = Callable[[list[list[int]], list[bool]], list[int]]
 FIRST_WATCH = 64  # steps before the first look, then twice as many each time: looking costs the host's time
 SLOTS_SHARE = 0.7  # of the memory that is free, the keys and values of a batch may take
+SHRINK = 0.75  # on the CPU rows that have ended are dropped once no more than this share goes on
 SMALLEST_STEP = 8  # rows: a step over fewer takes no less time
 LAG = 2  # steps that a GPU may run ahead of the host's knowing that all rows have ended
 
@@ -96,7 +97,7 @@ class Stepper:
             keep = alive.nonzero()[:, 0]
             if not len(keep):
                 return
-            if len(keep) < len(row):
+            if len(keep) <= SHRINK * len(row):  # moving keys and values costs more than a few idle rows
                 slots = slots.kept(keep)
                 row, token, position, budget, length, alive, without = (
                     t[keep] for t in (row, token, position, budget, length, alive, without)
@@ -106,7 +107,7 @@ class Stepper:
             for layer in active:
                 output = decoder.step(layer, hidden, rope, slot, used, slots)
                 hidden = torch.where((without == layer)[:, None], hidden, output) if layer in lacking else output
-            token, position = decoder.next_tokens(hidden), position + 1
+            token, position = decoder.next_tokens(hidden), position + alive
 
     def _extend_static(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
         graphs, most = self._graphs, max(rows.budget)
