@@ -79,7 +79,8 @@ def trace(
     for rows in chunks(lengths, decoder.device):
         packed, hidden = _fed(decoder, prompts, drafts, rows)
         inputs, keys, values = {}, {}, {}
-        for position, output, key, value in decoder.forward(hidden, packed, active):
+        unread = None if active[-1] in influence else [1] * len(rows)  # of the last layer's output nothing is needed
+        for position, output, key, value in decoder.forward(hidden, packed, active, tail=unread):
             if position in influence:
                 inputs[position] = hidden
                 distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
@@ -122,8 +123,8 @@ def translate_without(
     for number, position in enumerate(positions):
         for chunk in traced.chunks:
             hidden = _above(decoder, traced, chunk, position, slots, number * count)
-            row, column, at = _answers(traced.lengths, chunk.packed, chunk.first_row)
-            predicted[number * count + row, column] = decoder.next_tokens(hidden[at])
+            row, column = _answers(traced.drafts, chunk)
+            predicted[number * count + row, column] = decoder.next_tokens(hidden)
     differs = (predicted != draft.repeat(len(positions), 1)) & (predicted >= 0)
     first = differs.int().argmax(-1)  # index of the first token that differs
     changed = differs.any(-1)
@@ -161,8 +162,8 @@ def losses_without(decoder: PackedDecoder, traced: Trace, position: int) -> list
     draft = _padded(traced.drafts, decoder.device)
     for chunk in traced.chunks:
         hidden = _above(decoder, traced, chunk, position, None)
-        row, column, at = _answers(traced.lengths, chunk.packed, chunk.first_row)
-        sums.index_add_(0, row, _token_losses(decoder, hidden[at], draft[row, column]))
+        row, column = _answers(traced.drafts, chunk)
+        sums.index_add_(0, row, _token_losses(decoder, hidden, draft[row, column]))
     return sums.tolist()
 
 
@@ -176,9 +177,10 @@ def losses(
     wanted = _padded(answers, decoder.device)
     for rows in chunks([n + len(answer) - 1 for n, answer in zip(lengths, answers)], decoder.device):
         packed, hidden = _fed(decoder, prompts, answers, rows)
-        hidden = decoder.through(hidden, packed, active)
-        row, column, at = _answers(lengths, packed, rows.start)
-        sums.index_add_(0, row, _token_losses(decoder, hidden[at], wanted[row, column]))
+        hidden = decoder.ends(hidden, packed, active, [len(answers[row]) for row in rows])
+        answer = Packed.of([len(answers[row]) for row in rows], decoder.device)
+        row, column = rows.start + answer.row, answer.position
+        sums.index_add_(0, row, _token_losses(decoder, hidden, wanted[row, column]))
     return sums.tolist()
 
 
@@ -190,7 +192,10 @@ def _token_losses(decoder: PackedDecoder, hidden: Tensor, targets: Tensor) -> Te
 def _above(
     decoder: PackedDecoder, traced: Trace, chunk: _Chunk, position: int, slots: Slots | None, first_row: int = 0
 ) -> Tensor:
-    """The candidate's last hidden states (N, D); fills `slots` with its keys and values: below the missing layer the parent's."""
+    """The candidate's hidden states where it predicts the drafts' tokens, (tokens, D).
+
+    Fills `slots` with its keys and values, which below the missing layer are the parent's.
+    """
     packed, hidden, first_row = chunk.packed, chunk.hidden[position], first_row + chunk.first_row
     if slots is not None:
         index = slots.start[packed.row + first_row] + packed.position
@@ -199,15 +204,15 @@ def _above(
                 slots.keys[layer][index] = chunk.keys[layer]
                 slots.values[layer][index] = chunk.values[layer]
     above = [layer for layer in traced.active if layer > position]
-    return decoder.through(hidden, packed, above, slots, first_row)
+    drafts = traced.drafts[chunk.first_row :][: len(packed.lengths)]
+    return decoder.ends(hidden, packed, above, [len(draft) for draft in drafts], slots, first_row)
 
 
-def _answers(lengths: Sequence[int], packed: Packed, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the answer's tokens are predicted: for each its row in the batch, its index in the answer, its index among the packed."""
-    row = packed.row + first_row
-    index = packed.position - torch.tensor(lengths, device=packed.row.device)[row] + 1
-    at = (index >= 0).nonzero()[:, 0]
-    return row[at], index[at], at
+def _answers(drafts: Sequence[list[int]], chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """Of each token of the chunk's drafts: the row in the batch, and the index in the draft."""
+    own = drafts[chunk.first_row :][: len(chunk.packed.lengths)]
+    packed = Packed.of([len(draft) for draft in own], chunk.packed.row.device)
+    return packed.row + chunk.first_row, packed.position
 
 
 def _padded(drafts: Sequence[list[int]], device: torch.device) -> Tensor:

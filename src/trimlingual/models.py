@@ -322,15 +322,22 @@ def part_of(module_name: str, parts: Mapping[str, str] = PARTS) -> str | None:
     return None
 
 
-def decoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def decoder_layer(
+    layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], wanted: Tensor | None = None
+) -> Tensor:
     """One Qwen2 decoder layer over N tokens, (N, D) to (N, D), with rotary embedding and attention left to the caller.
 
-    `attend` gets queries (N, H, E), keys and values (N, K, E), which it may overwrite, and returns (N, H, E).
+    `attend` gets queries (N, H, E), keys and values (N, K, E), which it may overwrite, and returns (N, H, E). With `wanted` (M,) only
+    these tokens' outputs are computed: queries and result have M rows.
     """
     attention = layer.self_attn
     normed = rms_norm(layer.input_layernorm, hidden)
-    shape = (len(hidden), -1, attention.head_dim)
-    mixed = attend(*(linear(normed).view(shape) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)))
+    key, value = (
+        linear(normed).view(len(hidden), -1, attention.head_dim) for linear in (attention.k_proj, attention.v_proj)
+    )
+    if wanted is not None:
+        normed, hidden = normed[wanted], hidden[wanted]
+    mixed = attend(attention.q_proj(normed).view(len(hidden), -1, attention.head_dim), key, value)
     hidden = hidden + attention.o_proj(mixed.flatten(1))
     return hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden))
 

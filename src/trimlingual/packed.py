@@ -44,10 +44,11 @@ class Packed:
         position = torch.arange(sum(lengths), device=device) - offsets[row]
         return cls(tuple(lengths), row, position, offsets.int())
 
-    @property
-    def last(self) -> Tensor:
-        """(B,) index of each row's last token."""
-        return self.offsets[1:].long() - 1
+    def tail(self, counts: Sequence[int]) -> tuple[Packed, Tensor]:
+        """The last `counts` tokens of each row: as rows of their own, and their indices among all tokens."""
+        ends = Packed.of(counts, self.row.device)
+        skipped = torch.tensor([n - count for n, count in zip(self.lengths, counts)], device=self.row.device)
+        return ends, self.offsets[ends.row] + skipped[ends.row] + ends.position
 
 
 def chunks(lengths: Sequence[int], device: torch.device) -> Iterator[range]:
@@ -151,33 +152,56 @@ class PackedDecoder:
         return cosine[0], sine[0]
 
     def forward(
-        self, hidden: Tensor, packed: Packed, active: Sequence[int], slots: Slots | None = None, first_row: int = 0
+        self,
+        hidden: Tensor,
+        packed: Packed,
+        active: Sequence[int],
+        slots: Slots | None = None,
+        first_row: int = 0,
+        tail: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Run whole rows, hidden states (N, D), through the layers at positions `active`, causally within each row.
 
         Yields after every layer: its position, its output (N, D), its keys and its values (N, K, E). These are also written to the
-        rows' `slots`, from row `first_row` on.
+        rows' `slots`, from row `first_row` on. The last layer's output is that of the last `tail` tokens of each row alone, which is
+        all that is ever read of a prompt.
         """
         rope = self.rope(packed.position)
         index = slots.start[packed.row + first_row] + packed.position if slots else None
         for position in active:
             kept: list[Tensor] = []
-
             to = (slots.keys[position], slots.values[position], index) if slots and index is not None else None
+            ends, wanted = packed.tail(tail) if tail and position == active[-1] else (packed, None)
 
-            def attend(query: Tensor, key: Tensor, value: Tensor, kept: Any = kept, to: Any = to) -> Tensor:
-                query, key = rotate(query, key, value, rope, to)
+            def attend(
+                query: Tensor,
+                key: Tensor,
+                value: Tensor,
+                kept: Any = kept,
+                to: Any = to,
+                ends: Packed = ends,
+                wanted: Any = wanted,
+            ) -> Tensor:
+                query, key = rotate(query, key, value, rope, to, wanted)
                 kept += [key, value]
-                return self._causal(query, key, value, packed)
+                return self._causal(query, key, value, packed, ends)
 
-            hidden = decoder_layer(self.layers[position], hidden, attend)
+            hidden = decoder_layer(self.layers[position], hidden, attend, wanted)
             yield position, hidden, kept[0], kept[1]
 
-    def through(
-        self, hidden: Tensor, packed: Packed, active: Sequence[int], slots: Slots | None = None, first_row: int = 0
+    def ends(
+        self,
+        hidden: Tensor,
+        packed: Packed,
+        active: Sequence[int],
+        tail: Sequence[int],
+        slots: Slots | None = None,
+        first_row: int = 0,
     ) -> Tensor:
-        """`forward` to its end: the last layer's output (N, D), not yet normed."""
-        for _, output, _, _ in self.forward(hidden, packed, active, slots, first_row):
+        """`forward` to its end: the last layer's output (sum of `tail`, D) at the last tokens of each row, not yet normed."""
+        if not active:
+            return hidden[packed.tail(tail)[1]]
+        for _, output, _, _ in self.forward(hidden, packed, active, slots, first_row, tail):
             hidden = output
         return hidden
 
@@ -187,7 +211,7 @@ class PackedDecoder:
         for rows in chunks([len(prompt) for prompt in prompts], self.device):
             packed = Packed.of([len(prompts[row]) for row in rows], self.device)
             hidden = torch.cat([prompts[row] for row in rows])
-            last.append(self.through(hidden, packed, active, slots, rows.start)[packed.last])
+            last.append(self.ends(hidden, packed, active, [1] * len(rows), slots, rows.start))
         return torch.cat(last)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -214,21 +238,30 @@ class PackedDecoder:
 
         return decoder_layer(self.layers[position], hidden, attend)
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
-        longest = max(packed.lengths)
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed, ends: Packed) -> Tensor:
+        """Causal attention of the tokens at the `ends` of rows (all of them, if it is `packed` itself)."""
         if self.flash:
-            offsets = packed.offsets
-            return _flash(query, key, value, offsets, offsets, longest, longest, causal=True)
+            longest = max(ends.lengths), max(packed.lengths)
+            return _flash(query, key, value, ends.offsets, packed.offsets, *longest, causal=True)
 
-        def padded(tensor: Tensor) -> Tensor:
-            target = tensor.new_zeros((len(packed.lengths), longest, *tensor.shape[1:]))
-            target[packed.row, packed.position] = tensor
+        def padded(tensor: Tensor, rows: Packed) -> Tensor:
+            target = tensor.new_zeros((len(rows.lengths), max(rows.lengths), *tensor.shape[1:]))
+            target[rows.row, rows.position] = tensor
             return target.transpose(1, 2)
 
+        mask = None
+        if ends is not packed:
+            skipped = torch.tensor([n - m for n, m in zip(packed.lengths, ends.lengths)], device=query.device)
+            positions = torch.arange(max(packed.lengths), device=query.device)
+            last = (
+                skipped[:, None] + positions[: max(ends.lengths)]
+            )  # (B, longest end), what each query sees as its own position
+            mask = (positions <= last[..., None])[:, None]
         mixed = scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), is_causal=True, enable_gqa=self._grouped(query, key)
-        )
-        return mixed.transpose(1, 2)[packed.row, packed.position]
+            padded(query, ends), padded(key, packed), padded(value, packed),
+            attn_mask=mask, is_causal=mask is None, enable_gqa=self._grouped(query, key),
+        )  # fmt: skip
+        return mixed.transpose(1, 2)[ends.row, ends.position]
 
     def _over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
         if self.flash:

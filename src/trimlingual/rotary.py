@@ -24,10 +24,18 @@ Destination = tuple[Tensor, Tensor, Tensor]  # keys (S, K, E), values (S, K, E),
 
 
 def rotate(
-    query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor], to: Destination | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rope: tuple[Tensor, Tensor],
+    to: Destination | None,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotated queries (N, H, E) and keys (N, K, E) for cosines and sines (N, E); the given tensors are used up."""
-    if triton is not None and query.device.type == "cuda" and query.dtype != torch.float32:
+    """Rotated queries (N, H, E) and keys (N, K, E) for cosines and sines (N, E); the given tensors are used up.
+
+    With `wanted` (M,) the queries are those of these tokens alone, (M, H, E).
+    """
+    if triton is not None and query.device.type == "cuda" and query.dtype != torch.float32 and wanted is None:
         heads, kv_heads, half = query.shape[1], key.shape[1], query.shape[2] // 2
         tile = math.gcd(heads, kv_heads, 8)
         keys, values, slot = to or (key, value, torch.empty(0, dtype=torch.long, device=key.device))
@@ -37,7 +45,11 @@ def rotate(
             num_warps=2,
         )  # fmt: skip
         return query, key
-    query, key = apply_rotary_pos_emb(query, key, *rope)
+    if wanted is None:
+        query, key = apply_rotary_pos_emb(query, key, *rope)
+    else:
+        query, _ = apply_rotary_pos_emb(query, query, rope[0][wanted], rope[1][wanted])
+        key, _ = apply_rotary_pos_emb(key, key, *rope)
     if to is not None:
         keys, values, slot = to
         keys[slot] = key
