@@ -47,6 +47,7 @@ from trimlingual.sources import Clip, read_source
 from trimlingual.stepping import Stepper
 
 RESULTS = Path(__file__).parent / "results"
+NO_TOKEN = -1  # a draft that is never right
 
 
 class FixedLengths(Scorer):
@@ -213,7 +214,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
     add(name, lambda: [greedy(stepper, prompts, limits, 128, active) for active in alone], len(few))
 
     def traced(blocks: Sequence[Sequence[int]], drafts: bool) -> list[Trace]:
-        kept = [tokens if drafts else tokens[:1] for tokens in parent]
+        kept = [tokens if drafts else [NO_TOKEN] for tokens in parent]
         return [
             trace(stepper.decoder, *([x[i] for i in block] for x in (prompts, kept, limits)), range(count), positions)
             for block in blocks
