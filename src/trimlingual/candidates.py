@@ -191,6 +191,10 @@ class Scorer:
     def influence(self, candidate: Candidate) -> float:
         """Block Influence of a decoder layer in the parent's pass (see drafts.Trace); 0 where nothing is shared."""
         language = None if self.translated else next(iter(self.metrics))
+        if (
+            candidate.layer not in self.present[candidate.tower]
+        ):  # gone for good, in a round whose records are read again
+            return 0.0
         traced = self._trace(self.blocks[0], language)
         return traced.influence[self._position(candidate)] if traced and candidate.tower == "decoder" else 0.0
 
@@ -291,9 +295,8 @@ class Scorer:
             if any(clip not in self.parent for clip in block):
                 self.parent.update(self._translate(None, block))
             drafts = [ids for clip in block for ids in self.parent[clip]]
-        gone = {layer for layer in self.removed["decoder"]}
-        positions = [self._position(c) for c in self.candidates(self.lineage) if c.layer not in gone]
-        active = self._active(None)
+        active, allowed = self._active(None), self.candidates(self.lineage)
+        positions = [p for p in active if Candidate("decoder", self.present["decoder"][p]) in allowed]
         needed = Trace.num_bytes(decoder, len(active), len(positions), [len(p) for p in prompts], drafts)
         free = decoder.free_bytes()
         if needed > TRACE_SHARE * free:

@@ -1,7 +1,7 @@
 """The iterative layer search (Moslem 2025, section 4): every round removes the layer whose removal hurts the translation score least.
 
-A round's candidates are shared out over the processes of a distributed run in waves: one candidate a process, then everybody hears
-everybody's result and the main process writes it down, so that a killed search goes on from its last wave.
+A round's candidates are shared out over the processes of a distributed run in waves: some candidates each, then everybody hears
+everybody's results and the main process writes it down, so that a killed search goes on from its last wave.
 """
 
 from __future__ import annotations
