@@ -42,7 +42,7 @@ from trimlingual.lineage import Lineage
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.packed import PackedDecoder
 from trimlingual.recipe import RankSettings, load_recipe
-from trimlingual.search import Search, _second_best
+from trimlingual.search import Search, second_best
 from trimlingual.sources import Clip, read_source
 from trimlingual.stepping import Stepper
 
@@ -124,7 +124,7 @@ def some_rounds(case: Case, metric: Any, rounds: Sequence[int], folder: Path) ->
         candidates = scorer.candidates(scorer.lineage.without({"decoder": gone}))
         ordered = search._ordered(number, candidates)
         shared = clock(case.device) - started
-        records = search.share_out(number, ordered, scorer.blocks, _second_best)
+        records = search.share_out(number, ordered, scorer.blocks, second_best)
         seconds = (clock(case.device) - started) / len(candidates)
         given_up = sum(r["score"] is None for r in records)
         done.append(

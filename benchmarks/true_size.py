@@ -14,6 +14,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trimlingual.audio import SAMPLE_RATE
 from trimlingual.models import part_of
 from trimlingual.prompts import Example
+from trimlingual.rehearsal import SHAPES
 from trimlingual.sources import Clip
 
 NUM_PARAMETERS = {"7b": 8_397_094_912}  # of Qwen/Qwen2-Audio-7B-Instruct
@@ -23,11 +24,7 @@ def config(size: str, processor: Any) -> Qwen2AudioConfig:
     """Qwen2-Audio-7B's published shapes, or a small model with the same 30 s window."""
     tokenizer = processor.tokenizer
     if size == "7b":
-        audio = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
-        text = {
-            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 32, "vocab_size": 156032, "max_position_embeddings": 8192,
-        }  # fmt: skip
+        audio, text = SHAPES["qwen2-audio-7b"]["audio"], SHAPES["qwen2-audio-7b"]["text"]
     else:
         audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128}
         text = {
@@ -36,7 +33,7 @@ def config(size: str, processor: Any) -> Qwen2AudioConfig:
         }  # fmt: skip
     return Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500, **audio},
-        text_config={"model_type": "qwen2", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, **text},
+        text_config={"model_type": "qwen2", "rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, **text},
         audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
         tie_word_embeddings=False,
     )  # fmt: skip

@@ -191,9 +191,7 @@ class Scorer:
     def influence(self, candidate: Candidate) -> float:
         """Block Influence of a decoder layer in the parent's pass (see drafts.Trace); 0 where nothing is shared."""
         language = None if self.translated else next(iter(self.metrics))
-        if (
-            candidate.layer not in self.present[candidate.tower]
-        ):  # gone for good, in a round whose records are read again
+        if candidate.layer not in self.present[candidate.tower]:  # gone for good, in a round that is read again
             return 0.0
         traced = self._trace(self.blocks[0], language)
         return traced.influence[self._position(candidate)] if traced and candidate.tower == "decoder" else 0.0

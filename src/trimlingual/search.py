@@ -179,14 +179,15 @@ class Search:
         self, number: int, candidates: Sequence[Candidate], advance: Advance
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The best candidate's record and all of the round's records."""
-        ordered = self._ordered(number, candidates)
+        settings = self.scorer.settings
+        # A race looks at all candidates first, in any order: what ordering takes (a pass of the parent) would be wasted on it.
+        ordered = self._ordered(number, candidates) if settings.selection == "exact" else candidates
         if number == 1:
             self._probe(ordered)
-        settings = self.scorer.settings
         if settings.selection != "exact":
             race = successive_halving if settings.selection == "successive-halving" else bootstrap_racing
             return race(self, number, candidates, advance)
-        floor = _second_best if settings.early_stopping else None
+        floor = second_best if settings.early_stopping else None
         records = self.share_out(number, ordered, self.scorer.blocks, floor, advance)
         records = sorted(records, key=lambda r: candidates.index(Candidate(r["tower"], r["layer"])))
         whole = [record for record in records if record["score"] is not None]
@@ -246,7 +247,7 @@ class Search:
         return removal.model_copy(update={"runner_up": {"tower": second["tower"], "layer": second["layer"], **margin}})
 
 
-def _second_best(records: Sequence[dict[str, Any]]) -> float | None:
+def second_best(records: Sequence[dict[str, Any]]) -> float | None:
     """Below this a candidate is neither the best of its round nor the runner-up."""
     scores = sorted((r["score"] for r in records if r["score"] is not None), reverse=True)
     return scores[1] - TIE if len(scores) > 1 else None

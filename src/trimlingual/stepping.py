@@ -1,7 +1,8 @@
 """Greedy continuation of many rows at once, one token a step.
 
-On the CPU rows that have ended leave the batch. On a GPU the step is replayed from CUDA graphs, one a layer, so that any choice of
-layers runs without being captured again; rows that have ended stay and see a single slot, which costs next to nothing.
+On the CPU rows that have ended leave the batch, some at a time. On a GPU the step is replayed from CUDA graphs, one a layer, so that
+any choice of layers runs without being captured again; a row that has ended sees a single slot, which costs next to nothing, until
+the step shrinks to half its rows.
 
 Shapes: B rows, D width, K new tokens.
 """
