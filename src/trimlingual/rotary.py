@@ -42,7 +42,7 @@ def rotate(
         _kernel[len(query), (heads + 2 * kv_heads) // tile](
             query, key, value, *rope, keys, values, slot,
             H=heads, K=kv_heads, HALF=half, BLOCK=triton.next_power_of_2(half), TILE=tile, WRITE=to is not None,
-            num_warps=2,
+            num_warps=2, enable_fp_fusion=False,  # fused, a product would not be rounded before the sum
         )  # fmt: skip
         return query, key
     if wanted is None:
