@@ -4,8 +4,8 @@
     python benchmarks/full_size.py --size tiny   # the same path on a CPU in seconds
 
 Every artefact is saved, weighed, loaded again with plain transformers and compared with the model in memory, then deleted. Prints as it
-goes; the last line is one JSON document, which is also in benchmarks/results/full_size.json (another name with --name), written
-again after every part, so that a run that dies leaves what it measured. A part that fails leaves its error text there.
+goes; the last line is one JSON document, which is also in benchmarks/results/full_size_7b.json (or --out), written again after
+every part, so that a run that dies leaves what it measured. A part that fails leaves its error text there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -33,17 +32,19 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from trimlingual.artifacts import machine, write_json
 from trimlingual.audio import SAMPLE_RATE, load_audio
-from trimlingual.decode import encode_audio, translate_clips
+from trimlingual.decode import embed_prompt, encode_audio, greedy
 from trimlingual.finetune import add_lora
 from trimlingual.integers import save_packed
 from trimlingual.layers import drop_layers_
 from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory
 from trimlingual.models import load_processor, resolve_base, save_model
+from trimlingual.packed import PackedDecoder
 from trimlingual.prompts import Prompter
 from trimlingual.quantize import bitsandbytes_config, merge_, sqnr_db
-from trimlingual.recipe import DecodeSettings, LoraSettings, QuantizeSettings, TaskSettings
+from trimlingual.recipe import LoraSettings, QuantizeSettings, TaskSettings
 from trimlingual.rehearsal import draw
 from trimlingual.sources import Clip
+from trimlingual.stepping import Stepper
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds a clip, clips in the large batch, tokens an answer may have, rows of a trimmed vocabulary, weights a 4-bit scale.
@@ -63,13 +64,12 @@ LIMITS = {
 class Run:
     """What has been measured so far, on disk after every part."""
 
-    def __init__(self, path: Path, size: str, arguments: Sequence[str]):
+    def __init__(self, path: Path, size: str, commit: str):
         self.path = path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         self.started = time.perf_counter()
         self.result: dict[str, Any] = {
-            "command": " ".join(["python", "benchmarks/full_size.py", *arguments]),
+            "command": "python benchmarks/full_size.py" + (f" --size {size}" if size != "7b" else ""),
             "commit": commit,
             "machine": machine(),
             "size": size,
@@ -237,19 +237,18 @@ class Bench:
         return model(**inputs.to(self.run.device)).logits[:, -16:].float().cpu()
 
     def speed(self, model: Any, name: str) -> None:
-        """Encode and translate one clip, and all of them at once."""
+        """Encode and translate one clip, and all of them at once; the second time, when libraries and graphs are set up."""
+        decoder = PackedDecoder(model)
         for batch in (1, len(self.clips)):
-            clips = self.clips[:batch]
-            audio = [load_audio(clip.audio) for clip in clips]
-            # as many tokens whatever the clip's length
-            settings = DecodeSettings(
-                batch_size=batch, max_new_tokens=self.shape["tokens"], min_new_tokens=self.shape["tokens"]
-            )
-            encode_audio(model, self.processor, audio)  # the first call also warms up libraries
+            audio = [load_audio(clip.audio) for clip in self.clips[:batch]]
+            encode_audio(model, self.processor, audio)
             with self.run.timed(f"encode {batch} clip(s), {name}"):
-                encode_audio(model, self.processor, audio)
-            with self.run.timed(f"translate {batch} clip(s), {self.shape['tokens']} tokens, {name}"):
-                translate_clips(model, self.processor, self.task, clips, settings)
+                states = encode_audio(model, self.processor, audio)
+            prompter, stepper, tokens = Prompter(self.processor, self.task), Stepper(decoder, ()), self.shape["tokens"]
+            prompts = [embed_prompt(model, prompter, clip, "de") for clip in states]
+            greedy(stepper, prompts, [tokens] * batch, batch)
+            with self.run.timed(f"translate {batch} clip(s), {tokens} tokens, {name}"):
+                greedy(stepper, prompts, [tokens] * batch, batch)
 
     @staticmethod
     def layers(model: Any) -> int:
@@ -289,11 +288,12 @@ def free() -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="7b")
-    parser.add_argument("--name", default=None, help="of the JSON; full_size, or full_size_tiny")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="", help="default: git's")
+    parser.add_argument("--out", type=Path, help="JSON file, written again after every part")
     args = parser.parse_args(arguments)
-    name = args.name or ("full_size" if args.size == "7b" else f"full_size_{args.size}")
-    run = Run(args.out / f"{name}.json", args.size, arguments if arguments is not None else sys.argv[1:])
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    run = Run(args.out or RESULTS / f"full_size_{args.size}.json", args.size, commit)
     with tempfile.TemporaryDirectory() as folder:
         Bench(run, SHAPES[args.size], Path(folder)).all()
     print(json.dumps(run.result))

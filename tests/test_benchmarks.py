@@ -17,7 +17,7 @@ def test_full_size(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("full_size", BENCHMARKS / "full_size.py")
     full_size = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(full_size)
-    result = full_size.main(["--size", "tiny", "--out", str(tmp_path / "results")])
+    result = full_size.main(["--size", "tiny", "--out", str(tmp_path / "results" / "full_size_tiny.json")])
     assert result["errors"] == {}
     assert json.loads((tmp_path / "results" / "full_size_tiny.json").read_text(encoding="utf-8")) == result
     sizes = list(result["sizes"].values())
