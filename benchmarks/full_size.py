@@ -33,9 +33,9 @@ from transformers import Qwen2AudioForConditionalGeneration
 from trimlingual.artifacts import machine, write_json
 from trimlingual.audio import SAMPLE_RATE, load_audio
 from trimlingual.decode import embed_prompt, encode_audio, greedy
-from trimlingual.finetune import add_lora
 from trimlingual.integers import save_packed
 from trimlingual.layers import drop_layers_
+from trimlingual.lora import add_lora
 from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory
 from trimlingual.models import load_processor, resolve_base, save_model
 from trimlingual.packed import PackedDecoder

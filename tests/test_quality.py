@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trimlingual.audio import load_audio
-from trimlingual.finetune import add_lora
 from trimlingual.integers import round_to_integers, save_packed
+from trimlingual.lora import add_lora
 from trimlingual.loss import answer_logits
 from trimlingual.models import load_model, load_processor, resolve_base
 from trimlingual.prompts import Collator, Example, Prompter

@@ -64,7 +64,7 @@ def test_integers_that_ship(model_dir, lineage, split, task, model_settings, exa
 
 def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, processor, tmp_path):
     """A small adapter: added to weights that stand on the 4-bit grid, rounding undoes it."""
-    from trimlingual.finetune import add_lora
+    from trimlingual.lora import add_lora
 
     name, settings = "model.language_model.layers.2.mlp.up_proj", QuantizeSettings()
     kept = {}
@@ -106,7 +106,7 @@ def test_a_module_that_should_not_be_4bit_is_an_error(model_dir):
 
 
 def test_merge_adds_the_adapter_to_the_dequantised_weights(model_dir, processor, tmp_path):
-    from trimlingual.finetune import add_lora
+    from trimlingual.lora import add_lora
 
     settings = QuantizeSettings()
     base = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from trimlingual.audio import load_audio
 from trimlingual.batches import LengthGroupedSampler
 from trimlingual.decode import encode_clips
 from trimlingual.lineage import Lineage
+from trimlingual.lora import add_lora, fuse_lora_
 from trimlingual.loss import answer_forward
 from trimlingual.models import explained_disk_full, freeze_, load_model, load_processor, pick_device, save_model
 from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
-from trimlingual.recipe import LoraSettings, ModelSettings, TaskSettings, TrainSettings
+from trimlingual.recipe import ModelSettings, TaskSettings, TrainSettings
 from trimlingual.sources import Clip
 
 COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else
@@ -60,6 +61,14 @@ class _Examples(Dataset):
 class _TranslationTrainer(Trainer):
     lengths: Sequence[float] | None = None  # of the examples, in seconds, when clips of similar length share a step
     checkpoint_from_tokens = 0
+
+    @cached_property
+    def _num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 a parameter and token, as transformers estimates it, which walks through all modules again at every step."""
+        return 6 * self._num_parameters * inputs["input_ids"].numel()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.lengths is None:
@@ -192,6 +201,8 @@ def make_trainer(
     prompter = Prompter(processor, task)
     freeze_(model, settings.freeze)
     trained = add_lora(model, settings.lora, seed) if settings.method == "lora" else model
+    if trained is not model:
+        fuse_lora_(trained)
     states = None
     if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
         states = [tower.cpu() for tower in encode_clips(model, processor, clips, ENCODE_BATCH)]
@@ -219,22 +230,6 @@ def checkpoint_layers_(model: Any, on: bool) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = on
-
-
-def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
-    """The model with a trainable LoRA adapter (Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023)."""
-    from peft import LoraConfig, get_peft_model
-
-    set_seed(seed)
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
-        target_modules=settings.target_modules,
-        bias="none",
-    )
-    return get_peft_model(model, config)
 
 
 def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, device: torch.device) -> TrainingArguments:

@@ -1,0 +1,117 @@
+"""LoRA layers as one node against PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from trimlingual.lora import add_lora, fuse_lora_
+from trimlingual.models import text_decoder
+from trimlingual.recipe import LoraSettings
+
+
+class Two(nn.Module):
+    """A layer with a bias, one without, and something between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 128, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def adapted(four_bit=False, dtype=torch.float32, dropout=0.0):
+    """PEFT's model and the same with fused layers."""
+    torch.manual_seed(0)
+    model = Two().to(dtype)
+    if four_bit:
+        bnb = pytest.importorskip("bitsandbytes")
+        for name, module in list(model.named_children()):
+            new = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4"
+            )
+            new.load_state_dict(module.state_dict())
+            setattr(model, name, new.to("cpu"))
+        model.is_loaded_in_4bit = True
+    settings = LoraSettings(r=4, alpha=8, dropout=dropout, target_modules=["first", "second"])
+    plain = add_lora(model, settings, 0)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    fused = copy.deepcopy(plain)
+    return plain, fused, fuse_lora_(fused)
+
+
+def results(model, x, autocast):
+    """Output, gradient of the input, gradients of the adapter."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(x)
+    out.float().square().sum().backward()
+    return [out, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_same_outputs_and_gradients_in_float32(four_bit):
+    plain, fused, count = adapted(four_bit)
+    assert count == 2
+    x = torch.randn(3, 5, 64)
+    expected, got = results(plain, x, False), results(fused, x, False)
+    assert len(got) == 6
+    for a, b in zip(expected, got):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_close_under_autocast(four_bit):
+    """Float32 adapters on bfloat16 weights, as QLoRA trains: within the rounding of bfloat16."""
+    plain, fused, _ = adapted(four_bit, torch.bfloat16)
+    x = torch.randn(3, 5, 64, dtype=torch.bfloat16)
+    for a, b in zip(results(plain, x, True), results(fused, x, True)):
+        assert a.dtype == b.dtype
+        assert (a.float() - b.float()).norm() < 0.02 * a.float().norm()
+
+
+def test_checkpointing_gives_the_same_gradients():
+    _, fused, _ = adapted()
+    x = torch.randn(2, 64)
+    expected = results(fused, x, False)
+    fused.zero_grad()
+    x = x.clone().requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(fused, x, use_reentrant=False)
+    out.square().sum().backward()
+    for a, b in zip(expected, [out, x.grad, *(p.grad for p in fused.parameters() if p.requires_grad)]):
+        assert torch.equal(a, b)
+
+
+def test_layers_that_are_not_plain_are_left_alone():
+    assert adapted(dropout=0.1)[2] == 0
+
+
+def test_merged_and_disabled_adapters():
+    plain, fused, _ = adapted()
+    x = torch.randn(2, 64)
+    with fused.disable_adapter(), torch.no_grad():
+        base = fused(x)
+    with plain.disable_adapter(), torch.no_grad():
+        assert torch.equal(base, plain(x))
+    with torch.no_grad():
+        expected = plain(x)
+        fused.merge_adapter()
+        torch.testing.assert_close(fused(x), expected)
+        torch.testing.assert_close(fused.merge_and_unload()(x), expected)
+    assert not torch.allclose(base, expected)
+
+
+def test_every_layer_of_a_model_is_fused(make_model):
+    model = make_model()
+    assert fuse_lora_(add_lora(model, LoraSettings(r=4, alpha=8), 0)) == sum(
+        type(module).__name__ == "Linear" and "lora" in type(module).__module__ for module in model.modules()
+    )
+    assert "forward" in vars(text_decoder(model).layers[0].self_attn.q_proj)
