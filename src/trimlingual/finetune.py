@@ -28,7 +28,15 @@ from trimlingual.decode import encode_clips
 from trimlingual.lineage import Lineage
 from trimlingual.lora import add_lora, fuse_lora_
 from trimlingual.loss import answer_forward
-from trimlingual.models import explained_disk_full, freeze_, load_model, load_processor, pick_device, save_model
+from trimlingual.models import (
+    attention_for_unlike_lengths,
+    explained_disk_full,
+    freeze_,
+    load_model,
+    load_processor,
+    pick_device,
+    save_model,
+)
 from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
@@ -76,6 +84,10 @@ class _TranslationTrainer(Trainer):
         args = self.args
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return LengthGroupedSampler(self.lengths, step_size, args.seed)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with attention_for_unlike_lengths():  # around the backward pass too: checkpointed layers run again in it
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         ids = inputs.pop("ids")

@@ -11,12 +11,13 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -286,9 +287,15 @@ def tower_states(model: Any, input_features: Tensor, feature_attention_mask: Ten
     valid = positions[None, :] < lengths[:, None]
     mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
     hidden = nn.functional.dropout(hidden + tower.embed_positions(positions), p=tower.dropout, training=tower.training)
-    for layer in tower.layers:
-        hidden = layer(hidden, mask)
+    with attention_for_unlike_lengths():
+        for layer in tower.layers:
+            hidden = layer(hidden, mask)
     return tower.layer_norm(tower.avg_pooler(hidden.permute(0, 2, 1)).permute(0, 2, 1))
+
+
+def attention_for_unlike_lengths() -> AbstractContextManager[None]:
+    """PyTorch's attention without cuDNN's kernels, for which PyTorch builds a plan at every new shape."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def project(model: Any, states: Tensor) -> Tensor:
