@@ -77,7 +77,7 @@ def test_memory_of_a_trace_is_foreseen(make_model, processor, split, task):
     for chunk in trace(stepper.decoder, prompts, parent, limits, range(3), [1, 2]).chunks:
         for tensors in (chunk.hidden, chunk.keys, chunk.values):
             held += sum(t.numel() * t.element_size() for t in tensors.values())
-    assert held == Trace.num_bytes(stepper.decoder, 3, 2, [len(p) for p in prompts], parent)
+    assert held == Trace.num_bytes(stepper.decoder, 3, 2, prompts, parent)
 
 
 def test_a_hopeless_candidate_is_given_up_and_the_others_are_not(make_model, processor, split, task, monkeypatch):

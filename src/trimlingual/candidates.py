@@ -126,14 +126,23 @@ class Scorer:
         self._sharing = settings.towers == "decoder"
         self._states: list[Tensor] | None = None
         self._stepper = Stepper(PackedDecoder(model), self.eos)
-        self.blocks = self._blocks()
         self.begin_round({}, None)
 
     def _blocks(self) -> list[list[int]]:
-        """Clips in blocks of like length, the longest first: a block is decoded until its last row has ended."""
-        rows = GPU_BLOCK_ROWS if self._stepper.decoder.device.type == "cuda" else self.decode.batch_size
+        """Clips in blocks of like length, the longest first.
+
+        On a GPU, where rows are not padded but a block is decoded until its last row has ended, it is the parent's translations that
+        are of like length, as far as they are known.
+        """
+        on_gpu = self._stepper.decoder.device.type == "cuda"
+        rows = GPU_BLOCK_ROWS if on_gpu else self.decode.batch_size
         clips = self.select.clips
-        order = sorted(range(len(clips)), key=lambda clip: (-clips[clip].duration_s, clips[clip].id))
+
+        def length(clip: int) -> tuple[int, float, str]:
+            tokens = max(map(len, self.parent.get(clip, [()]))) if on_gpu else 0
+            return (-tokens, -clips[clip].duration_s, clips[clip].id)
+
+        order = sorted(range(len(clips)), key=length)
         count = math.ceil(len(order) * max(1, len(self.translated)) / rows)
         return (
             [block.tolist() for block in np.array_split(np.array(order), count)]
@@ -168,6 +177,7 @@ class Scorer:
         """Candidates from here on lack the original layers in `removed`, beside their own; `parent` are the translations without."""
         self.removed = {tower: list(removed.get(tower, ())) for tower in TOWERS}
         self.parent = dict(parent or {})
+        self.blocks = self._blocks()
         self._traces: dict[tuple[tuple[int, ...], str | None], Trace] = {}
 
     def drop_(self, tower: Tower, layer: int) -> None:
@@ -295,7 +305,7 @@ class Scorer:
             drafts = [ids for clip in block for ids in self.parent[clip]]
         active, allowed = self._active(None), self.candidates(self.lineage)
         positions = [p for p in active if Candidate("decoder", self.present["decoder"][p]) in allowed]
-        needed = Trace.num_bytes(decoder, len(active), len(positions), [len(p) for p in prompts], drafts)
+        needed = Trace.num_bytes(decoder, len(active), len(positions), prompts, drafts)
         free = decoder.free_bytes()
         if needed > TRACE_SHARE * free:
             say(

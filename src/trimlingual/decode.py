@@ -119,7 +119,10 @@ def greedy(
 def length_groups(
     stepper: Stepper, prompts: Sequence[Tensor], limits: Sequence[int], batch_size: int
 ) -> Iterator[list[int]]:
-    """Indices of the prompts in batches of similar length, longest first, as many as memory holds and at most `batch_size`."""
+    """Indices of the prompts in batches of similar length, longest first, as many as memory holds and at most `batch_size`.
+
+    Within a batch the order is the caller's, so that a clip's prompts in several languages stand side by side.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i], i))
     room = stepper.room()
     batch: list[int] = []
@@ -127,12 +130,12 @@ def length_groups(
     for i in order:
         capacity = len(prompts[i]) + limits[i]
         if batch and (len(batch) == batch_size or slots + capacity > room):
-            yield batch
+            yield sorted(batch)
             batch, slots = [], 0
         batch.append(i)
         slots += capacity
     if batch:
-        yield batch
+        yield sorted(batch)
 
 
 def _greedy_batch(

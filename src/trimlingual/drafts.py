@@ -6,7 +6,7 @@ A candidate is its parent without one decoder layer. Two things follow, and neit
 * the parent's translation is a good draft: one pass verifies all its tokens, and decoding goes on from the first that differs
   (greedy speculative decoding with a fixed draft; Stern et al. 2018, blockwise parallel decoding).
 
-Shapes: B rows, N tokens packed (prompts, each followed by its draft but for the draft's last token), K longest draft, D width.
+Shapes: B rows, N tokens packed (prompts and their drafts but for the last token), C of them computed, K longest draft, D width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimlingual.packed import Packed, PackedDecoder, Slots, chunks
+from trimlingual.packed import Packed, PackedDecoder, Slots, chunks, common_beginnings
 from trimlingual.stepping import Rows, Stepper
 
 
@@ -27,8 +27,8 @@ class _Chunk:
 
     packed: Packed
     first_row: int
-    hidden: Mapping[int, Tensor]  # input (N, D) of each layer that may go
-    keys: Mapping[int, Tensor]  # (N, K, E) of each layer
+    hidden: Mapping[int, Tensor]  # input (C, D) of each layer that may go
+    keys: Mapping[int, Tensor]  # (C, K, E) of each layer
     values: Mapping[int, Tensor]
 
 
@@ -41,7 +41,7 @@ class Trace:
     drafts: list[list[int]]
     limits: list[int]
     chunks: list[_Chunk]
-    # Block Influence of the layers that may go, 1 - E[cos(input, output)] (Men et al. 2024, ShortGPT, eq. 1), over all positions.
+    # Block Influence of the layers that may go, 1 - E[cos(input, output)] (Men et al. 2024, ShortGPT, eq. 1), over what is computed.
     influence: dict[int, float]
 
     @staticmethod
@@ -49,11 +49,14 @@ class Trace:
         decoder: PackedDecoder,
         num_active: int,
         num_candidates: int,
-        lengths: Sequence[int],
+        prompts: Sequence[Tensor],
         drafts: Sequence[Sequence[int]],
     ) -> int:
-        """Memory a trace takes: keys and values of every layer, and the input of those that may go, at every position."""
-        positions = sum(lengths) + sum(len(draft) - 1 for draft in drafts)
+        """Memory a trace takes: keys and values of every layer, and the input of those that may go, at every position computed."""
+        positions = 0
+        for rows in chunks(_lengths(prompts, drafts), decoder.device):
+            shared = common_beginnings([prompts[row] for row in rows])
+            positions += sum(len(prompts[row]) + len(drafts[row]) - 1 for row in rows) - sum(shared)
         keys_values = decoder.slot_bytes // len(decoder.layers) * num_active
         width = decoder.decoder.config.hidden_size
         return positions * (keys_values + num_candidates * width * decoder.dtype.itemsize)
@@ -73,33 +76,25 @@ def trace(
     `candidates` are the positions that may go.
     """
     done, influence = [], {position: 0.0 for position in candidates}
-    lengths = [
-        len(prompt) + len(draft) - 1 for prompt, draft in zip(prompts, drafts)
-    ]  # the last token is only predicted
-    for rows in chunks(lengths, decoder.device):
-        packed, hidden = _fed(decoder, prompts, drafts, rows)
+    for rows in chunks(_lengths(prompts, drafts), decoder.device):
+        packed, hidden = decoder.packed([prompts[row] for row in rows], [drafts[row][:-1] for row in rows])
         inputs, keys, values = {}, {}, {}
         unread = None if active[-1] in influence else [1] * len(rows)  # of the last layer's output nothing is needed
         for position, output, key, value in decoder.forward(hidden, packed, active, tail=unread):
             if position in influence:
                 inputs[position] = hidden
                 distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
-                influence[position] += distance.sum().item() / sum(lengths)
+                influence[position] += distance.sum().item()
             keys[position], values[position], hidden = key, value, output
         done.append(_Chunk(packed, rows.start, inputs, keys, values))
+    total = sum(sum(chunk.packed.computed.lengths) for chunk in done)
+    influence = {position: value / total for position, value in influence.items()}
     return Trace(list(active), [len(p) for p in prompts], [list(d) for d in drafts], list(limits), done, influence)
 
 
-def _fed(
-    decoder: PackedDecoder, prompts: Sequence[Tensor], drafts: Sequence[Sequence[int]], rows: range
-) -> tuple[Packed, Tensor]:
-    """Input (N, D) of the given rows: each prompt and its draft, but for the draft's last token, which is only predicted."""
-    pieces = []
-    for row in rows:
-        fed = torch.tensor(drafts[row][:-1], dtype=torch.long, device=decoder.device)
-        pieces += [prompts[row], decoder.embed(fed)]
-    packed = Packed.of([len(prompts[row]) + len(drafts[row]) - 1 for row in rows], decoder.device)
-    return packed, torch.cat(pieces)
+def _lengths(prompts: Sequence[Tensor], drafts: Sequence[Sequence[int]]) -> list[int]:
+    """Of each prompt and its draft; the draft's last token is only predicted."""
+    return [len(prompt) + len(draft) - 1 for prompt, draft in zip(prompts, drafts)]
 
 
 # Called with a candidate's index and its tokens so far; True gives the candidate up.
@@ -173,10 +168,9 @@ def losses(
 ) -> list[float]:
     """Summed loss in nats of each answer after its prompt (T_i, D), through the layers at positions `active`."""
     sums = torch.zeros(len(prompts), dtype=torch.float64, device=decoder.device)
-    lengths = [len(prompt) for prompt in prompts]
     wanted = _padded(answers, decoder.device)
-    for rows in chunks([n + len(answer) - 1 for n, answer in zip(lengths, answers)], decoder.device):
-        packed, hidden = _fed(decoder, prompts, answers, rows)
+    for rows in chunks(_lengths(prompts, answers), decoder.device):
+        packed, hidden = decoder.packed([prompts[row] for row in rows], [answers[row][:-1] for row in rows])
         hidden = decoder.ends(hidden, packed, active, [len(answers[row]) for row in rows])
         answer = Packed.of([len(answers[row]) for row in rows], decoder.device)
         row, column = rows.start + answer.row, answer.position
@@ -201,8 +195,10 @@ def _above(
         index = slots.start[packed.row + first_row] + packed.position
         for layer in traced.active:
             if layer < position:
-                slots.keys[layer][index] = chunk.keys[layer]
-                slots.values[layer][index] = chunk.values[layer]
+                key, value = chunk.keys[layer], chunk.values[layer]
+                if packed.source is not None:
+                    key, value = key[packed.source], value[packed.source]
+                slots.keys[layer][index], slots.values[layer][index] = key, value
     above = [layer for layer in traced.active if layer > position]
     drafts = traced.drafts[chunk.first_row :][: len(packed.lengths)]
     return decoder.ends(hidden, packed, above, [len(draft) for draft in drafts], slots, first_row)

@@ -4,7 +4,8 @@ Every row owns a stretch of slots, one a position, so a rejected draft is overwr
 On a GPU in 16 bits the attention is the flash kernel for rows of unlike length; elsewhere rows are padded for PyTorch's own attention,
 in stretches of equal size. Any subset of the layers can be run: a candidate of the layer search is a choice of layers, not a model.
 
-Shapes: B rows, N tokens of all rows packed, S slots, H heads, K key-value heads, E head size, D width, V vocabulary.
+Shapes: B rows, N tokens of all rows packed, C of them computed, M in rows' tails, S slots, H heads, K key-value heads, E head size,
+D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -28,27 +31,119 @@ CHUNK_TOKENS = {"cuda": 16384, "cpu": 4096}
 
 @dataclass(frozen=True)
 class Packed:
-    """Which row and which position each of N packed tokens has."""
+    """Which row and which position each of N tokens has, rows one after the other.
+
+    A row may begin like the one before it. What they have in common is then computed once, so that C <= N tokens are computed.
+    """
 
     lengths: tuple[int, ...]
     row: Tensor  # (N,)
     position: Tensor  # (N,)
     offsets: Tensor  # (B + 1,) int32, where each row's tokens begin
+    shared: tuple[int, ...]  # tokens at the beginning of each row that are those of the row before
+    source: Tensor | None  # (N,) which computed token each token is; None where each is its own
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packed:
-        """Rows of the given lengths, one after the other."""
+    def of(cls, lengths: Sequence[int], device: torch.device, shared: Sequence[int] = ()) -> Packed:
+        """Rows of the given lengths."""
         counts = torch.tensor(lengths, device=device)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         row = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts, output_size=sum(lengths))
         position = torch.arange(sum(lengths), device=device) - offsets[row]
-        return cls(tuple(lengths), row, position, offsets.int())
+        source = torch.from_numpy(_sources(lengths, shared)).to(device) if any(shared) else None
+        shared = tuple(shared) or (0,) * len(lengths)
+        return cls(tuple(lengths), row, position, offsets.int(), shared, source)
 
-    def tail(self, counts: Sequence[int]) -> tuple[Packed, Tensor]:
-        """The last `counts` tokens of each row: as rows of their own, and their indices among all tokens."""
-        ends = Packed.of(counts, self.row.device)
-        skipped = torch.tensor([n - count for n, count in zip(self.lengths, counts)], device=self.row.device)
-        return ends, self.offsets[ends.row] + skipped[ends.row] + ends.position
+    @cached_property
+    def computed(self) -> Tail:
+        """The tokens that are computed."""
+        return self.tail([length - shared for length, shared in zip(self.lengths, self.shared)])
+
+    def tail(self, counts: Sequence[int]) -> Tail:
+        """The last `counts` tokens of each row, which must be computed ones."""
+        device = self.row.device
+        skipped = torch.tensor([length - count for length, count in zip(self.lengths, counts)], device=device)
+        tokens = torch.tensor(counts, device=device)
+        offsets = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
+        row = torch.repeat_interleave(torch.arange(len(tokens), device=device), tokens, output_size=sum(counts))
+        inner = torch.arange(sum(counts), device=device) - offsets[row]
+        index = self.offsets[row] + skipped[row] + inner
+        if self.source is not None:
+            index = self.source[index]
+        return Tail(tuple(counts), row, inner, offsets.int(), skipped, index, max(self.lengths))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last tokens of rows, M in all, as queries that see the whole rows."""
+
+    lengths: tuple[int, ...]
+    row: Tensor  # (M,)
+    inner: Tensor  # (M,) position among the row's last tokens
+    offsets: Tensor  # (B + 1,) int32
+    skipped: Tensor  # (B,) tokens of the row before them
+    index: Tensor  # (M,) which computed tokens they are
+    longest: int  # row
+
+    @property
+    def position(self) -> Tensor:
+        """(M,) position in the row."""
+        return self.inner + self.skipped[self.row]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The rows for attention with padding: those with long tails and, apart, those with less than half as much."""
+        counts = torch.tensor(self.lengths, device=self.row.device)
+        short = 2 * counts < counts.max()
+        return [self._group(rows) for rows in ((~short).nonzero()[:, 0], short.nonzero()[:, 0]) if len(rows)]
+
+    def _group(self, rows: Tensor) -> Group:
+        device = self.row.device
+        number = torch.full((len(self.lengths),), -1, device=device)
+        number[rows] = torch.arange(len(rows), device=device)
+        tokens = (number[self.row] >= 0).nonzero()[:, 0]
+        longest = max(self.lengths[row] for row in rows.tolist())
+        skipped, mask = self.skipped[rows], None
+        if skipped.any():
+            positions = torch.arange(self.longest, device=device)
+            itself = skipped[:, None] + positions[:longest]
+            mask = (positions <= itself[..., None])[:, None]
+        return Group(rows, tokens, number[self.row[tokens]], self.inner[tokens], longest, mask)
+
+
+@dataclass(frozen=True)
+class Group:
+    """G rows whose tails are padded together."""
+
+    rows: Tensor  # (G,)
+    tokens: Tensor  # of the tails' tokens, those of these rows
+    row: Tensor  # of each of them, among the G
+    inner: Tensor  # position of each in its tail
+    longest: int  # tail
+    mask: Tensor | None  # (G, 1, longest tail, longest row), what each sees; None when the tails are whole rows
+
+
+def _sources(lengths: Sequence[int], shared: Sequence[int]) -> np.ndarray:
+    """Which computed token each token of the rows is."""
+    now, found, count = np.zeros(max(lengths), dtype=np.int64), [], 0
+    for length, common in zip(lengths, shared):
+        now[common:length] = np.arange(count, count + length - common)
+        count += length - common
+        found.append(now[:length].copy())
+    return np.concatenate(found)
+
+
+def common_beginnings(prompts: Sequence[Tensor]) -> list[int]:
+    """How many inputs at the beginning of each prompt (T_i, D) are those of the prompt before; its last one is never counted.
+
+    Prompts of a clip for several languages have the audio in common, all prompts what stands before it.
+    """
+    common = [torch.zeros((), dtype=torch.long, device=prompts[0].device)]
+    for before, now in pairwise(prompts):
+        length = min(len(before), len(now) - 1)
+        same = (before[:length] == now[:length]).all(-1)
+        common.append(same.long().cumprod(0).sum())
+    return torch.stack(common).tolist()
 
 
 def chunks(lengths: Sequence[int], device: torch.device) -> Iterator[range]:
@@ -99,13 +194,18 @@ class Slots:
         self.start[: len(capacities)] = first.to(self.start)
         return True
 
-    def kept(self, rows: Tensor) -> Slots:
-        """A copy with only the given rows (stretches of equal length)."""
+    def kept(self, rows: Tensor, used: int, active: Sequence[int]) -> Slots:
+        """A copy with only the given rows, of which `used` slots are filled (stretches of equal length), in the `active` layers."""
 
         def chosen(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (-1, self.width))[rows].flatten(0, 1)
+            target = tensor.new_empty((len(rows), self.width, *tensor.shape[1:]))
+            torch.index_select(tensor.unflatten(0, (-1, self.width))[:, :used], 0, rows, out=target[:, :used])
+            target[:, used:] = 0
+            return target.flatten(0, 1)
 
-        keys, values = [chosen(k) for k in self.keys], [chosen(v) for v in self.values]
+        keys, values = list(self.keys), list(self.values)
+        for layer in active:
+            keys[layer], values[layer] = chosen(keys[layer]), chosen(values[layer])
         return Slots(keys, values, self.start[: len(rows) + 1], self.width, self.ragged)
 
 
@@ -160,18 +260,18 @@ class PackedDecoder:
         first_row: int = 0,
         tail: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Run whole rows, hidden states (N, D), through the layers at positions `active`, causally within each row.
+        """Run whole rows, hidden states (C, D), through the layers at positions `active`, causally within each row.
 
-        Yields after every layer: its position, its output (N, D), its keys and its values (N, K, E). These are also written to the
+        Yields after every layer: its position, its output (C, D), its keys and its values (C, K, E). These are also written to the
         rows' `slots`, from row `first_row` on. The last layer's output is that of the last `tail` tokens of each row alone, which is
         all that is ever read of a prompt.
         """
-        rope = self.rope(packed.position)
+        rope, source = self.rope(packed.computed.position), packed.source
         index = slots.start[packed.row + first_row] + packed.position if slots else None
         for position in active:
             kept: list[Tensor] = []
             to = (slots.keys[position], slots.values[position], index) if slots and index is not None else None
-            ends, wanted = packed.tail(tail) if tail and position == active[-1] else (packed, None)
+            last = packed.tail(tail) if tail and position == active[-1] else None
 
             def attend(
                 query: Tensor,
@@ -179,14 +279,18 @@ class PackedDecoder:
                 value: Tensor,
                 kept: Any = kept,
                 to: Any = to,
-                ends: Packed = ends,
-                wanted: Any = wanted,
+                last: Tail | None = last,
             ) -> Tensor:
-                query, key = rotate(query, key, value, rope, to, wanted)
+                wanted = last.index if last else None
+                query, key = rotate(query, key, value, rope, to if source is None else None, wanted)
                 kept += [key, value]
-                return self._causal(query, key, value, packed, ends)
+                if source is not None:
+                    key, value = key[source], value[source]
+                    if to:
+                        to[0][to[2]], to[1][to[2]] = key, value
+                return self._causal(query, key, value, packed, last or packed.computed)
 
-            hidden = decoder_layer(self.layers[position], hidden, attend, wanted)
+            hidden = decoder_layer(self.layers[position], hidden, attend, last.index if last else None)
             yield position, hidden, kept[0], kept[1]
 
     def ends(
@@ -200,17 +304,28 @@ class PackedDecoder:
     ) -> Tensor:
         """`forward` to its end: the last layer's output (sum of `tail`, D) at the last tokens of each row, not yet normed."""
         if not active:
-            return hidden[packed.tail(tail)[1]]
+            return hidden[packed.tail(tail).index]
         for _, output, _, _ in self.forward(hidden, packed, active, slots, first_row, tail):
             hidden = output
         return hidden
+
+    def packed(self, prompts: Sequence[Tensor], more: Sequence[Sequence[int]] | None = None) -> tuple[Packed, Tensor]:
+        """Rows of prompts (T_i, D), each followed by some tokens, and the input (C, D) of what is computed."""
+        more = more or [()] * len(prompts)
+        shared = common_beginnings(prompts)
+        pieces = []
+        for prompt, skip, tokens in zip(prompts, shared, more):
+            pieces.append(prompt[skip:])
+            if tokens:
+                pieces.append(self.embed(torch.tensor(tokens, dtype=torch.long, device=self.device)))
+        lengths = [len(prompt) + len(tokens) for prompt, tokens in zip(prompts, more)]
+        return Packed.of(lengths, self.device, shared), torch.cat(pieces)
 
     def prefill(self, prompts: Sequence[Tensor], active: Sequence[int], slots: Slots) -> Tensor:
         """Run prompts (T_i, D), filling `slots`; returns the last layer's output (B, D) at each prompt's last token."""
         last = []
         for rows in chunks([len(prompt) for prompt in prompts], self.device):
-            packed = Packed.of([len(prompts[row]) for row in rows], self.device)
-            hidden = torch.cat([prompts[row] for row in rows])
+            packed, hidden = self.packed([prompts[row] for row in rows])
             last.append(self.ends(hidden, packed, active, [1] * len(rows), slots, rows.start))
         return torch.cat(last)
 
@@ -238,30 +353,31 @@ class PackedDecoder:
 
         return decoder_layer(self.layers[position], hidden, attend)
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed, ends: Packed) -> Tensor:
-        """Causal attention of the tokens at the `ends` of rows (all of them, if it is `packed` itself)."""
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed, tail: Tail) -> Tensor:
+        """Causal attention (M, H, E) of the tail's tokens over the rows' keys and values (N, K, E)."""
         if self.flash:
-            longest = max(ends.lengths), max(packed.lengths)
-            return _flash(query, key, value, ends.offsets, packed.offsets, *longest, causal=True)
+            longest = max(tail.lengths), max(packed.lengths)
+            return _flash(query, key, value, tail.offsets, packed.offsets, *longest, causal=True)
 
-        def padded(tensor: Tensor, rows: Packed) -> Tensor:
-            target = tensor.new_zeros((len(rows.lengths), max(rows.lengths), *tensor.shape[1:]))
-            target[rows.row, rows.position] = tensor
+        def padded(tensor: Tensor, row: Tensor, position: Tensor, *shape: int) -> Tensor:
+            target = tensor.new_zeros((*shape, *tensor.shape[1:]))
+            target[row, position] = tensor
             return target.transpose(1, 2)
 
-        mask = None
-        if ends is not packed:
-            skipped = torch.tensor([n - m for n, m in zip(packed.lengths, ends.lengths)], device=query.device)
-            positions = torch.arange(max(packed.lengths), device=query.device)
-            last = (
-                skipped[:, None] + positions[: max(ends.lengths)]
-            )  # (B, longest end), what each query sees as its own position
-            mask = (positions <= last[..., None])[:, None]
-        mixed = scaled_dot_product_attention(
-            padded(query, ends), padded(key, packed), padded(value, packed),
-            attn_mask=mask, is_causal=mask is None, enable_gqa=self._grouped(query, key),
-        )  # fmt: skip
-        return mixed.transpose(1, 2)[ends.row, ends.position]
+        keys, values = (padded(t, packed.row, packed.position, len(packed.lengths), tail.longest) for t in (key, value))
+        mixed = torch.empty_like(query)
+        for group in tail.groups:
+            some = padded(query[group.tokens], group.row, group.inner, len(group.rows), group.longest)
+            chosen = (keys, values) if len(tail.groups) == 1 else (keys[group.rows], values[group.rows])
+            out = scaled_dot_product_attention(
+                some,
+                *chosen,
+                attn_mask=group.mask,
+                is_causal=group.mask is None,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            mixed[group.tokens] = out.transpose(1, 2)[group.row, group.inner]
+        return mixed
 
     def _over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
         if self.flash:
@@ -274,18 +390,10 @@ class PackedDecoder:
             return stretches[:, :longest].transpose(1, 2)
 
         seen = torch.arange(longest, device=query.device)[None, :] < used[:, None]
-        mixed = scaled_dot_product_attention(
-            query[:, :, None],
-            rows(keys),
-            rows(values),
-            attn_mask=seen[:, None, None],
-            enable_gqa=self._grouped(query, keys),
-        )
-        return mixed[:, :, 0]
-
-    @staticmethod
-    def _grouped(query: Tensor, key: Tensor) -> bool:
-        return query.shape[1] != key.shape[1]
+        # The queries of a key-value head as if they were so many tokens, so that nobody makes copies of it.
+        grouped = query.unflatten(1, (keys.shape[1], -1))
+        mixed = scaled_dot_product_attention(grouped, rows(keys), rows(values), attn_mask=seen[:, None, None])
+        return mixed.flatten(1, 2)
 
 
 def _flash(

@@ -6,6 +6,7 @@ everybody's results and the main process writes it down, so that a killed search
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,9 +109,10 @@ class Search:
         if advance:
             advance(len(records))
         pending = [c for c in candidates if _key(number, c, clips) not in self.known]
-        size = self.scorer.group_size()
-        for start in range(0, len(pending), size * num_processes()):
-            wave = pending[start : start + size * num_processes()]
+        most = self.scorer.group_size() * num_processes()
+        size = math.ceil(len(pending) / max(1, math.ceil(len(pending) / most)))  # waves of equal size
+        for start in range(0, len(pending), max(1, size)):
+            wave = pending[start : start + size]
             limit = floor(records) if floor else None
             mine = self._score(number, wave[process_index() :: num_processes()], blocks, limit, earlier)
             for record in chain.from_iterable(gather(mine)):

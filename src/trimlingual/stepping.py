@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Watch = Callable[[list[list[int]], list[bool]], list[int]]
 FIRST_WATCH = 64  # steps before the first look, then twice as many each time: looking costs the host's time
 SLOTS_SHARE = 0.7  # of the memory that is free, the keys and values of a batch may take
-SHRINK = 0.75  # on the CPU rows that have ended are dropped once no more than this share goes on
+SHRINK = 0.7  # on the CPU rows that have ended are dropped once no more than this share goes on
 SMALLEST_STEP = 8  # rows: a step over fewer takes no less time
 LAG = 2  # steps that a GPU may run ahead of the host's knowing that all rows have ended
 
@@ -99,7 +99,7 @@ class Stepper:
             if not len(keep):
                 return
             if len(keep) <= SHRINK * len(row):  # moving keys and values costs more than a few idle rows
-                slots = slots.kept(keep)
+                slots = slots.kept(keep, int(position[keep].max()) + 1, active)
                 row, token, position, budget, length, alive, without = (
                     t[keep] for t in (row, token, position, budget, length, alive, without)
                 )
@@ -211,7 +211,11 @@ class _Graphs:
 
     def _read(self, count: int) -> tuple[list[list[int]], list[bool]]:
         """Tokens so far and whether it goes on, of each row."""
-        out, lengths, going = self.out.tolist(), [0] * len(self.row), [False] * len(self.row)
+        out, lengths, going = (
+            self.out[:, : int(self.length.max())].tolist(),
+            [0] * len(self.row),
+            [False] * len(self.row),
+        )
         for row, length, alive in zip(self.row.tolist(), self.length.tolist(), self.alive.tolist()):
             lengths[row], going[row] = length, alive
         return [out[row][: lengths[row]] for row in range(count)], going[:count]
