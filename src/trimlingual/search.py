@@ -185,7 +185,7 @@ class Search:
         # A race looks at all candidates first, in any order: what ordering takes (a pass of the parent) would be wasted on it.
         ordered = self._ordered(number, candidates) if settings.selection == "exact" else candidates
         if number == 1:
-            self._probe(ordered)
+            self._probe(candidates)
         if settings.selection != "exact":
             race = successive_halving if settings.selection == "successive-halving" else bootstrap_racing
             return race(self, number, candidates, advance)
@@ -208,14 +208,18 @@ class Search:
 
         return gather(sorted(candidates, key=promise))[0]
 
-    def _probe(self, ordered: Sequence[Candidate]) -> None:
-        """Time the first candidates, and say how long the whole search will take."""
+    def _probe(self, candidates: Sequence[Candidate]) -> None:
+        """Time some candidates, and say how long the whole search will take."""
         total = self._num_candidates()
-        count = self.scorer.group_size() * num_processes()
+        count = min(self.scorer.group_size() * num_processes(), len(candidates))
+        first = (
+            len(candidates) - count
+        ) // 2  # of middle depth, because what lies above the missing layer is what takes time
         started = time.perf_counter()
-        probed = self.share_out(1, ordered[:count], self.scorer.blocks)
+        probed = self.share_out(1, candidates[first : first + count], self.scorer.blocks)
         seconds = max(time.perf_counter() - started, max(r["seconds"] for r in probed) / num_processes()) / len(probed)
-        say(f"  about {seconds * total / 60:.1f} minutes at {seconds:.2f} s a candidate, if none is given up")
+        expected = f"{seconds * total / 60:.1f} minutes" if seconds * total > 90 else f"{seconds * total:.0f} s"
+        say(f"  about {expected} at {seconds:.2f} s a candidate, if none is given up")
 
     def _num_candidates(self) -> int:
         first = len(self.scorer.candidates(self.scorer.lineage))
