@@ -33,14 +33,17 @@ from published_search import Case, clock, generate_embedded, prompts_of, publish
 from transformers import WhisperFeatureExtractor
 from true_size import build, make_data
 
+from trimlingual import drafts
 from trimlingual.artifacts import machine, write_json
 from trimlingual.candidates import Scorer
 from trimlingual.data import Split
 from trimlingual.decode import encode_clips, greedy
 from trimlingual.drafts import Trace, trace, translate_without
 from trimlingual.lineage import Lineage
+from trimlingual.measure import peak_memory
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.packed import PackedDecoder
+from trimlingual.prefix import MOST_ROWS
 from trimlingual.recipe import RankSettings, load_recipe
 from trimlingual.search import Search, second_best
 from trimlingual.sources import Clip, read_source
@@ -213,8 +216,8 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
     alone = [[i for i in range(count) if i != position] for position in few]
     add(name, lambda: [greedy(stepper, prompts, limits, 128, active) for active in alone], len(few))
 
-    def traced(blocks: Sequence[Sequence[int]], drafts: bool) -> list[Trace]:
-        kept = [tokens if drafts else [NO_TOKEN] for tokens in parent]
+    def traced(blocks: Sequence[Sequence[int]], verify: bool) -> list[Trace]:
+        kept = [tokens if verify else [NO_TOKEN] for tokens in parent]
         return [
             trace(stepper.decoder, *([x[i] for i in block] for x in (prompts, kept, limits)), range(count), positions)
             for block in blocks
@@ -228,18 +231,21 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
                 translate_without(stepper, one, gone[start : start + size])
 
     every = [range(i, min(i + 128, len(prompts))) for i in range(0, len(prompts), 128)]
-    for name, drafts in (
+    for name, verify in (
         ("prefill below the missing layer shared", False),
         ("the parent's translation as a draft", True),
     ):
-        traces = traced(every, drafts)
+        traces = traced(every, verify)
         without(traces, few[:1], 1)  # warm-up
         add(name, lambda traces=traces: without(traces, few, 1), len(few))
         del traces
     if gpu:
-        traces = traced([block.tolist() for block in np.array_split(np.arange(len(prompts)), 8)], True)
-        without(traces, positions, len(positions))  # warm-up
-        add("several candidates in one batch", lambda: without(traces, positions, len(positions)), len(positions))
+        by_length = sorted(range(len(prompts)), key=lambda i: -len(parent[i]))
+        traces = traced([block.tolist() for block in np.array_split(by_length, 8)], True)
+        for name, most in (("several candidates in one batch", 0), ("a prompt read once for all of them", MOST_ROWS)):
+            drafts.MOST_ROWS = most
+            without(traces, positions, len(positions))  # warm-up
+            add(name, lambda: without(traces, positions, len(positions)), len(positions))
     return table
 
 
@@ -367,7 +373,9 @@ def main() -> None:
         rounds = sorted({1, (1 + remove) // 2, remove})
 
         def part(name: str, work: Callable[[], Any]) -> None:
-            result[name] = work()
+            with peak_memory(case.device) as memory:
+                result[name] = work()
+            result.setdefault("peak_bytes", {})[name] = memory.num_bytes
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, _without_rows(result))
 

@@ -9,7 +9,8 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from trimlingual.decode import embed_prompt, encode_clips, greedy
 from trimlingual.drafts import trace, translate_without
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
-from trimlingual.packed import PackedDecoder
+from trimlingual.packed import PackedDecoder, Slots, flash_attention
+from trimlingual.prefix import Prefixes, SharedPrefixes
 from trimlingual.prompts import Prompter
 from trimlingual.recipe import load_recipe
 from trimlingual.rotary import rotate
@@ -98,3 +99,32 @@ def test_rotary_kernel_gives_the_same_bits(dtype, heads, kv_heads, size):
     assert torch.equal(keys[slot], expected[1])
     assert torch.equal(values[slot], value)
     assert keys.count_nonzero() == expected[1].count_nonzero()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 32, 128), (8, 2, 64)])
+def test_attention_over_shared_prefixes(heads, kv_heads, size):
+    """Against attention over whole rows, in which the prompts are copied to every row; 9 rows, of which the last 3 share nothing."""
+    shape = {"device": "cuda", "dtype": torch.bfloat16}
+    lengths, capacity = [150, 3, 90], 170
+    start = torch.arange(10, dtype=torch.int32, device="cuda") * capacity
+    start = torch.cat([start, start[-1:] + torch.tensor([150, 153, 243], device="cuda").int()])
+    keys, values = torch.randn(1800, kv_heads, size, **shape), torch.randn(1800, kv_heads, size, **shape)
+    slots = Slots([keys], [values], start, capacity, True)
+    used = torch.tensor([lengths[row % 3] + 1 + row for row in range(9)], dtype=torch.int32, device="cuda")
+    shared = SharedPrefixes(1, 9, 4, torch.device("cuda"))
+    shared.load(Prefixes(lengths, [0, 1, 2] * 3, [1] * 6 + [0] * 3), range(9), slots)
+    shared.plan(start[:9])
+    shared.begin(used)
+    query = torch.randn(9, heads, size, **shape)
+    got = shared.attend(0, query.clone(), keys, values, slots)
+    whole_keys, whole_values = keys.clone(), values.clone()
+    for row in range(6):
+        for whole, tensor in ((whole_keys, keys), (whole_values, values)):
+            prompt = int(start[9 + row % 3])
+            whole[row * capacity : row * capacity + lengths[row % 3]] = tensor[prompt : prompt + lengths[row % 3]]
+    each = torch.arange(10, dtype=torch.int32, device="cuda")
+    expected, _ = flash_attention(
+        query, whole_keys, whole_values, each, start[:10], 1, capacity, causal=False, used=used
+    )
+    assert torch.equal(got[6:], expected[6:])
+    torch.testing.assert_close(got[:6], expected[:6], rtol=2e-2, atol=2e-3)

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def prompts_of(width):
-    """Beginnings in common with the row before: none, all of a shorter one, some, an equal prompt, none again, some of two rows back."""
+    """Beginnings in common with the row before: none, all of a shorter one, some, an equal prompt, none, some of two rows back."""
     torch.manual_seed(0)
     long = torch.randn(12, width).double()
     other = torch.randn(9, width).double()

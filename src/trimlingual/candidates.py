@@ -261,8 +261,8 @@ class Scorer:
 
     def _batch(self, traced: Trace) -> int:
         """How many candidates' rows memory holds at once."""
-        slots = sum(traced.lengths) + sum(traced.limits)
-        return max(1, min(self.group_size(), self._stepper.room() // slots))
+        prompts, slots = sum(traced.lengths), sum(traced.lengths) + sum(traced.limits)
+        return max(1, min(self.group_size(), (self._stepper.room() - prompts) // slots))
 
     def _translate(self, candidate: Candidate | None, block: Sequence[int]) -> dict[int, list[list[int]]]:
         """Translations by clip, decoded from the beginning."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trimlingual.packed import Packed, PackedDecoder, Slots, chunks, common_beginnings
+from trimlingual.prefix import MOST_ROWS, Prefixes
 from trimlingual.stepping import Rows, Stepper
 
 
@@ -30,6 +31,8 @@ class _Chunk:
     hidden: Mapping[int, Tensor]  # input (C, D) of each layer that may go
     keys: Mapping[int, Tensor]  # (C, K, E) of each layer
     values: Mapping[int, Tensor]
+    of_prompt: Tensor  # indices of the prompts' tokens
+    of_draft: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def trace(
                 distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
                 influence[position] += distance.sum().item()
             keys[position], values[position], hidden = key, value, output
-        done.append(_Chunk(packed, rows.start, inputs, keys, values))
+        prompt = torch.tensor([len(prompts[row]) for row in rows], device=decoder.device)
+        in_draft = packed.position >= prompt[packed.row]
+        of_prompt, of_draft = (~in_draft).nonzero()[:, 0], in_draft.nonzero()[:, 0]
+        done.append(_Chunk(packed, rows.start, inputs, keys, values, of_prompt, of_draft))
     total = sum(sum(chunk.packed.computed.lengths) for chunk in done)
     influence = {position: value / total for position, value in influence.items()}
     return Trace(list(active), [len(p) for p in prompts], [list(d) for d in drafts], list(limits), done, influence)
@@ -108,16 +114,28 @@ def translate_without(
     """What the traced parent would translate without its layer at each of these positions; None where `hopeless` gave up.
 
     Equal to decoding each prompt anew with that layer left out (tests/test_drafts.py). The candidates are decoded in one batch, whose
-    rows go without different layers, so that a step reads the weights once for all of them.
+    rows go without different layers, so that a step reads the weights once for all of them. With flash attention it also reads a
+    prompt's keys and values below the missing layers once for all of them.
     """
     decoder, count = stepper.decoder, len(traced.lengths)
-    capacities = [length + limit for length, limit in zip(traced.lengths, traced.limits)]
-    slots = stepper.slots(capacities * len(positions))
+    capacities = [length + limit for length, limit in zip(traced.lengths, traced.limits)] * len(positions)
+    prefixes = None
+    if decoder.flash and 1 < len(positions) <= MOST_ROWS:
+        prefixes = Prefixes(
+            traced.lengths, [*range(count)] * len(positions), [p for p in positions for _ in range(count)]
+        )
+        slots = stepper.slots([*capacities, *traced.lengths])
+        shared = [layer for layer in traced.active if layer < max(positions)]
+        for chunk in traced.chunks:
+            _fill(slots, chunk, shared, len(capacities) + chunk.first_row, chunk.of_prompt)
+    else:
+        slots = stepper.slots(capacities)
     draft = _padded(traced.drafts, decoder.device)
     predicted = torch.full_like(draft, -1).repeat(len(positions), 1)
     for number, position in enumerate(positions):
         for chunk in traced.chunks:
-            hidden = _above(decoder, traced, chunk, position, slots, number * count)
+            own = chunk.of_draft if prefixes else None
+            hidden = _above(decoder, traced, chunk, position, slots, number * count, own)
             row, column = _answers(traced.drafts, chunk)
             predicted[number * count + row, column] = decoder.next_tokens(hidden)
     differs = (predicted != draft.repeat(len(positions), 1)) & (predicted >= 0)
@@ -131,6 +149,7 @@ def translate_without(
         budget=traced.limits * len(positions),
         alive=changed.tolist(),
         without=[position for position in positions for _ in range(count)],
+        prefixes=prefixes,
     )
     given_up: set[int] = set()
 
@@ -184,24 +203,38 @@ def _token_losses(decoder: PackedDecoder, hidden: Tensor, targets: Tensor) -> Te
 
 
 def _above(
-    decoder: PackedDecoder, traced: Trace, chunk: _Chunk, position: int, slots: Slots | None, first_row: int = 0
+    decoder: PackedDecoder,
+    traced: Trace,
+    chunk: _Chunk,
+    position: int,
+    slots: Slots | None,
+    first_row: int = 0,
+    own: Tensor | None = None,
 ) -> Tensor:
     """The candidate's hidden states where it predicts the drafts' tokens, (tokens, D).
 
-    Fills `slots` with its keys and values, which below the missing layer are the parent's.
+    Fills `slots` with its keys and values, which below the missing layer are the parent's: there only of the tokens `own`, if given.
     """
     packed, hidden, first_row = chunk.packed, chunk.hidden[position], first_row + chunk.first_row
     if slots is not None:
-        index = slots.start[packed.row + first_row] + packed.position
-        for layer in traced.active:
-            if layer < position:
-                key, value = chunk.keys[layer], chunk.values[layer]
-                if packed.source is not None:
-                    key, value = key[packed.source], value[packed.source]
-                slots.keys[layer][index], slots.values[layer][index] = key, value
+        _fill(slots, chunk, [layer for layer in traced.active if layer < position], first_row, own)
     above = [layer for layer in traced.active if layer > position]
     drafts = traced.drafts[chunk.first_row :][: len(packed.lengths)]
     return decoder.ends(hidden, packed, above, [len(draft) for draft in drafts], slots, first_row)
+
+
+def _fill(slots: Slots, chunk: _Chunk, layers: Sequence[int], first_row: int, tokens: Tensor | None) -> None:
+    """Write the parent's keys and values of these layers to the slots of rows from `first_row` on; all tokens' or these."""
+    row, position, source = chunk.packed.row, chunk.packed.position, chunk.packed.source
+    if tokens is not None:
+        row, position = row[tokens], position[tokens]
+        source = tokens if source is None else source[tokens]
+    index = slots.start[row + first_row] + position
+    for layer in layers:
+        key, value = chunk.keys[layer], chunk.values[layer]
+        if source is not None:
+            key, value = key[source], value[source]
+        slots.keys[layer][index], slots.values[layer][index] = key, value
 
 
 def _answers(drafts: Sequence[list[int]], chunk: _Chunk) -> tuple[Tensor, Tensor]:

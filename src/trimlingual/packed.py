@@ -10,7 +10,7 @@ D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +27,10 @@ from trimlingual.rotary import rotate
 
 # Tokens prefilled at once: on a GPU enough to fill it, with activations below 2 GB for 7B parameters; on a CPU what its caches hold.
 CHUNK_TOKENS = {"cuda": 16384, "cpu": 4096}
+
+
+# Attention (B, H, E) of one token a row over keys and values (S, K, E) of the slots.
+OverSlots = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -342,14 +346,14 @@ class PackedDecoder:
         return embed(self.model, tokens)
 
     def step(
-        self, position: int, hidden: Tensor, rope: tuple[Tensor, Tensor], slot: Tensor, used: Tensor, slots: Slots
+        self, position: int, hidden: Tensor, rope: tuple[Tensor, Tensor], slot: Tensor, slots: Slots, over: OverSlots
     ) -> Tensor:
-        """One new token a row, (B, D), through one layer: its keys go to `slot` (B,); it sees the row's first `used` (B,) slots."""
+        """One new token a row, (B, D), through one layer: its keys go to `slot` (B,), then `over` attends."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = slots.keys[position], slots.values[position]
             query, _ = rotate(query, key, value, rope, (keys, values, slot))
-            return self._over_slots(query, keys, values, used, slots)
+            return over(query, keys, values)
 
         return decoder_layer(self.layers[position], hidden, attend)
 
@@ -357,7 +361,7 @@ class PackedDecoder:
         """Causal attention (M, H, E) of the tail's tokens over the rows' keys and values (N, K, E)."""
         if self.flash:
             longest = max(tail.lengths), max(packed.lengths)
-            return _flash(query, key, value, tail.offsets, packed.offsets, *longest, causal=True)
+            return flash_attention(query, key, value, tail.offsets, packed.offsets, *longest, causal=True)[0]
 
         def padded(tensor: Tensor, row: Tensor, position: Tensor, *shape: int) -> Tensor:
             target = tensor.new_zeros((*shape, *tensor.shape[1:]))
@@ -379,10 +383,11 @@ class PackedDecoder:
             mixed[group.tokens] = out.transpose(1, 2)[group.row, group.inner]
         return mixed
 
-    def _over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
+    def over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
+        """Attention (B, H, E) of one token a row over the row's first `used` (B,) slots."""
         if self.flash:
             each = slots.each[: len(query) + 1]
-            return _flash(query, keys, values, each, slots.start, 1, slots.width, causal=False, used=used)
+            return flash_attention(query, keys, values, each, slots.start, 1, slots.width, causal=False, used=used)[0]
         longest = slots.width if self.device.type == "cuda" else int(used.max())  # a CUDA graph needs one shape
 
         def rows(tensor: Tensor) -> Tensor:
@@ -396,13 +401,16 @@ class PackedDecoder:
         return mixed.flatten(1, 2)
 
 
-def _flash(
+def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_q: int, max_k: int, *,
     causal: bool, used: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Flash attention (Dao 2023) over rows of unlike length; `used` (B,) limits the keys of each row.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Flash attention (Dao 2023) of M queries (M, H, E) over rows of unlike length, and its log-sum-exps (H, M).
 
-    The operator itself, because the public `varlen_attn` has no `used` before PyTorch 2.13.
+    `used` (B,) limits the keys of each row. The operator itself, because the public `varlen_attn` has no `used` before PyTorch 2.13.
     """
     operator = torch.ops.aten._flash_attention_forward
-    return operator(query, key, value, offsets_q, offsets_k, max_q, max_k, 0.0, causal, False, seqused_k=used)[0]
+    mixed, sums, *_ = operator(
+        query, key, value, offsets_q, offsets_k, max_q, max_k, 0.0, causal, False, seqused_k=used
+    )
+    return mixed, sums

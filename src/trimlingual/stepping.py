@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trimlingual.packed import PackedDecoder, Slots
+from trimlingual.packed import OverSlots, PackedDecoder, Slots
+from trimlingual.prefix import Prefixes, SharedPrefixes
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Rows:
     budget: list[int]  # how many there may be in all
     alive: list[bool]
     without: list[int | None] | None = None  # position of the layer that each row goes without
+    prefixes: Prefixes | None = None  # beginnings that rows share, on a GPU with flash attention
 
 
 class Stepper:
@@ -105,16 +107,21 @@ class Stepper:
                 )
             rope, slot, used = decoder.rope(position), slots.start[: len(position)] + position, position + 1
             hidden, lacking = decoder.embed(token), set(without.tolist())
+            over = partial(decoder.over_slots, used=used, slots=slots)
             for layer in active:
-                output = decoder.step(layer, hidden, rope, slot, used, slots)
+                output = decoder.step(layer, hidden, rope, slot, slots, over)
                 hidden = torch.where((without == layer)[:, None], hidden, output) if layer in lacking else output
             token, position = decoder.next_tokens(hidden), position + alive
 
     def _extend_static(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
-        graphs, most = self._graphs, max(rows.budget)
-        if graphs is None or graphs.slots is not slots or graphs.out.shape[1] <= most:
+        graphs, most, count = self._graphs, max(rows.budget), len(rows.out)
+        num_prefixes = len(rows.prefixes.lengths) if rows.prefixes else 0
+        if graphs is None or graphs.slots is not slots or not graphs.hold(count, most, num_prefixes):
+            if graphs is not None and graphs.slots is slots:  # no smaller in any way
+                count, most = max(count, len(graphs.row)), max(most, graphs.out.shape[1] - 1)
+                num_prefixes = max(num_prefixes, graphs.num_prefixes)
             self._graphs = graphs = None
-            graphs = self._graphs = _Graphs(self.decoder, slots, self.eos, most)
+            graphs = self._graphs = _Graphs(self.decoder, slots, self.eos, count, most, num_prefixes)
         graphs.extend(active, rows, watch)
 
 
@@ -125,9 +132,11 @@ class _Graphs:
     the step runs over the first half, quarter, ... of them.
     """
 
-    def __init__(self, decoder: PackedDecoder, slots: Slots, eos: Sequence[int], most: int):
-        self.decoder, self.slots = decoder, slots
-        device, count = decoder.device, slots.num_rows
+    def __init__(
+        self, decoder: PackedDecoder, slots: Slots, eos: Sequence[int], count: int, most: int, num_prefixes: int
+    ):
+        self.decoder, self.slots, self.num_prefixes = decoder, slots, num_prefixes
+        device, num_layers = decoder.device, len(decoder.layers)
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.row, self.token, self.position, self.length, self.budget, self.slot = (
             torch.zeros(count, dtype=torch.long, device=device) for _ in range(6)
@@ -135,7 +144,8 @@ class _Graphs:
         self.start = torch.zeros(count + 1, dtype=torch.int32, device=device)
         self.alive = torch.zeros(count, dtype=torch.bool, device=device)
         self.used = torch.ones(count, dtype=torch.int32, device=device)
-        self.lacks = torch.zeros((len(decoder.layers), count, 1), dtype=torch.bool, device=device)
+        self.lacks = torch.zeros((num_layers, count, 1), dtype=torch.bool, device=device)
+        self.shared = SharedPrefixes(num_layers, count, num_prefixes, device) if num_prefixes else None
         self.hidden = torch.zeros((count, decoder.decoder.config.hidden_size), dtype=decoder.dtype, device=device)
         cosine, sine = decoder.rope(self.position)
         self.rope = (cosine.clone(), sine.clone())
@@ -146,9 +156,14 @@ class _Graphs:
         self.sizes = [count]
         while slots.ragged and self.sizes[-1] >= 2 * SMALLEST_STEP:
             self.sizes.append(self.sizes[-1] // 2)
-        self.steps: dict[int, list[Callable[[], None]]] = {}
+        self.sharing = False  # whether these rows do
+        self.steps: dict[tuple[int, bool], list[Callable[[], None]]] = {}
         self.views: dict[int, Slots] = {}  # kept, because the graphs read their memory
         self.pool = torch.cuda.graph_pool_handle()
+
+    def hold(self, count: int, most: int, num_prefixes: int) -> bool:
+        """Whether there is room for so many rows, new tokens and prefixes."""
+        return count <= len(self.row) and most < self.out.shape[1] and num_prefixes <= self.num_prefixes
 
     def extend(self, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
         """Stepper.extend, replayed."""
@@ -157,10 +172,11 @@ class _Graphs:
         events: list[torch.cuda.Event] = []
         while True:
             smaller = min((s for s in self.sizes if s >= known), default=size)
-            if smaller < size:
-                if events:
-                    self._pack(size)
-                size = smaller
+            if smaller < size and events:
+                self._pack(size)
+            if self.sharing and self.shared and (smaller < size or not events):
+                self.shared.plan(self.start[:smaller])
+            size = min(size, smaller)
             begin, end, *layers = self._step(size)
             begin()
             number = len(events)
@@ -189,6 +205,8 @@ class _Graphs:
         entries = torch.tensor(order, device=device)
         self.row.copy_(torch.tensor([*order, *range(count, total)]))
         self.start[:total] = self.slots.start[self.row]
+        if self.slots.ragged:
+            self.start[count:total] = self.slots.start[-1]  # nobody's: what follows the rows may be prefixes
         self.token[:count], self.position[:count] = rows.token[entries], rows.position[entries]
         self.alive.zero_()
         self.alive[:count] = torch.tensor([rows.alive[row] for row in order], device=device)
@@ -201,6 +219,9 @@ class _Graphs:
         lacking = torch.tensor([-1 if w is None else w for w in rows.without or [None] * count], device=device)
         for layer in set(rows.without or ()) - {None}:
             self.lacks[layer, :count, 0] = lacking[entries] == layer
+        self.sharing = rows.prefixes is not None
+        if self.shared and rows.prefixes:
+            self.shared.load(rows.prefixes, order, self.slots)
 
     def _pack(self, size: int) -> None:
         """Move the entries that go on to the front of the first `size`."""
@@ -208,6 +229,8 @@ class _Graphs:
         for tensor in (self.row, self.token, self.position, self.length, self.budget, self.alive, self.start):
             tensor[:size] = tensor[:size][order]
         self.lacks[:, :size] = self.lacks[:, :size][:, order]
+        if self.sharing and self.shared:
+            self.shared.move(order)
 
     def _read(self, count: int) -> tuple[list[list[int]], list[bool]]:
         """Tokens so far and whether it goes on, of each row."""
@@ -227,12 +250,13 @@ class _Graphs:
 
     def _step(self, size: int) -> list[Callable[[], None]]:
         """The beginning and the end of a step and each layer, over the first `size` entries."""
-        if size not in self.steps:
-            slots = self.views[size] = replace(self.slots, start=self.start[: size + 1])
+        kind = (size, self.sharing)
+        if kind not in self.steps:
+            slots = self.views.setdefault(size, replace(self.slots, start=self.start[: size + 1]))
             works = [lambda: self._begin(size), lambda: self._end(size)]
             works += [partial(self._layer, position, size, slots) for position in range(len(self.decoder.layers))]
-            self.steps[size] = self._captured(works)
-        return self.steps[size]
+            self.steps[kind] = self._captured(works)
+        return self.steps[kind]
 
     def _begin(self, size: int) -> None:
         """Append the predicted tokens, see who goes on, and embed."""
@@ -246,6 +270,8 @@ class _Graphs:
         position.mul_(alive)
         self.slot[:size] = self.start[:size] + position
         self.used[:size] = position + 1
+        if self.sharing and self.shared:
+            self.shared.begin(self.used[:size])
         self.hidden[:size] = self.decoder.embed(token)
         for held, now in zip(self.rope, self.decoder.rope(position)):
             held[:size] = now
@@ -253,7 +279,10 @@ class _Graphs:
     def _layer(self, position: int, size: int, slots: Slots) -> None:
         rope = (self.rope[0][:size], self.rope[1][:size])
         hidden = self.hidden[:size]
-        output = self.decoder.step(position, hidden, rope, self.slot[:size], self.used[:size], slots)
+        over: OverSlots = partial(self.decoder.over_slots, used=self.used[:size], slots=slots)
+        if self.sharing and self.shared:
+            over = partial(self.shared.attend, position, slots=slots)
+        output = self.decoder.step(position, hidden, rope, self.slot[:size], slots, over)
         hidden.copy_(torch.where(self.lacks[position, :size], hidden, output))
 
     def _end(self, size: int) -> None:

@@ -1,0 +1,77 @@
+"""The GPU's way of decoding, run on the CPU: static steps, packed entries, flash attention over slots, shared prefixes.
+
+CUDA graphs are replaced by the work they would replay, and the flash kernel by plain attention; `pytest -m gpu` runs the real ones.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimlingual import packed, prefix, stepping
+from trimlingual.decode import embed_prompt, encode_clips, greedy
+from trimlingual.drafts import trace, translate_without
+from trimlingual.models import eos_token_ids
+from trimlingual.packed import PackedDecoder
+from trimlingual.prompts import Prompter
+from trimlingual.stepping import Stepper
+
+from .plain_attention import plain_attention
+from .test_drafts import SHAPES
+
+
+class Event:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """Stepper for a decoder, as on a GPU in 16 bits (`flash`) or in float32."""
+    for module in (packed, prefix):
+        monkeypatch.setattr(module, "flash_attention", plain_attention)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(stepping._Graphs, "_captured", lambda self, works: list(works))
+    monkeypatch.setattr(stepping, "SMALLEST_STEP", 2)
+
+    class Static(Stepper):
+        def extend(self, slots, active, rows, watch=None):
+            if any(rows.alive):
+                self._extend_static(slots, active, rows, watch)
+
+    def make(model, eos, flash):
+        decoder = PackedDecoder(model)
+        decoder.flash = flash
+        return Static(decoder, eos)
+
+    return make
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("number", [0, 3, 5, 8, 13])
+def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, static, number, flash):
+    model = make_model(**SHAPES[number], seed=number).double()
+    eos, layers = eos_token_ids(model, processor), range(SHAPES[number]["layers"])
+    with torch.no_grad():
+        model.lm_head.weight[eos[0]] *= 2.5
+    prompter = Prompter(processor, task)
+    states = encode_clips(model, processor, split.clips, 4)
+    prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
+    limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
+    plain, stepper = Stepper(PackedDecoder(model), eos), static(model, eos, flash)
+    parent = greedy(plain, prompts, limits, 99)
+    assert greedy(stepper, prompts, limits, 5) == parent
+    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    together = translate_without(stepper, traced, layers)
+    some = translate_without(stepper, traced, [*layers][1:])
+    assert together[1:] == some
+    for position in layers:
+        anew = greedy(plain, prompts, limits, 99, [layer for layer in layers if layer != position])
+        assert together[position] == anew, f"layer {position}"
+        assert translate_without(stepper, traced, [position]) == [anew], f"layer {position} alone"
+    assert greedy(stepper, prompts, limits, 4) == parent
