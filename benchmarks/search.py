@@ -184,8 +184,11 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
     limits = [case.limit(clip) for clip in order for _ in case.task.target_languages]
     eos = () if case.num_tokens else eos_token_ids(case.model, case.processor)
     table: list[dict[str, Any]] = []
+    gpu = case.device.type == "cuda"
 
     def add(name: str, work: Callable[[], Any], per: int = 1) -> None:
+        if gpu:
+            work()  # warm-up: PyTorch prepares attention for every new shape
         started = clock(case.device)
         work()
         table.append({"lever": name, "seconds": (clock(case.device) - started) / per})
@@ -197,6 +200,8 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         for i in some:
             generate_embedded(case, [prompts[i]], limits[i])
 
+    if gpu:
+        one_at_a_time()
     started = clock(case.device)
     one_at_a_time()
     seconds = clock(case.device) - started
@@ -209,7 +214,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         "all clips in batches of 50 (generate)",
         lambda: [generate_embedded(case, [prompts[i] for i in half], max(limits[i] for i in half)) for half in halves],
     )
-    stepper, gpu = Stepper(PackedDecoder(case.model), eos), case.device.type == "cuda"
+    stepper = Stepper(PackedDecoder(case.model), eos)
     few = positions[::6] if gpu else positions
     parent = greedy(stepper, prompts, limits, 128)  # this also captures the graphs
     name = "our decoder: no padding, slots" + (", CUDA graphs" if gpu else ", ended rows leave")
@@ -236,7 +241,6 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         ("the parent's translation as a draft", True),
     ):
         traces = traced(every, verify)
-        without(traces, few[:1], 1)  # warm-up
         add(name, lambda traces=traces: without(traces, few, 1), len(few))
         del traces
     if gpu:
@@ -244,7 +248,6 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         traces = traced([block.tolist() for block in np.array_split(by_length, 8)], True)
         for name, most in (("several candidates in one batch", 0), ("a prompt read once for all of them", MOST_ROWS)):
             drafts.MOST_ROWS = most
-            without(traces, positions, len(positions))  # warm-up
             add(name, lambda: without(traces, positions, len(positions)), len(positions))
     return table
 
