@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
 from trimlingual.decode import embed_prompt, encode_clips, greedy
 from trimlingual.drafts import trace, translate_without
+from trimlingual.kernels import add_norm, gated, rotate
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.packed import PackedDecoder, Slots, flash_attention
 from trimlingual.prefix import Prefixes, SharedPrefixes
 from trimlingual.prompts import Prompter
 from trimlingual.recipe import load_recipe
-from trimlingual.rotary import rotate
 from trimlingual.sources import read_source
 from trimlingual.stepping import Stepper
 
@@ -128,3 +128,17 @@ def test_attention_over_shared_prefixes(heads, kv_heads, size):
     )
     assert torch.equal(got[6:], expected[6:])
     torch.testing.assert_close(got[:6], expected[:6], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [96, 4096])
+def test_mlp_kernels(dtype, width):
+    norm = Qwen2RMSNorm(width).cuda().to(dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    hidden, more = (torch.randn(50, width, device="cuda", dtype=dtype) for _ in range(2))
+    with torch.no_grad():
+        got, normed = add_norm(hidden, more.clone(), norm)
+        assert torch.equal(got, hidden + more)
+        torch.testing.assert_close(normed, norm(hidden + more), rtol=1.6e-2, atol=1e-5)
+    act = torch.nn.SiLU()
+    torch.testing.assert_close(gated(act, hidden.clone(), more), act(hidden) * more, rtol=1.6e-2, atol=1e-5)

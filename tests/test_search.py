@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from trimlingual import candidates
 from trimlingual.audio import load_audio
 from trimlingual.data import Split
 from trimlingual.decode import max_new_tokens, translate_clips
@@ -238,3 +239,22 @@ def test_one_language_is_enough(model_dir, split, tmp_path, decode_settings):
     task = TaskSettings(target_languages=["zh"])
     plan = run(model_dir, split, task, decode_settings, RankSettings(num_layers_to_remove=1, metric="bleu"), tmp_path)
     assert set(plan.signatures) == {"zh"}
+
+
+def test_out_of_memory_halves_the_group(model_dir, easy, task, decode_settings, tmp_path, monkeypatch, caplog):
+    """Candidates that do not fit together are decoded apart, and the answer is the same."""
+    settings = RankSettings(num_layers_to_remove=2, metric="chrf", early_stopping=False)
+    plan = run(model_dir, easy, task, decode_settings, settings, tmp_path / "fits")
+    translate = candidates.translate_without
+
+    def tight(stepper, traced, positions, hopeless=None):
+        if len(positions) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return translate(stepper, traced, positions, hopeless)
+
+    monkeypatch.setattr(candidates, "translate_without", tight)
+    monkeypatch.setattr(candidates.Scorer, "group_size", lambda self: 4)
+    halved = run(model_dir, easy, task, decode_settings, settings, tmp_path / "tight")
+    assert "out of GPU memory with a batch of" in caplog.text
+    assert halved.removals == plan.removals
+    assert [(c["layer"], c["score"]) for c in halved.candidates] == [(c["layer"], c["score"]) for c in plan.candidates]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimlingual.bounds import best_possible, settled_counts
 from trimlingual.data import Split
-from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens
+from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, split_on_oom
 from trimlingual.drafts import Trace, losses, losses_without, trace, translate_without
 from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import Lineage
@@ -227,15 +227,17 @@ class Scorer:
             return done
         keys = [(clip, number) for clip in block for number in range(len(self.translated))]
         size = self._batch(traced)
-        for start in range(0, len(candidates), size):
-            group = candidates[start : start + size]
 
-            def hopeless(index: int, rows: list[list[int]], group: list[Candidate] = group) -> bool:
+        def translate(group: Sequence[Candidate]) -> list[list[list[int]] | None]:
+            def hopeless(index: int, rows: list[list[int]]) -> bool:
                 return floor is not None and tallies[group[index]].bound(dict(zip(keys, rows))) < floor
 
             positions = [self._position(candidate) for candidate in group]
-            every = translate_without(self._stepper, traced, positions, hopeless if floor is not None else None)
-            for candidate, rows in zip(group, every):
+            return translate_without(self._stepper, traced, positions, hopeless if floor is not None else None)
+
+        for start in range(0, len(candidates), size):
+            group = candidates[start : start + size]
+            for candidate, rows in zip(group, split_on_oom(translate, group)):
                 done[candidate] = rows is not None
                 if rows is not None:
                     tallies[candidate].add(self._by_clip(block, rows))

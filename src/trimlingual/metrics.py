@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,21 @@ def sentence_statistics(
     """
     _check_texts(hypotheses=hypotheses, references=references)
     scorer = _scorer(metric, language)
-    counts = scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
+    scorer.num_refs = 1
+    counts = [
+        scorer._compute_segment_statistics(
+            scorer._preprocess_segment(text), _reference_ngrams(metric, language, reference)
+        )
+        for text, reference in zip(hypotheses, references)
+    ]
     return SentenceStatistics(metric, np.asarray(counts, dtype=np.int64), str(scorer.get_signature()))
+
+
+@lru_cache(maxsize=1000)  # the layer search scores against the same references thousands of times
+def _reference_ngrams(metric: str, language: str, reference: str) -> dict[str, Any]:
+    """What sacreBLEU counts in a reference."""
+    scorer = _scorer(metric, language)
+    return scorer._extract_reference_info([scorer._preprocess_segment(reference)])
 
 
 def corpus_score(metric: str, hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score:
@@ -219,6 +232,7 @@ def comet(
         return _read_comet_scores(output, len(hypotheses))
 
 
+@lru_cache
 def _scorer(metric: str, language: str) -> Any:
     """sacreBLEU's metric object: default settings but for the tokenizer and the word order."""
     _check_metric(metric)

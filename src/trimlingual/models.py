@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGene
 from transformers.masking_utils import create_bidirectional_mask
 
 from trimlingual.artifacts import write_json
+from trimlingual.kernels import add_norm, gated
 from trimlingual.recipe import Dtype, Tower
 from trimlingual.rehearsal import PREFIX as RANDOM
 from trimlingual.rehearsal import draw, is_random, random_base
@@ -345,8 +346,9 @@ def decoder_layer(
     if wanted is not None:
         normed, hidden = normed[wanted], hidden[wanted]
     mixed = attend(attention.q_proj(normed).view(len(hidden), -1, attention.head_dim), key, value)
-    hidden = hidden + attention.o_proj(mixed.flatten(1))
-    return hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden))
+    hidden, normed = add_norm(hidden, attention.o_proj(mixed.flatten(1)), layer.post_attention_layernorm)
+    mlp = layer.mlp
+    return hidden + mlp.down_proj(gated(mlp.act_fn, mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
 def rms_norm(norm: Any, hidden: Tensor) -> Tensor:

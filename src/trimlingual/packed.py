@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trimlingual.kernels import rotate
 from trimlingual.models import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
-from trimlingual.rotary import rotate
 
 # Tokens prefilled at once: on a GPU enough to fill it, with activations below 2 GB for 7B parameters; on a CPU what its caches hold.
 CHUNK_TOKENS = {"cuda": 16384, "cpu": 4096}

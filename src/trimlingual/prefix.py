@@ -9,20 +9,14 @@ Shapes: L layers, B rows, P prefixes, H heads, K key-value heads, E head size, S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trimlingual.kernels import join
 from trimlingual.packed import Slots, flash_attention
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of PyTorch come without it
-    triton = None
 
 MOST_ROWS = 128  # of a prefix: one tile of the attention kernel
 
@@ -105,45 +99,3 @@ class SharedPrefixes:
             causal=False, used=self.length,
         )  # fmt: skip
         return join(own, own_sums, shared, shared_sums, self.place[layer, :size])
-
-
-def join(own: Tensor, own_sums: Tensor, shared: Tensor, shared_sums: Tensor, place: Tensor) -> Tensor:
-    """Attention over two sets of keys from that over each, (B, H, E), and its log-sum-exps (H, B); `own` is overwritten.
-
-    Row b stands at `place[b]` of the shared ones; at -1 it has only its own.
-    """
-    if triton is None or own.device.type != "cuda":
-        there = place.clamp(min=0).long()
-        weight = torch.sigmoid(own_sums - shared_sums[:, there]).T[..., None]
-        mixed = weight * own.float() + (1 - weight) * shared[there].float()
-        return torch.where(place[:, None, None] < 0, own, mixed.to(own.dtype))
-    rows, heads, size = own.shape
-    tile = math.gcd(heads, 8)
-    _kernel[rows, heads // tile](
-        own, own_sums, shared, shared_sums, place, rows,
-        H=heads, E=size, BLOCK=triton.next_power_of_2(size), TILE=tile, num_warps=2,
-    )  # fmt: skip
-    return own
-
-
-def _join_kernel(
-    own, own_sums, shared, shared_sums, place, rows,
-    H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """One program a row and TILE heads."""
-    row = tl.program_id(0)
-    there = tl.load(place + row)
-    if there >= 0:
-        head = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        lane = tl.arange(0, BLOCK)
-        weight = tl.sigmoid(tl.load(own_sums + head * rows + row) - tl.load(shared_sums + head * rows + there))[:, None]
-        at = head[:, None] * E + lane[None, :]
-        inside = (lane < E)[None, :] & (head < H)[:, None]
-        mine = tl.load(own + row.to(tl.int64) * H * E + at, mask=inside)
-        mixed = weight * mine.to(tl.float32)
-        mixed += (1 - weight) * tl.load(shared + there.to(tl.int64) * H * E + at, mask=inside).to(tl.float32)
-        tl.store(own + row.to(tl.int64) * H * E + at, mixed.to(own.dtype.element_ty), mask=inside)
-
-
-if triton is not None:
-    _kernel = triton.jit(_join_kernel)

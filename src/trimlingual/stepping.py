@@ -283,7 +283,7 @@ class _Graphs:
         if self.sharing and self.shared:
             over = partial(self.shared.attend, position, slots=slots)
         output = self.decoder.step(position, hidden, rope, self.slot[:size], slots, over)
-        hidden.copy_(torch.where(self.lacks[position, :size], hidden, output))
+        torch.where(self.lacks[position, :size], hidden, output, out=hidden)
 
     def _end(self, size: int) -> None:
         self.token[:size] = self.decoder.next_tokens(self.hidden[:size])
