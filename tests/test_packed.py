@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.packed import Packed, PackedDecoder, common_beginnings
+from trimlingual.packed import PackedDecoder
+from trimlingual.packing import Packed, common_beginnings
 
 CPU = torch.device("cpu")
 

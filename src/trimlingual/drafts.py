@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimlingual.packed import Packed, PackedDecoder, Slots, chunks, common_beginnings
+from trimlingual.packed import PackedDecoder, Slots
+from trimlingual.packing import Packed, chunks, common_beginnings
 from trimlingual.prefix import MOST_ROWS, Prefixes
 from trimlingual.stepping import Rows, Stepper
 

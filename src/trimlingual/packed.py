@@ -13,10 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -24,141 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trimlingual.kernels import rotate
 from trimlingual.models import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
-
-# Tokens prefilled at once: on a GPU enough to fill it, with activations below 2 GB for 7B parameters; on a CPU what its caches hold.
-CHUNK_TOKENS = {"cuda": 16384, "cpu": 4096}
-
+from trimlingual.packing import Packed, Tail, chunks, common_beginnings
 
 # Attention (B, H, E) of one token a row over keys and values (S, K, E) of the slots.
 OverSlots = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Which row and which position each of N tokens has, rows one after the other.
-
-    A row may begin like the one before it. What they have in common is then computed once, so that C <= N tokens are computed.
-    """
-
-    lengths: tuple[int, ...]
-    row: Tensor  # (N,)
-    position: Tensor  # (N,)
-    offsets: Tensor  # (B + 1,) int32, where each row's tokens begin
-    shared: tuple[int, ...]  # tokens at the beginning of each row that are those of the row before
-    source: Tensor | None  # (N,) which computed token each token is; None where each is its own
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, shared: Sequence[int] = ()) -> Packed:
-        """Rows of the given lengths."""
-        counts = torch.tensor(lengths, device=device)
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts, output_size=sum(lengths))
-        position = torch.arange(sum(lengths), device=device) - offsets[row]
-        source = torch.from_numpy(_sources(lengths, shared)).to(device) if any(shared) else None
-        shared = tuple(shared) or (0,) * len(lengths)
-        return cls(tuple(lengths), row, position, offsets.int(), shared, source)
-
-    @cached_property
-    def computed(self) -> Tail:
-        """The tokens that are computed."""
-        return self.tail([length - shared for length, shared in zip(self.lengths, self.shared)])
-
-    def tail(self, counts: Sequence[int]) -> Tail:
-        """The last `counts` tokens of each row, which must be computed ones."""
-        device = self.row.device
-        skipped = torch.tensor([length - count for length, count in zip(self.lengths, counts)], device=device)
-        tokens = torch.tensor(counts, device=device)
-        offsets = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
-        row = torch.repeat_interleave(torch.arange(len(tokens), device=device), tokens, output_size=sum(counts))
-        inner = torch.arange(sum(counts), device=device) - offsets[row]
-        index = self.offsets[row] + skipped[row] + inner
-        if self.source is not None:
-            index = self.source[index]
-        return Tail(tuple(counts), row, inner, offsets.int(), skipped, index, max(self.lengths))
-
-
-@dataclass(frozen=True)
-class Tail:
-    """The last tokens of rows, M in all, as queries that see the whole rows."""
-
-    lengths: tuple[int, ...]
-    row: Tensor  # (M,)
-    inner: Tensor  # (M,) position among the row's last tokens
-    offsets: Tensor  # (B + 1,) int32
-    skipped: Tensor  # (B,) tokens of the row before them
-    index: Tensor  # (M,) which computed tokens they are
-    longest: int  # row
-
-    @property
-    def position(self) -> Tensor:
-        """(M,) position in the row."""
-        return self.inner + self.skipped[self.row]
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """The rows for attention with padding: those with long tails and, apart, those with less than half as much."""
-        counts = torch.tensor(self.lengths, device=self.row.device)
-        short = 2 * counts < counts.max()
-        return [self._group(rows) for rows in ((~short).nonzero()[:, 0], short.nonzero()[:, 0]) if len(rows)]
-
-    def _group(self, rows: Tensor) -> Group:
-        device = self.row.device
-        number = torch.full((len(self.lengths),), -1, device=device)
-        number[rows] = torch.arange(len(rows), device=device)
-        tokens = (number[self.row] >= 0).nonzero()[:, 0]
-        longest = max(self.lengths[row] for row in rows.tolist())
-        skipped, mask = self.skipped[rows], None
-        if skipped.any():
-            positions = torch.arange(self.longest, device=device)
-            itself = skipped[:, None] + positions[:longest]
-            mask = (positions <= itself[..., None])[:, None]
-        return Group(rows, tokens, number[self.row[tokens]], self.inner[tokens], longest, mask)
-
-
-@dataclass(frozen=True)
-class Group:
-    """G rows whose tails are padded together."""
-
-    rows: Tensor  # (G,)
-    tokens: Tensor  # of the tails' tokens, those of these rows
-    row: Tensor  # of each of them, among the G
-    inner: Tensor  # position of each in its tail
-    longest: int  # tail
-    mask: Tensor | None  # (G, 1, longest tail, longest row), what each sees; None when the tails are whole rows
-
-
-def _sources(lengths: Sequence[int], shared: Sequence[int]) -> np.ndarray:
-    """Which computed token each token of the rows is."""
-    now, found, count = np.zeros(max(lengths), dtype=np.int64), [], 0
-    for length, common in zip(lengths, shared):
-        now[common:length] = np.arange(count, count + length - common)
-        count += length - common
-        found.append(now[:length].copy())
-    return np.concatenate(found)
-
-
-def common_beginnings(prompts: Sequence[Tensor]) -> list[int]:
-    """How many inputs at the beginning of each prompt (T_i, D) are those of the prompt before; its last one is never counted.
-
-    Prompts of a clip for several languages have the audio in common, all prompts what stands before it.
-    """
-    common = [torch.zeros((), dtype=torch.long, device=prompts[0].device)]
-    for before, now in pairwise(prompts):
-        length = min(len(before), len(now) - 1)
-        same = (before[:length] == now[:length]).all(-1)
-        common.append(same.long().cumprod(0).sum())
-    return torch.stack(common).tolist()
-
-
-def chunks(lengths: Sequence[int], device: torch.device) -> Iterator[range]:
-    """Consecutive rows of at most CHUNK_TOKENS tokens together (a longer row alone)."""
-    start, tokens = 0, 0
-    for row, length in enumerate(lengths):
-        if tokens and tokens + length > CHUNK_TOKENS.get(device.type, 4096):
-            yield range(start, row)
-            start, tokens = row, 0
-        tokens += length
-    yield range(start, len(lengths))
 
 
 @dataclass
@@ -211,6 +78,33 @@ class Slots:
         for layer in active:
             keys[layer], values[layer] = chosen(keys[layer]), chosen(values[layer])
         return Slots(keys, values, self.start[: len(rows) + 1], self.width, self.ragged)
+
+
+class _Into:
+    """Where packed rows stand in slots, from row `first_row` on."""
+
+    def __init__(self, packed: Packed, slots: Slots, first_row: int):
+        self.packed, self.slots = packed, slots
+        self.start = slots.start[first_row : first_row + len(packed.lengths) + 1]
+        self.lengths = packed.offsets.diff()
+        self._place = slots.start[packed.row + first_row] + packed.position  # (N,) slot of each token
+        self._from = self._again = None
+        if packed.source is not None:
+            computed = torch.zeros_like(packed.row, dtype=torch.bool)
+            computed[packed.computed.place] = True
+            again = (~computed).nonzero()[:, 0]
+            self._from, self._again = self._place[packed.computed.place[packed.source[again]]], self._place[again]
+            self._place = self._place[packed.computed.place]
+
+    def destination(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of a layer, and the slots (C,) of the computed tokens in them."""
+        return self.slots.keys[position], self.slots.values[position], self._place
+
+    def repeat(self, position: int) -> None:
+        """Copy what a row has in common with the one before it."""
+        if self._again is not None:
+            for tensor in (self.slots.keys[position], self.slots.values[position]):
+                tensor[self._again] = tensor[self._from]
 
 
 class PackedDecoder:
@@ -270,28 +164,24 @@ class PackedDecoder:
         rows' `slots`, from row `first_row` on. The last layer's output is that of the last `tail` tokens of each row alone, which is
         all that is ever read of a prompt.
         """
-        rope, source = self.rope(packed.computed.position), packed.source
-        index = slots.start[packed.row + first_row] + packed.position if slots else None
+        rope, into = self.rope(packed.computed.position), _Into(packed, slots, first_row) if slots else None
         for position in active:
             kept: list[Tensor] = []
-            to = (slots.keys[position], slots.values[position], index) if slots and index is not None else None
             last = packed.tail(tail) if tail and position == active[-1] else None
 
             def attend(
-                query: Tensor,
-                key: Tensor,
-                value: Tensor,
-                kept: Any = kept,
-                to: Any = to,
-                last: Tail | None = last,
-            ) -> Tensor:
-                wanted = last.index if last else None
-                query, key = rotate(query, key, value, rope, to if source is None else None, wanted)
+                query: Tensor, key: Tensor, value: Tensor,
+                kept: Any = kept, position: int = position, last: Tail | None = last,
+            ) -> Tensor:  # fmt: skip
+                to = into.destination(position) if into else None
+                query, key = rotate(query, key, value, rope, to, last.index if last else None)
                 kept += [key, value]
-                if source is not None:
-                    key, value = key[source], value[source]
-                    if to:
-                        to[0][to[2]], to[1][to[2]] = key, value
+                if into:
+                    into.repeat(position)
+                    if self.flash and packed.source is not None:
+                        return self._causal_over_slots(query, position, into, last or packed.computed)
+                if packed.source is not None:
+                    key, value = key[packed.source], value[packed.source]
                 return self._causal(query, key, value, packed, last or packed.computed)
 
             hidden = decoder_layer(self.layers[position], hidden, attend, last.index if last else None)
@@ -381,6 +271,15 @@ class PackedDecoder:
                 enable_gqa=query.shape[1] != key.shape[1],
             )
             mixed[group.tokens] = out.transpose(1, 2)[group.row, group.inner]
+        return mixed
+
+    def _causal_over_slots(self, query: Tensor, position: int, into: _Into, tail: Tail) -> Tensor:
+        """The same over rows that stand in slots, with flash attention."""
+        longest = max(tail.lengths), max(into.packed.lengths)
+        keys, values = into.slots.keys[position], into.slots.values[position]
+        mixed, _ = flash_attention(
+            query, keys, values, tail.offsets, into.start, *longest, causal=True, used=into.lengths
+        )
         return mixed
 
     def over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
