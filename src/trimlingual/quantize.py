@@ -4,7 +4,7 @@ The adapter was trained on the 4-bit weights, so only these (dequantised) and th
 (Dettmers et al. 2023, QLoRA). But they stand on the 4-bit grid, and an adapter moves most of them by less than half a step: rounded
 again they are back where they were, and what was learned is gone. Merged onto the original weights, which lie anywhere between the
 steps, it survives on average. So that is the default (`merge_base`); benchmarks/quantization.py measures both, and merging inside
-4-bit. The only file that imports bitsandbytes.
+4-bit.
 """
 
 from __future__ import annotations
