@@ -40,16 +40,15 @@ class SharedPrefixes:
         self.first = zeros(num_prefixes + 1)  # slot of each prefix
         self.length = zeros(num_prefixes)
         self.of, self.below = zeros(num_entries, dtype=torch.long), zeros(num_entries, dtype=torch.long)
-        self.order = zeros(
-            num_layers, num_entries, dtype=torch.long
-        )  # entries that share, prefix by prefix, then the others
-        self.place = zeros(num_layers, num_entries)  # of an entry in that order; -1: it does not share
-        self.ends = zeros(
-            num_layers, num_prefixes + 1
-        )  # where each prefix's entries end in that order, beginning with 0
-        self.skip = zeros(num_layers, num_entries)  # tokens of an entry's row that are read as a prefix
-        self.start = zeros(num_layers, num_entries + 1)  # slot from which on it reads its own
-        self.used = zeros(num_layers, num_entries)  # how many of these
+        # By layer: entries that share, prefix by prefix, then the others; where each prefix's end in that order, beginning with 0; an
+        # entry's place in it, -1 if it does not share.
+        self.order = zeros(num_layers, num_entries, dtype=torch.long)
+        self.ends = zeros(num_layers, num_prefixes + 1)
+        self.place = zeros(num_layers, num_entries)
+        # How many tokens of an entry's row are read as a prefix, the slot from which on it reads its own, and how many of these.
+        self.skip = zeros(num_layers, num_entries)
+        self.start = zeros(num_layers, num_entries + 1)
+        self.used = zeros(num_layers, num_entries)
 
     def load(self, prefixes: Prefixes, entries: Sequence[int], slots: Slots) -> None:
         """Prefixes of these rows, one an entry."""
