@@ -241,3 +241,15 @@ def test_forward_is_the_classs_own_after_training(make_model, processor, split, 
     model = make_model(layers=2)
     train_(model, processor, split.clips, copy.copy(examples), task, TrainSettings(max_steps=1), 0, tmp_path)
     assert "forward" not in vars(model)
+
+
+def test_no_attention_that_is_built_for_each_shape(make_model, processor, split, task, examples, tmp_path):
+    """cuDNN's kernels are off in the forward pass and while checkpointed layers run again, and as before afterwards."""
+    model, seen = make_model(layers=2), []
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    attention = model.model.language_model.layers[1].self_attn
+    attention.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    settings = TrainSettings(max_steps=1, gradient_checkpointing=True)
+    train_(model, processor, split.clips, examples, task, settings, 0, tmp_path)
+    assert seen == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
