@@ -8,8 +8,9 @@ run on some clips for candidates of several rounds; seconds a clip are fitted as
 candidate (on the mini model all clips are run). Ours is the search itself, whole, as `rank` runs it.
 
 Random weights never end a translation, so there both decode the same number of tokens a clip, drawn around 4 a second of audio
-(METHOD: 40 for 10 s). They also make every draft wrong at once and every score nearly 0: drafts and early stopping cost here and bring
-nothing, and what they bring is measured on the mini model. The levers are cumulative. Prints tables, then one JSON document.
+(METHOD: 40 for 10 s). They also make every draft wrong at once and every score nearly 0: early stopping brings
+nothing here, and drafts cost until the search notices, after its first round; what they bring is measured on the mini model. The levers
+are cumulative. Prints tables, then one JSON document.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from trimlingual.artifacts import machine, write_json
 from trimlingual.candidates import Scorer
 from trimlingual.data import Split
 from trimlingual.decode import encode_clips, greedy
-from trimlingual.drafts import Trace, trace, translate_without
+from trimlingual.drafts import NO_DRAFT, Trace, trace, translate_without
 from trimlingual.lineage import Lineage
 from trimlingual.measure import peak_memory
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
@@ -50,7 +51,6 @@ from trimlingual.sources import Clip, read_source
 from trimlingual.stepping import Stepper
 
 RESULTS = Path(__file__).parent / "results"
-NO_TOKEN = -1  # a draft that is never right
 
 
 class FixedLengths(Scorer):
@@ -222,7 +222,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
     add(name, lambda: [greedy(stepper, prompts, limits, 128, active) for active in alone], len(few))
 
     def traced(blocks: Sequence[Sequence[int]], verify: bool) -> list[Trace]:
-        kept = [tokens if verify else [NO_TOKEN] for tokens in parent]
+        kept = [tokens if verify else NO_DRAFT for tokens in parent]
         return [
             trace(stepper.decoder, *([x[i] for i in block] for x in (prompts, kept, limits)), range(count), positions)
             for block in blocks

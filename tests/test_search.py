@@ -12,6 +12,7 @@ from trimlingual import candidates
 from trimlingual.audio import load_audio
 from trimlingual.data import Split
 from trimlingual.decode import max_new_tokens, translate_clips
+from trimlingual.drafts import NO_DRAFT
 from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import read_lineage
 from trimlingual.loss import answer_loss
@@ -258,3 +259,25 @@ def test_out_of_memory_halves_the_group(model_dir, easy, task, decode_settings, 
     assert "out of GPU memory with a batch of" in caplog.text
     assert halved.removals == plan.removals
     assert [(c["layer"], c["score"]) for c in halved.candidates] == [(c["layer"], c["score"]) for c in plan.candidates]
+
+
+def test_drafts_that_are_never_right_are_left_out(model_dir, easy, task, decode_settings, tmp_path, monkeypatch):
+    """From the second round on; the answer is the same."""
+    settings = RankSettings(num_layers_to_remove=2, metric="chrf", early_stopping=False)
+    plan = run(model_dir, easy, task, decode_settings, settings, tmp_path / "kept")
+    make, drafted = candidates.trace, []
+
+    def noted(decoder, prompts, drafts, *rest):
+        drafted.append(drafts[0] != NO_DRAFT)
+        return make(decoder, prompts, drafts, *rest)
+
+    monkeypatch.setattr(candidates, "trace", noted)
+    for least, expected in ((0.0, {True}), (1.1, {True, False})):
+        monkeypatch.setattr(candidates, "MIN_ACCEPTED", least)
+        other = run(model_dir, easy, task, decode_settings, settings, tmp_path / str(least))
+        assert set(drafted) == expected
+        assert other.removals == plan.removals
+        assert [(c["layer"], c["score"]) for c in other.candidates] == [
+            (c["layer"], c["score"]) for c in plan.candidates
+        ]
+        drafted.clear()

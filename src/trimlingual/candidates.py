@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from trimlingual.bounds import best_possible, settled_counts
 from trimlingual.data import Split
 from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, split_on_oom
-from trimlingual.drafts import Trace, losses, losses_without, trace, translate_without
+from trimlingual.drafts import NO_DRAFT, Trace, losses, losses_without, trace, translate_without
 from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import Lineage
 from trimlingual.metrics import SentenceStatistics, sentence_statistics
@@ -30,6 +31,7 @@ from trimlingual.prompts import Prompter
 from trimlingual.recipe import DecodeSettings, RankSettings, TaskSettings, Tower
 from trimlingual.stepping import Stepper
 
+MIN_ACCEPTED = 0.1  # of the drafts' tokens: below this, verifying them costs more than decoding from the beginning
 TRACE_SHARE = 0.5  # of the memory that is free, what candidates share may take
 ENCODE_BATCH = 32  # clips
 GPU_BLOCK_ROWS = 13  # rows of a block: few, because it is decoded until its last row has ended
@@ -124,6 +126,7 @@ class Scorer:
         self.metrics = {language: settings.metric_for(language) for language in task.target_languages}
         self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
         self._sharing = settings.towers == "decoder"
+        self._drafting, self._accepted, self._offered = True, 0, 0  # whether drafts are verified; tokens in this round
         self._states: list[Tensor] | None = None
         self._stepper = Stepper(PackedDecoder(model), self.eos)
         self.begin_round({}, None)
@@ -178,6 +181,9 @@ class Scorer:
         self.removed = {tower: list(removed.get(tower, ())) for tower in TOWERS}
         self.parent = dict(parent or {})
         self.blocks = self._blocks()
+        if self._offered:
+            self._drafting = self._accepted >= MIN_ACCEPTED * self._offered
+        self._accepted = self._offered = 0
         self._traces: dict[tuple[tuple[int, ...], str | None], Trace] = {}
 
     def drop_(self, tower: Tower, layer: int) -> None:
@@ -241,7 +247,15 @@ class Scorer:
                 done[candidate] = rows is not None
                 if rows is not None:
                     tallies[candidate].add(self._by_clip(block, rows))
+                    self._count(traced.drafts, rows)
         return done
+
+    def _count(self, drafts: Sequence[list[int]], rows: Sequence[list[int]]) -> None:
+        """Add up how many of the drafts' tokens were right."""
+        if self._drafting:
+            self._offered += sum(map(len, drafts))
+            for draft, row in zip(drafts, rows):
+                self._accepted += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, row)))
 
     def parent_tally(self) -> Tally:
         """The round's parent on all clips."""
@@ -304,7 +318,7 @@ class Scorer:
             limits = self._limits(block)
             if any(clip not in self.parent for clip in block):
                 self.parent.update(self._translate(None, block))
-            drafts = [ids for clip in block for ids in self.parent[clip]]
+            drafts = [ids if self._drafting else NO_DRAFT for clip in block for ids in self.parent[clip]]
         active, allowed = self._active(None), self.candidates(self.lineage)
         positions = [p for p in active if Candidate("decoder", self.present["decoder"][p]) in allowed]
         needed = Trace.num_bytes(decoder, len(active), len(positions), prompts, drafts)

@@ -22,6 +22,8 @@ from trimlingual.packing import Packed, chunks, common_beginnings
 from trimlingual.prefix import MOST_ROWS, Prefixes
 from trimlingual.stepping import Rows, Stepper
 
+NO_DRAFT = [-1]  # never right, so decoding begins at the beginning
+
 
 @dataclass(frozen=True)
 class _Chunk:
