@@ -7,10 +7,10 @@ Published (Moslem 2025): for every candidate a deep copy of the model, and for e
 run on some clips for candidates of several rounds; seconds a clip are fitted as a line over its tokens, which gives the seconds of a
 candidate (on the mini model all clips are run). Ours is the search itself, whole, as `rank` runs it.
 
-Random weights never end a translation, so there both decode the same number of tokens a clip, drawn around 4 a second of audio
-(METHOD: 40 for 10 s). They also make every draft wrong at once and every score nearly 0: early stopping brings
-nothing here, and drafts cost until the search notices, after its first round; what they bring is measured on the mini model. The levers
-are cumulative. Prints tables, then one JSON document.
+Random weights never end a translation, so there both decode the same number of tokens a clip, drawn around 4 a second of audio. They
+also make every draft wrong at once and every score nearly 0: early stopping brings nothing here, and drafts cost until the search
+notices, after its first round; what they bring is measured on the mini model. The levers are cumulative. Prints tables, then one JSON
+document.
 """
 
 from __future__ import annotations

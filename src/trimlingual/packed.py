@@ -90,11 +90,9 @@ class _Into:
         self._place = slots.start[packed.row + first_row] + packed.position  # (N,) slot of each token
         self._from = self._again = None
         if packed.source is not None:
-            computed = torch.zeros_like(packed.row, dtype=torch.bool)
-            computed[packed.computed.place] = True
-            again = (~computed).nonzero()[:, 0]
-            self._from, self._again = self._place[packed.computed.place[packed.source[again]]], self._place[again]
-            self._place = self._place[packed.computed.place]
+            computed, again = packed.computed.place, packed.repeated
+            self._from, self._again = self._place[computed[packed.source[again]]], self._place[again]
+            self._place = self._place[computed]
 
     def destination(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of a layer, and the slots (C,) of the computed tokens in them."""

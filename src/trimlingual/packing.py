@@ -6,7 +6,7 @@ Shapes: B rows, N tokens of all rows packed, C of them computed, M in rows' tail
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -31,6 +31,9 @@ class Packed:
     offsets: Tensor  # (B + 1,) int32, where each row's tokens begin
     shared: tuple[int, ...]  # tokens at the beginning of each row that are those of the row before
     source: Tensor | None  # (N,) which computed token each token is; None where each is its own
+    _tails: dict[tuple[int, ...], Tail] = field(
+        default_factory=dict, repr=False
+    )  # made before; making one waits for the GPU
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, shared: Sequence[int] = ()) -> Packed:
@@ -50,6 +53,18 @@ class Packed:
 
     def tail(self, counts: Sequence[int]) -> Tail:
         """The last `counts` tokens of each row, which must be computed ones."""
+        if tuple(counts) not in self._tails:
+            self._tails[tuple(counts)] = self._tail(counts)
+        return self._tails[tuple(counts)]
+
+    @cached_property
+    def repeated(self) -> Tensor:
+        """Which tokens are not computed (N - C,)."""
+        there = torch.zeros_like(self.row, dtype=torch.bool)
+        there[self.computed.place] = True
+        return (~there).nonzero()[:, 0]
+
+    def _tail(self, counts: Sequence[int]) -> Tail:
         device = self.row.device
         skipped = torch.tensor([length - count for length, count in zip(self.lengths, counts)], device=device)
         tokens = torch.tensor(counts, device=device)
