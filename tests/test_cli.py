@@ -121,5 +121,13 @@ def test_estimates_at_the_true_size(monkeypatch):
     text |= {"num_attention_heads": 32, "num_key_value_heads": 32}
     monkeypatch.setattr(estimate, "_config", lambda recipe: Qwen2AudioConfig(text_config=text))
     rows = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora"))
-    assert rows["teacher"] == ("~16.79 GB", "~50.38 GB")  # weights and gradients of 2 bytes, two states of 1
+    # Weights and gradients of 2 bytes, two states of 1; those of the token embedding of 4.
+    assert rows["teacher"] == ("~16.79 GB", "~54.22 GB")
     assert rows["quantized"][0] in ("~6.23 GB", "~6.24 GB", "~6.25 GB")
+    small = ["quantize.scheme=int4", "quantize.eight_bit=[embeddings, lm_head]"]
+    for when, teacher in (("before", "~15.02 GB"), ("after", "~16.79 GB")):
+        rows = estimate.estimate(
+            load_recipe("qwen2-audio-en-de", [*small, f"vocab={{max_tokens: 48000, when: {when}}}"])
+        )
+        assert rows["exported"][0] == "~3.24 GB"  # 3,241,882,247 bytes in benchmarks/results/full_size_7b.json
+        assert rows["teacher"][0] == teacher

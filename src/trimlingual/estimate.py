@@ -17,18 +17,25 @@ ADAM_STATES = 2
 def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """(disk, memory) as text by stage name. Memory counts weights, gradients and optimiser states, not activations."""
     sizes = part_sizes(recipe)
-    full = sum(sizes.values())
+    trimmed = _trimmed(sizes, recipe)
+    if recipe.vocab and recipe.vocab.when == "before":
+        sizes = trimmed
+    full, table = sum(sizes.values()), sizes["embeddings"]
     layers = sizes["decoder"] + sizes["decoder_other"]
     count = _num_decoder_layers(recipe)
     removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" else 0
     pruned = full - layers * removed // count
     held, stored = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
-    rows = {"data": ("", ""), "rank": ("", gb(full * held)), "distilled": ("", gb(full * held))}
+    rows = {
+        "trimmed": (gb(sum(trimmed.values()) * stored), ""),
+        "rank": ("", gb(full * held)),
+        "distilled": ("", gb(full * held)),
+    }
     if recipe.finetune:
-        rows["teacher"] = (gb(full * stored), gb(_training_bytes(full, held, recipe.finetune)))
+        rows["teacher"] = (gb(full * stored), gb(_training_bytes(full, table, held, recipe.finetune)))
     rows["pruned"] = (gb(pruned * stored), gb(2 * pruned * held))
     if recipe.recover:
-        rows["recovered"] = (gb(pruned * stored), gb(_training_bytes(pruned, held, recipe.recover)))
+        rows["recovered"] = (gb(pruned * stored), gb(_training_bytes(pruned, table, held, recipe.recover)))
     if recipe.quantize:
         size = full if recipe.quantize.start in ("base", "teacher") else pruned
         gone = 0 if size == full else removed
@@ -39,8 +46,12 @@ def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
         memory = _quantized_bytes(sizes, trained, held, gone / count)
         memory += _adapter_bytes(sizes, recipe.quantize, gone / count)
         rows["quantized"] = rows["exported"] = (gb(disk), gb(memory))
+        left = _quantized_bytes(trimmed, recipe.quantize, stored, gone / count)
     else:
         rows["exported"] = (gb(pruned * stored), "")
+        left = (pruned - full + sum(trimmed.values())) * stored
+    if recipe.vocab and recipe.vocab.when == "after":
+        rows["trimmed"] = rows["exported"] = (gb(left), "")
     return rows
 
 
@@ -83,11 +94,24 @@ def _config(recipe: Recipe) -> Any:
     return AutoConfig.from_pretrained(resolve_base(base))
 
 
-def _training_bytes(num: int, held: int, train: TrainSettings) -> float:
-    """Weights, and for what is trained a gradient and two Adam states, in the weights' dtype or a byte each."""
+def _training_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:
+    """Weights, and for what is trained a gradient and two Adam states, in the weights' dtype or a byte each.
+
+    With 8-bit states transformers keeps those of the token embedding, `table` weights, in float32.
+    """
     if train.method == "lora":
         return num * held * 1.1
-    return num * (2 * held + ADAM_STATES * (1 if "8bit" in train.optimizer else held))
+    state = 1 if "8bit" in train.optimizer else held
+    more = BYTES["float32"] - state if "8bit" in train.optimizer else 0
+    return num * (2 * held + ADAM_STATES * state) + table * ADAM_STATES * more
+
+
+def _trimmed(sizes: dict[str, int], recipe: Recipe) -> dict[str, int]:
+    """Sizes with the vocabulary's rows that the recipe leaves; as they are where only counting will tell how many."""
+    if not recipe.vocab or recipe.vocab.max_tokens is None:
+        return sizes
+    share = min(1.0, recipe.vocab.max_tokens / _config(recipe).text_config.vocab_size)
+    return sizes | {part: round(sizes[part] * share) for part in ("embeddings", "lm_head")}
 
 
 def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored: int, gone: float) -> float:
