@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from trimlingual import lora
 from trimlingual.lora import add_lora, fuse_lora_
 from trimlingual.models import text_decoder
 from trimlingual.recipe import LoraSettings
@@ -18,7 +19,7 @@ class Two(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 128, bias=False)
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 192, bias=False)
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)))
@@ -88,6 +89,25 @@ def test_checkpointing_gives_the_same_gradients():
     out.square().sum().backward()
     for a, b in zip(expected, [out, x.grad, *(p.grad for p in fused.parameters() if p.requires_grad)]):
         assert torch.equal(a, b)
+
+
+def test_inference_is_pefts_own(monkeypatch):
+    _, fused, _ = adapted()
+    monkeypatch.setattr(lora._Weight, "of", None)
+    with torch.no_grad():
+        fused.eval()(torch.randn(2, 64))
+        with pytest.raises(TypeError):
+            fused.train()(torch.randn(2, 64))
+
+
+def test_training_goes_on_after_inference():
+    """bitsandbytes may have brought 4-bit weights into another order on a CPU."""
+    _, fused, _ = adapted(four_bit=True)
+    x = torch.randn(3, 64)
+    before = fused(x)
+    with torch.no_grad():
+        fused.eval()(x)
+    torch.testing.assert_close(fused.train()(x), before, rtol=1e-2, atol=1e-2)
 
 
 def test_layers_that_are_not_plain_are_left_alone():

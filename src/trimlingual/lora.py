@@ -73,7 +73,8 @@ def _forward(layer: Any, plain: Any, weight: _Weight, x: Tensor, *args: Any, **k
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if layer.merged or layer.disable_adapters or args or kwargs or not (autocast or a.dtype == x.dtype):
+    usual = layer.training and not (layer.merged or layer.disable_adapters or args or kwargs or weight.is_repacked)
+    if not usual or not (autocast or a.dtype == x.dtype):
         return plain(x, *args, **kwargs)
     return _LoraLinear.apply(x, a, b, weight, layer.scaling[name], dtype)
 
@@ -87,6 +88,12 @@ class _Weight:
     def __init__(self, base: Any):
         self.base = base
         self._state: Any = None
+        self._made_from: Any = None
+
+    @property
+    def is_repacked(self) -> bool:
+        """Whether bitsandbytes has brought the weight into its order for inference on a CPU, which only its own layer reads."""
+        return getattr(getattr(self.base.weight, "quant_state", None), "packing_format_for_cpu", False)
 
     def of(self, dtype: torch.dtype) -> Tensor:
         """In full, in `dtype`."""
@@ -95,7 +102,8 @@ class _Weight:
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
         weight, state = self.base.weight, self.base.weight.quant_state
-        if self._state is None:
+        if self._made_from is not state:
+            self._made_from = state
             absmax = state.absmax
             if state.nested:
                 absmax = (dequantize_blockwise(absmax, state.state2) + state.offset).float()
