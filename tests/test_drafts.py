@@ -27,18 +27,22 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(SHAPES)))
-def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, number):
-    model = make_model(**SHAPES[number], seed=number).double()
+def random_case(make_model, processor, split, task, number, dtype):
+    """A random model of shape `number`: the model, end tokens, positions of its layers, prompts and bounds of unlike length."""
+    model = make_model(**SHAPES[number], seed=number).to(dtype)
     eos = eos_token_ids(model, processor)
     with torch.no_grad():  # some answers end early, some run into their bound
         model.lm_head.weight[eos[0]] *= 2.5
     prompter = Prompter(processor, task)
     states = encode_clips(model, processor, split.clips, 4)
     prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
-    limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
+    return model, eos, range(SHAPES[number]["layers"]), prompts, [6 + 3 * (i % 5) for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, number):
+    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
     stepper = Stepper(PackedDecoder(model), eos)
-    layers = range(SHAPES[number]["layers"])
     parent = greedy(stepper, prompts, limits, 5)
     traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
     changed = 0

@@ -17,7 +17,7 @@ from trimlingual.recipe import load_recipe
 from trimlingual.sources import read_source
 from trimlingual.stepping import Stepper
 
-from .test_drafts import SHAPES
+from .test_drafts import SHAPES, random_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -25,14 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("number", range(0, len(SHAPES), 3))
 def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, number):
     """In float32, with graphs: candidates alone, together, and the CPU's decoding."""
-    model = make_model(**SHAPES[number], seed=number)
-    eos, layers = eos_token_ids(model, processor), range(SHAPES[number]["layers"])
-    with torch.no_grad():
-        model.lm_head.weight[eos[0]] *= 2.5
-    prompter = Prompter(processor, task)
-    states = encode_clips(model, processor, split.clips, 4)
-    prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
-    limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
+    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float32)
     on_cpu = Stepper(PackedDecoder(model), eos)
     expected = [greedy(on_cpu, prompts, limits, 99, [i for i in layers if i != gone]) for gone in layers]
     model, prompts = model.cuda(), [prompt.cuda() for prompt in prompts]

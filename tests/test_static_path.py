@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from trimlingual import packed, prefix, stepping
-from trimlingual.decode import embed_prompt, encode_clips, greedy
+from trimlingual.decode import greedy
 from trimlingual.drafts import trace, translate_without
-from trimlingual.models import eos_token_ids
 from trimlingual.packed import PackedDecoder
-from trimlingual.prompts import Prompter
 from trimlingual.stepping import Stepper
 
 from .plain_attention import plain_attention
-from .test_drafts import SHAPES
+from .test_drafts import random_case
 
 
 class Event:
@@ -55,14 +53,7 @@ def static(monkeypatch):
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize("number", [0, 3, 5, 8, 13])
 def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, static, number, flash):
-    model = make_model(**SHAPES[number], seed=number).double()
-    eos, layers = eos_token_ids(model, processor), range(SHAPES[number]["layers"])
-    with torch.no_grad():
-        model.lm_head.weight[eos[0]] *= 2.5
-    prompter = Prompter(processor, task)
-    states = encode_clips(model, processor, split.clips, 4)
-    prompts = [embed_prompt(model, prompter, s, lang) for s in states for lang in task.target_languages]
-    limits = [6 + 3 * (i % 5) for i in range(len(prompts))]
+    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
     plain, stepper = Stepper(PackedDecoder(model), eos), static(model, eos, flash)
     parent = greedy(plain, prompts, limits, 99)
     assert greedy(stepper, prompts, limits, 5) == parent

@@ -1,8 +1,8 @@
 """Batched greedy decoding: the one decoder behind `rank`, `distill`, `evaluate` and `translate`.
 
-Clips are grouped by length, encoded once whatever the number of target languages, and decoded with left padding and a KV cache; rows
-that have ended leave the batch. The number of new tokens is bounded by the audio's length, so that a runaway costs little. Greedy
-results equal Hugging Face `generate` in float32 (tests/test_decode.py).
+Clips are grouped by length, encoded once whatever the number of target languages, and decoded without padding by packed.py and
+stepping.py. The number of new tokens is bounded by the audio's length, so that a runaway costs little. Greedy results equal Hugging
+Face `generate` in float32 (tests/test_decode.py).
 
 Shapes: B batch, T tokens, F audio states of a clip, A tower width, D decoder width.
 """

@@ -2,7 +2,7 @@
 
 PEFT's layer is a dozen operations forward and about twice as many back. A QLoRA step of a 7B model with 417 adapted layers and short
 clips is bound by launching them, not by the GPU (benchmarks/train_speed.py), so for training the plain case runs as one node: two
-products with the frozen weight, five with the low-rank factors, everything in the dtype of autocast. The layer's function, its
+products with the frozen weight, six with the low-rank factors, everything in the dtype of autocast. The layer's function, its
 parameters and its checkpoints stay PEFT's.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
