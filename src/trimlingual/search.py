@@ -109,9 +109,8 @@ class Search:
         if advance:
             advance(len(records))
         pending = [c for c in candidates if _key(number, c, clips) not in self.known]
-        most = self.scorer.group_size() * num_processes()
-        size = math.ceil(len(pending) / max(1, math.ceil(len(pending) / most)))  # waves of equal size
-        for start in range(0, len(pending), max(1, size)):
+        size = self._wave_size(len(pending))
+        for start in range(0, len(pending), size):
             wave = pending[start : start + size]
             limit = floor(records) if floor else None
             mine = self._score(number, wave[process_index() :: num_processes()], blocks, limit, earlier)
@@ -211,15 +210,18 @@ class Search:
     def _probe(self, candidates: Sequence[Candidate]) -> None:
         """Time some candidates, and say how long the whole search will take."""
         total = self._num_candidates()
-        count = min(self.scorer.group_size() * num_processes(), len(candidates))
-        first = (
-            len(candidates) - count
-        ) // 2  # of middle depth, because what lies above the missing layer is what takes time
+        count = self._wave_size(len(candidates))
+        first = (len(candidates) - count) // 2  # of middle depth: what lies above the missing layer is what takes time
         started = time.perf_counter()
         probed = self.share_out(1, candidates[first : first + count], self.scorer.blocks)
         seconds = max(time.perf_counter() - started, max(r["seconds"] for r in probed) / num_processes()) / len(probed)
         expected = f"{seconds * total / 60:.1f} minutes" if seconds * total > 90 else f"{seconds * total:.0f} s"
         say(f"  about {expected} at {seconds:.2f} s a candidate, if none is given up")
+
+    def _wave_size(self, count: int) -> int:
+        """Candidates of all processes in a wave, of `count` that are left: in waves of equal size."""
+        most = self.scorer.group_size() * num_processes()
+        return math.ceil(count / math.ceil(count / most)) if count else 1
 
     def _num_candidates(self) -> int:
         first = len(self.scorer.candidates(self.scorer.lineage))
