@@ -120,7 +120,8 @@ def test_attention_over_shared_prefixes(heads, kv_heads, size):
         query, whole_keys, whole_values, each, start[:10], 1, capacity, causal=False, used=used
     )
     assert torch.equal(got[6:], expected[6:])
-    torch.testing.assert_close(got[:6], expected[:6], rtol=2e-2, atol=2e-3)
+    # Each of the two parts is rounded before they are joined: a unit of the last place for values up to 1.
+    torch.testing.assert_close(got[:6], expected[:6], rtol=2e-2, atol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
