@@ -169,6 +169,12 @@ def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, split, 
     assert "forward" not in vars(model)
 
 
+def test_flash_adamw_says_what_it_needs(make_model, processor, split, task, examples, tmp_path):
+    settings = TrainSettings(max_steps=1, optimizer="flash_adamw")
+    with pytest.raises(TrainingError, match="needs a CUDA GPU; set optimizer: adamw_torch"):
+        train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path)
+
+
 class _Killed(Exception):
     pass
 

@@ -8,12 +8,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 
 from trimlingual.decode import embed_prompt, encode_clips, greedy
 from trimlingual.drafts import trace, translate_without
-from trimlingual.kernels import add_norm, gated, rotate
+from trimlingual.finetune import TrainingError, _TranslationTrainer, train_
+from trimlingual.kernels import add_norm, attend_one, gated, rotate
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.packed import PackedDecoder, Slots, flash_attention
 from trimlingual.prefix import Prefixes, SharedPrefixes
-from trimlingual.prompts import Prompter
-from trimlingual.recipe import load_recipe
+from trimlingual.prompts import Example, Prompter
+from trimlingual.recipe import TrainSettings, load_recipe
 from trimlingual.sources import read_source
 from trimlingual.stepping import Stepper
 
@@ -136,3 +137,82 @@ def test_mlp_kernels(dtype, width):
         torch.testing.assert_close(normed, norm(hidden + more), rtol=1.6e-2, atol=1e-5)
     act = torch.nn.SiLU()
     torch.testing.assert_close(gated(act, hidden.clone(), more), act(hidden) * more, rtol=1.6e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 32, 128), (8, 2, 64), (6, 3, 24)])
+def test_attention_of_one_token_a_row(dtype, heads, kv_heads, size):
+    shape = {"device": "cuda", "dtype": dtype}
+    used = torch.tensor([1, 31, 32, 33, 200, 2], dtype=torch.int32, device="cuda")
+    start = torch.tensor([0, 5, 50, 100, 150, 390, 400], dtype=torch.int32, device="cuda")
+    keys, values = torch.randn(400, kv_heads, size, **shape), torch.randn(400, kv_heads, size, **shape)
+    query = torch.randn(6, heads, size, **shape)
+    got, sums = attend_one(query, keys, values, start, used)
+    for row, (first, count) in enumerate(zip(start.tolist(), used.tolist())):
+        key, value = (t[first : first + count].float().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+        scores = torch.einsum("he,nhe->hn", query[row].float(), key) * size**-0.5
+        mixed = torch.einsum("hn,nhe->he", scores.softmax(-1), value)
+        torch.testing.assert_close(got[row].float(), mixed, rtol=1.6e-2, atol=2e-3)
+        torch.testing.assert_close(sums[:, row], scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 3e-6])
+def test_small_steps_are_not_rounded_away(scale):
+    """100 steps of 1e-5 in one direction, in bfloat16; gradients as small as those of 8 billion weights whose norm is cut to 1."""
+    flash = pytest.importorskip("flashoptim").FlashAdamW
+    start = (torch.randn(512, 64, device="cuda") * 0.02).bfloat16()
+    gradient = (torch.randn(512, 64, device="cuda") * scale).bfloat16()
+    moved = {}
+    for kind in (flash, torch.optim.AdamW):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = kind([weight], lr=1e-5, weight_decay=0.0)
+        for _ in range(100):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        moved[kind] = ((start - weight.detach()).float() * gradient.float().sign()).mean().item()
+    assert moved[flash] == pytest.approx(1e-3, rel=0.1)
+    assert moved[torch.optim.AdamW] < 0.5e-3
+
+
+class Killed(Exception):
+    pass
+
+
+def test_flash_adamw_resumes(make_model, processor, split, task, tmp_path, monkeypatch):
+    """A run that was stopped ends where one without a stop does, but for the order of sums in the backward pass."""
+    pytest.importorskip("flashoptim")
+    examples = [
+        Example(i, c.id, lang, c.references[lang]) for i, c in enumerate(split.clips) for lang in task.target_languages
+    ]
+    settings = TrainSettings(
+        max_steps=30, learning_rate=1e-3, lr_scheduler="constant", save_steps=20, optimizer="flash_adamw"
+    )
+
+    def movement(folder):
+        model = make_model(layers=2).to("cuda", torch.bfloat16)
+        before = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+        train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / folder)
+        return torch.cat([(p.detach().float() - before[n]).flatten() for n, p in model.named_parameters()])
+
+    straight = movement("straight")
+    training_step = _TranslationTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 25:
+            raise Killed
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(_TranslationTrainer, "training_step", dies)
+    with pytest.raises(Killed):
+        movement("stopped")
+    monkeypatch.setattr(_TranslationTrainer, "training_step", training_step)
+    resumed = movement("stopped")
+    assert straight.abs().mean() > 0
+    assert (resumed - straight).abs().mean() < 0.1 * straight.abs().mean()
+
+
+def test_flash_adamw_does_not_go_with_fsdp(make_model, processor, split, task, tmp_path):
+    settings = TrainSettings(max_steps=1, optimizer="flash_adamw", fsdp="full_shard auto_wrap")
+    examples = [Example(0, "clip", "de", "Text")]
+    with pytest.raises(TrainingError, match="does not go with fsdp"):
+        train_(make_model(layers=2).cuda(), processor, split.clips, examples, task, settings, 0, tmp_path)

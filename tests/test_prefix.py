@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual import prefix
+from trimlingual import packed, prefix
 from trimlingual.packed import Slots
 from trimlingual.prefix import Prefixes, SharedPrefixes
 
@@ -17,7 +17,8 @@ HEADS, SIZE, LAYERS = 4, 8, 5
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_equals_attention_over_whole_rows(monkeypatch, kv_heads):
     """Three candidates of three clips, their entries out of order, one entry without a row, one prefix fewer than there is room for."""
-    monkeypatch.setattr(prefix, "flash_attention", plain_attention)
+    for module in (packed, prefix):
+        monkeypatch.setattr(module, "flash_attention", plain_attention)
     torch.manual_seed(0)
     lengths, clips, candidates = [6, 3, 9], 3, [1, 3, 4]  # tokens of the prompts; the layers that the candidates lack
     rows = clips * len(candidates)

@@ -35,6 +35,7 @@ LIBRARIES = (
     "peft",
     "accelerate",
     "bitsandbytes",
+    "flashoptim",
     "compressed-tensors",
     "datasets",
     "sacrebleu",

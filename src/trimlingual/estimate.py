@@ -97,10 +97,13 @@ def _config(recipe: Recipe) -> Any:
 def _training_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:
     """Weights, and for what is trained a gradient and two Adam states, in the weights' dtype or a byte each.
 
-    With 8-bit states transformers keeps those of the token embedding, `table` weights, in float32.
+    With bitsandbytes' 8-bit states transformers keeps those of the token embedding, `table` weights, in float32. FlashOptim has a
+    scale of 2 bytes for 32 values of each state, and a byte more of each weight.
     """
     if train.method == "lora":
         return num * held * 1.1
+    if train.optimizer == "flash_adamw":
+        return num * (2 * held + 1 + ADAM_STATES * (1 + 2 / 32))
     state = 1 if "8bit" in train.optimizer else held
     more = BYTES["float32"] - state if "8bit" in train.optimizer else 0
     return num * (2 * held + ADAM_STATES * state) + table * ADAM_STATES * more

@@ -44,11 +44,12 @@ from trimlingual.recipe import ModelSettings, TaskSettings, TrainSettings
 from trimlingual.sources import Clip
 
 COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else
+FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers does not know by name
 ENCODE_BATCH = 16  # clips encoded at once when the frozen tower's output is stored; not a result-changing setting
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and the batch."""
+    """Training cannot start, or cannot go on; the message says what to do."""
 
 
 def _load_clip(clips: Sequence[Clip], index: int) -> np.ndarray:
@@ -205,10 +206,12 @@ def make_trainer(
 ) -> tuple[Any, Trainer]:
     """What is trained (`model`, or the PEFT model around it) and a Trainer ready to start.
 
-    From here on `model.forward` is the training loss's; whoever trains deletes it afterwards. Raises ValueError without examples.
+    From here on `model.forward` is the training loss's; whoever trains deletes it afterwards. Raises ValueError without examples,
+    TrainingError where the optimizer cannot run.
     """
     if not examples:
         raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
+    optimizer = _flash_adamw(model, settings) if settings.optimizer == FLASH_ADAMW else None
     set_seed(seed)
     prompter = Prompter(processor, task)
     freeze_(model, settings.freeze)
@@ -228,6 +231,7 @@ def make_trainer(
         train_dataset=_Examples(examples),
         data_collator=Collator(prompter, partial(_load_clip, clips), states),
         callbacks=[_MarkComplete()],
+        optimizer_cls_and_kwargs=optimizer,
     )
     if settings.length_grouped:
         trainer.lengths = [clips[example.clip].duration_s for example in examples]
@@ -235,6 +239,27 @@ def make_trainer(
         trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
     return trained, trainer
+
+
+def _flash_adamw(model: Any, settings: TrainSettings) -> tuple[type, dict[str, Any]]:
+    """FlashOptim's AdamW (Gonzalez Ortiz et al. 2026) and its arguments: its update is one kernel a tensor.
+
+    States have 8 bits; weights in bfloat16 have 8 more bits in the optimizer, so that small steps are not rounded away. Raises
+    TrainingError where it cannot run.
+    """
+    weights = list(model.parameters())
+    if weights[0].device.type != "cuda":
+        raise TrainingError("optimizer: flash_adamw needs a CUDA GPU; set optimizer: adamw_torch")
+    if settings.fsdp:
+        raise TrainingError("optimizer: flash_adamw does not go with fsdp; set optimizer: adamw_torch_fused")
+    try:
+        from flashoptim import FlashAdamW
+    except ImportError:
+        raise TrainingError(
+            "optimizer: flash_adamw needs FlashOptim: pip install 'trimlingual[flash]'; or set optimizer: adamw_bnb_8bit"
+        ) from None
+    bits = None if all(weight.dtype == torch.float32 for weight in weights) else 24
+    return FlashAdamW, {"lr": settings.learning_rate, "master_weight_bits": bits}
 
 
 def checkpoint_layers_(model: Any, on: bool) -> None:
@@ -264,7 +289,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, devic
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim=settings.optimizer,
+        optim="adamw_torch" if settings.optimizer == FLASH_ADAMW else settings.optimizer,
         optim_args=settings.optimizer_args,
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",

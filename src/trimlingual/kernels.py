@@ -24,6 +24,7 @@ except ImportError:  # CPU builds of PyTorch come without it
 
 Destination = tuple[Tensor, Tensor, Tensor]  # keys (S, K, E), values (S, K, E), slot of each token (N,)
 BLOCK = 2048  # elements of a program that goes element by element
+ENOUGH_PROGRAMS = 2048  # of `attend_one` to keep a GPU busy; fewer are larger
 
 
 def usable(tensor: Tensor) -> bool:
@@ -84,6 +85,22 @@ def join(own: Tensor, own_sums: Tensor, shared: Tensor, shared_sums: Tensor, pla
         H=heads, E=size, BLOCK=triton.next_power_of_2(size), TILE=tile, num_warps=2,
     )  # fmt: skip
     return own
+
+
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention (N, H, E) of one token a row over the first `used` (N,) of the slots from `start` on, and its log-sum-exps (H, N).
+
+    Flash attention's kernel works with tiles of many queries, of which one would be real. This one reads and adds, at the speed of
+    memory. Only where `usable`.
+    """
+    rows, heads, size = query.shape
+    mixed, sums = torch.empty_like(query), torch.empty((heads, rows), dtype=torch.float32, device=query.device)
+    block, warps = (32, 2) if rows * heads >= ENOUGH_PROGRAMS else (64, 4)
+    _attend_one[heads, rows](
+        query, keys, values, start, used, mixed, sums, size**-0.5, rows,
+        H=heads, K=keys.shape[1], E=size, BLOCK_E=triton.next_power_of_2(size), BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return mixed, sums
 
 
 def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -163,6 +180,41 @@ def _join_kernel(
         tl.store(own + row * H * E + at, mixed.to(own.dtype.element_ty), mask=inside)
 
 
+def _attend_one_kernel(
+    query, keys, values, start, used, mixed, sums, scale, rows,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a head and row, BLOCK slots at a time; each of the BLOCK has a softmax of its own until the end."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane, step = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)
+    own = (row * H + head) * E + lane
+    asked = tl.load(query + own, mask=lane < E, other=0).to(tl.float32) * scale
+    count = tl.load(used + row)
+    at = ((tl.load(start + row).to(tl.int64) + step) * K + head // (H // K))[:, None] * E + lane[None, :]
+    highest = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    sum_of_values = tl.zeros([BLOCK, BLOCK_E], tl.float32)
+    for first in range(0, count, BLOCK):
+        there = first + step < count
+        inside = there[:, None] & (lane < E)[None, :]
+        key = tl.load(keys + at, mask=inside, other=0).to(tl.float32)
+        value = tl.load(values + at, mask=inside, other=0).to(tl.float32)
+        score = tl.where(there, tl.sum(key * asked[None, :], 1), -1e30)
+        higher = tl.maximum(highest, score)
+        weight = tl.where(there, tl.exp(score - higher), 0)
+        before = tl.exp(highest - higher)
+        total = total * before + weight
+        sum_of_values = sum_of_values * before[:, None] + weight[:, None] * value
+        highest = higher
+        at += BLOCK * K * E
+    top = tl.max(highest, 0)
+    share = tl.exp(highest - top)
+    whole = tl.sum(total * share, 0)
+    result = tl.sum(sum_of_values * share[:, None], 0) / whole
+    tl.store(mixed + own, result.to(mixed.dtype.element_ty), mask=lane < E)
+    tl.store(sums + head * rows + row, top + tl.log(whole))
+
+
 def _gated_kernel(gate, up, count, BLOCK: tl.constexpr):
     """One program BLOCK elements; both results are rounded."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -187,6 +239,7 @@ def _add_norm_kernel(hidden, more, weight, normed, epsilon, D: tl.constexpr, BLO
 
 
 if triton is not None:
-    _rotary, _join, _gated, _add_norm = (
-        triton.jit(kernel) for kernel in (_rotary_kernel, _join_kernel, _gated_kernel, _add_norm_kernel)
+    _rotary, _attend_one, _join, _gated, _add_norm = (
+        triton.jit(kernel)
+        for kernel in (_rotary_kernel, _attend_one_kernel, _join_kernel, _gated_kernel, _add_norm_kernel)
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trimlingual.kernels import rotate
+from trimlingual.kernels import attend_one, rotate, usable
 from trimlingual.models import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
 from trimlingual.packing import Packed, Tail, chunks, common_beginnings
 
@@ -283,8 +283,7 @@ class PackedDecoder:
     def over_slots(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor, slots: Slots) -> Tensor:
         """Attention (B, H, E) of one token a row over the row's first `used` (B,) slots."""
         if self.flash:
-            each = slots.each[: len(query) + 1]
-            return flash_attention(query, keys, values, each, slots.start, 1, slots.width, causal=False, used=used)[0]
+            return attention_of_one(query, keys, values, slots.start[: len(query) + 1], used, slots)[0]
         longest = slots.width if self.device.type == "cuda" else int(used.max())  # a CUDA graph needs one shape
 
         def rows(tensor: Tensor) -> Tensor:
@@ -296,6 +295,16 @@ class PackedDecoder:
         grouped = query.unflatten(1, (keys.shape[1], -1))
         mixed = scaled_dot_product_attention(grouped, rows(keys), rows(values), attn_mask=seen[:, None, None])
         return mixed.flatten(1, 2)
+
+
+def attention_of_one(
+    query: Tensor, keys: Tensor, values: Tensor, start: Tensor, used: Tensor, slots: Slots
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, E) of one token a row over `used` (B,) slots from `start` (B + 1,) on, and its log-sum-exps (H, B)."""
+    if usable(query):
+        return attend_one(query, keys, values, start, used)
+    each = slots.each[: len(query) + 1]
+    return flash_attention(query, keys, values, each, start, 1, slots.width, causal=False, used=used)
 
 
 def flash_attention(

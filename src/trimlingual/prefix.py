@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trimlingual.kernels import join
-from trimlingual.packed import Slots, flash_attention
+from trimlingual.packed import Slots, attention_of_one, flash_attention
 
 MOST_ROWS = 128  # of a prefix: one tile of the attention kernel
 
@@ -89,10 +89,8 @@ class SharedPrefixes:
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         """Attention (size, H, E) of one token an entry over keys and values (S, K, E), in the layer at this position."""
         size = len(query)
-        own, own_sums = flash_attention(
-            query, keys, values, slots.each[: size + 1], self.start[layer, : size + 1], 1, slots.width,
-            causal=False, used=self.used[layer, :size],
-        )  # fmt: skip
+        start, used = self.start[layer, : size + 1], self.used[layer, :size]
+        own, own_sums = attention_of_one(query, keys, values, start, used, slots)
         shared, shared_sums = flash_attention(
             query[self.order[layer, :size]], keys, values, self.ends[layer], self.first, MOST_ROWS, slots.width,
             causal=False, used=self.length,

@@ -201,7 +201,9 @@ class TrainSettings(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     length_grouped: bool = Field(default=True, description="clips of similar length share a step: less padding")
-    optimizer: str = Field(default="adamw_torch", description="as transformers.TrainingArguments.optim")
+    optimizer: str = Field(
+        default="adamw_torch", description="as transformers.TrainingArguments.optim, or flash_adamw (FlashOptim)"
+    )
     optimizer_args: str | None = Field(default=None, description="as transformers.TrainingArguments.optim_args")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
