@@ -7,7 +7,8 @@ Published (Moslem 2025, notebook `QwenAudio-FineTuning`): transformers' Trainer 
 logits of the whole sequence; batches of 4 in random order; audio prepared in the training process; QLoRA after
 `prepare_model_for_kbit_training` (float32 norms and embeddings, gradient checkpointing), bfloat16 autocast. Its full fine-tuning
 holds float32 weights and Adam states, 134 GB before activations; to fit the GPU at all it gets bfloat16 weights, bitsandbytes' 8-bit
-Adam, which transformers knows by name, and gradient checkpointing here. Ours: the shipped recipes through `finetune.make_trainer`, the same clips, batches of 4 as well.
+Adam, which transformers knows by name, and gradient checkpointing here. Ours: the shipped recipes through `finetune.make_trainer`, the
+same clips, batches of 4 as well.
 
 Every set-up trains one epoch of the same clips after a few steps of warm-up. The output is written after every part; a part that
 fails is recorded with its error and costs no other part anything. Prints a table, then one JSON document.

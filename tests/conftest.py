@@ -15,6 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported: its own functions are interpreted as well
+
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
 import trimlingual

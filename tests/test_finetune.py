@@ -5,13 +5,13 @@ import json
 import pickle
 import shutil
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trimlingual.audio import load_audio
 from trimlingual.finetune import (
-    TrainingError,
     _TranslationTrainer,
     finetune,
     last_complete_checkpoint,
@@ -21,6 +21,7 @@ from trimlingual.finetune import (
 from trimlingual.lineage import read_lineage
 from trimlingual.loss import answer_forward, answer_loss
 from trimlingual.models import load_model
+from trimlingual.optimizer import TrainingError, flash_adamw
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import LoraSettings, TrainSettings
 
@@ -173,6 +174,24 @@ def test_flash_adamw_says_what_it_needs(make_model, processor, split, task, exam
     settings = TrainSettings(max_steps=1, optimizer="flash_adamw")
     with pytest.raises(TrainingError, match="needs a CUDA GPU; set optimizer: adamw_torch"):
         train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path)
+
+
+def test_scaled_gradients_change_nothing():
+    """Without what needs a GPU, against PyTorch's. Of a model it asks only a device and a dtype."""
+    pytest.importorskip("flashoptim")
+    asked = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    model, settings = SimpleNamespace(parameters=lambda: [asked]), TrainSettings(learning_rate=1e-3, max_grad_norm=0.7)
+    kind, arguments = flash_adamw(model, settings)
+    torch.manual_seed(0)
+    ours, plain = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    optimizer = kind([ours], weight_decay=0.01, quantize=False, fused=False, **arguments)
+    expected = torch.optim.AdamW([plain], lr=1e-3, weight_decay=0.01)
+    for step in range(5):
+        ours.grad = torch.randn(50) * 10.0 ** (-step)
+        plain.grad = ours.grad.clone()
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
 
 
 class _Killed(Exception):

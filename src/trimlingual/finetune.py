@@ -37,6 +37,7 @@ from trimlingual.models import (
     pick_device,
     save_model,
 )
+from trimlingual.optimizer import FLASH_ADAMW, TrainingError, flash_adamw
 from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
@@ -44,12 +45,7 @@ from trimlingual.recipe import ModelSettings, TaskSettings, TrainSettings
 from trimlingual.sources import Clip
 
 COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else
-FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers does not know by name
 ENCODE_BATCH = 16  # clips encoded at once when the frozen tower's output is stored; not a result-changing setting
-
-
-class TrainingError(RuntimeError):
-    """Training cannot start, or cannot go on; the message says what to do."""
 
 
 def _load_clip(clips: Sequence[Clip], index: int) -> np.ndarray:
@@ -211,7 +207,7 @@ def make_trainer(
     """
     if not examples:
         raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
-    optimizer = _flash_adamw(model, settings) if settings.optimizer == FLASH_ADAMW else None
+    optimizer = flash_adamw(model, settings) if settings.optimizer == FLASH_ADAMW else None
     set_seed(seed)
     prompter = Prompter(processor, task)
     freeze_(model, settings.freeze)
@@ -239,27 +235,6 @@ def make_trainer(
         trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
     return trained, trainer
-
-
-def _flash_adamw(model: Any, settings: TrainSettings) -> tuple[type, dict[str, Any]]:
-    """FlashOptim's AdamW (Gonzalez Ortiz et al. 2026) and its arguments: its update is one kernel a tensor.
-
-    States have 8 bits; weights in bfloat16 have 8 more bits in the optimizer, so that small steps are not rounded away. Raises
-    TrainingError where it cannot run.
-    """
-    weights = list(model.parameters())
-    if weights[0].device.type != "cuda":
-        raise TrainingError("optimizer: flash_adamw needs a CUDA GPU; set optimizer: adamw_torch")
-    if settings.fsdp:
-        raise TrainingError("optimizer: flash_adamw does not go with fsdp; set optimizer: adamw_torch_fused")
-    try:
-        from flashoptim import FlashAdamW
-    except ImportError:
-        raise TrainingError(
-            "optimizer: flash_adamw needs FlashOptim: pip install 'trimlingual[flash]'; or set optimizer: adamw_bnb_8bit"
-        ) from None
-    bits = None if all(weight.dtype == torch.float32 for weight in weights) else 24
-    return FlashAdamW, {"lr": settings.learning_rate, "master_weight_bits": bits}
 
 
 def checkpoint_layers_(model: Any, on: bool) -> None:

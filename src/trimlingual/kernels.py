@@ -239,7 +239,9 @@ def _add_norm_kernel(hidden, more, weight, normed, epsilon, D: tl.constexpr, BLO
 
 
 if triton is not None:
-    _rotary, _attend_one, _join, _gated, _add_norm = (
-        triton.jit(kernel)
-        for kernel in (_rotary_kernel, _attend_one_kernel, _join_kernel, _gated_kernel, _add_norm_kernel)
+    _rotary, _gated, _add_norm = (triton.jit(kernel) for kernel in (_rotary_kernel, _gated_kernel, _add_norm_kernel))
+    # What is given here are views into longer tensors, aligned in one layer and not in the next: one program does for all.
+    _attend_one, _join = (
+        triton.jit(kernel, do_not_specialize=["rows"], do_not_specialize_on_alignment=views)
+        for kernel, views in ((_attend_one_kernel, ["start", "used"]), (_join_kernel, ["place"]))
     )
