@@ -177,9 +177,9 @@ def test_flash_adamw_says_what_it_needs(make_model, processor, split, task, exam
 
 
 def test_scaled_gradients_change_nothing():
-    """Without what needs a GPU, against PyTorch's. Of a model it asks only a device and a dtype."""
+    """Without what needs a GPU, against PyTorch's. Of a model it asks only what is seen here."""
     pytest.importorskip("flashoptim")
-    asked = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    asked = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, requires_grad=True)
     model, settings = SimpleNamespace(parameters=lambda: [asked]), TrainSettings(learning_rate=1e-3, max_grad_norm=0.7)
     kind, arguments = flash_adamw(model, settings)
     torch.manual_seed(0)

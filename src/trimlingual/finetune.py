@@ -207,13 +207,13 @@ def make_trainer(
     """
     if not examples:
         raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
-    optimizer = flash_adamw(model, settings) if settings.optimizer == FLASH_ADAMW else None
     set_seed(seed)
     prompter = Prompter(processor, task)
     freeze_(model, settings.freeze)
     trained = add_lora(model, settings.lora, seed) if settings.method == "lora" else model
     if trained is not model:
         fuse_lora_(trained)
+    optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
     states = None
     if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
         states = [tower.cpu() for tower in encode_clips(model, processor, clips, ENCODE_BATCH)]

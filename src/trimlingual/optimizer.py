@@ -26,7 +26,7 @@ class TrainingError(RuntimeError):
 
 def flash_adamw(model: Any, settings: TrainSettings) -> tuple[type, dict[str, Any]]:
     """The optimizer's class and its arguments, as the Trainer takes them. Raises TrainingError where it cannot run."""
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     if weights[0].device.type != "cuda":
         raise TrainingError("optimizer: flash_adamw needs a CUDA GPU; set optimizer: adamw_torch")
     if settings.fsdp:
