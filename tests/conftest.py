@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,8 @@ import pytest
 import soundfile
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before Triton is imported: its own functions are interpreted as well
+if not torch.cuda.is_available():  # before Triton is imported, since its own functions are interpreted as well
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
@@ -27,6 +26,7 @@ import trimlingual
 from trimlingual.artifacts import hash_file
 from trimlingual.audio import SAMPLE_RATE
 from trimlingual.data import Split
+from trimlingual.finetune import _TranslationTrainer
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.mini.network import train_processor
 from trimlingual.models import save_model
@@ -154,3 +154,28 @@ def manifests(tmp_path_factory) -> list[str]:
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
         overrides.append(f"data.{split}={{kind: manifest, path: '{folder / split}.jsonl'}}")
     return overrides
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_in_step() -> Callable[[int], Any]:
+    """A context in which training dies in the step after so many."""
+
+    @contextmanager
+    def context(done: int) -> Iterator[None]:
+        training_step = _TranslationTrainer.training_step
+
+        def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == done:
+                raise _Killed
+            return training_step(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_TranslationTrainer, "training_step", dies)
+            with pytest.raises(_Killed):
+                yield
+
+    return context

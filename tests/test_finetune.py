@@ -12,7 +12,6 @@ import torch
 
 from trimlingual.audio import load_audio
 from trimlingual.finetune import (
-    _TranslationTrainer,
     finetune,
     last_complete_checkpoint,
     make_trainer,
@@ -194,15 +193,11 @@ def test_scaled_gradients_change_nothing():
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
 
 
-class _Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("method", "optimizer"), [("full", "adamw_torch"), ("lora", "adamw_torch"), ("full", "adamw_bnb_8bit")]
 )
 def test_resumed_training_ends_with_equal_weights(
-    model_dir, make_model, processor, split, task, examples, tmp_path, monkeypatch, method, optimizer
+    make_model, processor, split, task, examples, tmp_path, killed_in_step, method, optimizer
 ):
     """Stopped in step 6 after a checkpoint at step 5, in the midst of an epoch of 4 steps, with a later checkpoint half written."""
     settings = TrainSettings(
@@ -216,17 +211,8 @@ def test_resumed_training_ends_with_equal_weights(
     model = make_model(layers=2)
     straight = weights(train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / "straight"), model)
 
-    compute_loss = _TranslationTrainer.compute_loss
-
-    def dies(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            raise _Killed
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(_TranslationTrainer, "compute_loss", dies)
-    with pytest.raises(_Killed):
+    with killed_in_step(6):
         train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path / "stopped")
-    monkeypatch.setattr(_TranslationTrainer, "compute_loss", compute_loss)
     half = tmp_path / "stopped" / "checkpoint-6"
     shutil.copytree(tmp_path / "stopped" / "checkpoint-5", half)
     (half / "complete.json").unlink()

@@ -7,9 +7,9 @@ import torch
 
 from trimlingual.decode import embed_prompt, encode_clips, greedy
 from trimlingual.drafts import trace, translate_without
-from trimlingual.finetune import _TranslationTrainer, train_
+from trimlingual.finetune import train_
 from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
-from trimlingual.optimizer import TrainingError, flash_adamw
+from trimlingual.optimizer import flash_adamw
 from trimlingual.packed import PackedDecoder, Slots, flash_attention
 from trimlingual.prefix import Prefixes, SharedPrefixes
 from trimlingual.prompts import Example, Prompter
@@ -128,11 +128,7 @@ def test_small_steps_are_not_rounded_away(scale):
     assert moved[1] < 0.5e-3
 
 
-class Killed(Exception):
-    pass
-
-
-def test_flash_adamw_resumes(make_model, processor, split, task, tmp_path, monkeypatch):
+def test_flash_adamw_resumes(make_model, processor, split, task, tmp_path, killed_in_step):
     """A run that was stopped ends where one without a stop does, but for the order of sums in the backward pass."""
     pytest.importorskip("flashoptim")
     examples = [
@@ -149,24 +145,8 @@ def test_flash_adamw_resumes(make_model, processor, split, task, tmp_path, monke
         return torch.cat([(p.detach().float() - before[n]).flatten() for n, p in model.named_parameters()])
 
     straight = movement("straight")
-    training_step = _TranslationTrainer.training_step
-
-    def dies(self, *args, **kwargs):
-        if self.state.global_step == 25:
-            raise Killed
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(_TranslationTrainer, "training_step", dies)
-    with pytest.raises(Killed):
+    with killed_in_step(25):
         movement("stopped")
-    monkeypatch.setattr(_TranslationTrainer, "training_step", training_step)
     resumed = movement("stopped")
     assert straight.abs().mean() > 0
     assert (resumed - straight).abs().mean() < 0.1 * straight.abs().mean()
-
-
-def test_flash_adamw_does_not_go_with_fsdp(make_model, processor, split, task, tmp_path):
-    settings = TrainSettings(max_steps=1, optimizer="flash_adamw", fsdp="full_shard auto_wrap")
-    examples = [Example(0, "clip", "de", "Text")]
-    with pytest.raises(TrainingError, match="does not go with fsdp"):
-        train_(make_model(layers=2).cuda(), processor, split.clips, examples, task, settings, 0, tmp_path)

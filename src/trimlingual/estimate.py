@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimlingual.recipe import QuantizeSettings, Recipe, TrainSettings
+from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits a weight, plus an 8-bit scale a block of 64, plus a float32 scale a block of 256 scales
@@ -102,7 +102,7 @@ def _training_bytes(num: int, table: int, held: int, train: TrainSettings) -> fl
     """
     if train.method == "lora":
         return num * held * 1.1
-    if train.optimizer == "flash_adamw":
+    if train.optimizer == FLASH_ADAMW:
         return num * (2 * held + 1 + ADAM_STATES * (1 + 2 / 32))
     state = 1 if "8bit" in train.optimizer else held
     more = BYTES["float32"] - state if "8bit" in train.optimizer else 0

@@ -37,11 +37,11 @@ from trimlingual.models import (
     pick_device,
     save_model,
 )
-from trimlingual.optimizer import FLASH_ADAMW, TrainingError, flash_adamw
+from trimlingual.optimizer import TrainingError, flash_adamw
 from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
-from trimlingual.recipe import ModelSettings, TaskSettings, TrainSettings
+from trimlingual.recipe import FLASH_ADAMW, ModelSettings, TaskSettings, TrainSettings
 from trimlingual.sources import Clip
 
 COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else

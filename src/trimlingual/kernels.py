@@ -1,7 +1,7 @@
 """Triton kernels for what takes PyTorch several: a decode step of a 7B model has 32 layers to launch them for.
 
-Each function falls back on PyTorch where there is no GPU, or no Triton, or in 32 bits. Products and sums are rounded where PyTorch
-rounds them, so Triton may not fuse the two.
+Each function but `attend_one` falls back on PyTorch where there is no GPU, or no Triton, or in 32 bits. Products and sums are rounded
+where PyTorch rounds them, so Triton may not fuse the two.
 
 Shapes: N tokens, H heads, K key-value heads, E head size, S slots, D width, F width of the MLP.
 """

@@ -15,7 +15,6 @@ import torch
 
 from trimlingual.recipe import TrainSettings
 
-FLASH_ADAMW = "flash_adamw"  # its name in recipes; transformers has none for it
 LARGEST_GRADIENT = 2.0**15  # within float16
 EPSILON = 1e-8
 
@@ -29,8 +28,6 @@ def flash_adamw(model: Any, settings: TrainSettings) -> tuple[type, dict[str, An
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if weights[0].device.type != "cuda":
         raise TrainingError("optimizer: flash_adamw needs a CUDA GPU; set optimizer: adamw_torch")
-    if settings.fsdp:
-        raise TrainingError("optimizer: flash_adamw does not go with fsdp; set optimizer: adamw_torch_fused")
     try:
         from flashoptim import FlashAdamW
     except ImportError:

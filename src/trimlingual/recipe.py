@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from trimlingual.sections import (
+    FLASH_ADAMW,
     LANGUAGE_NAMES,
     BuiltinSource,
     Covost2Source,
@@ -42,6 +43,7 @@ from trimlingual.sections import (
 )
 
 __all__ = [
+    "FLASH_ADAMW",
     "LANGUAGE_NAMES",
     "BuiltinSource",
     "Covost2Source",

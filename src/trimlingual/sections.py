@@ -13,6 +13,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
 
+FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers has no name for (optimizer.py)
+
 # Names used in the prompt. Qwen2-Audio's published prompt spells the language out in English ("into German:").
 LANGUAGE_NAMES = {
     "ar": "Arabic", "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian", "fr": "French",
@@ -202,7 +204,7 @@ class TrainSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     length_grouped: bool = Field(default=True, description="clips of similar length share a step: less padding")
     optimizer: str = Field(
-        default="adamw_torch", description="as transformers.TrainingArguments.optim, or flash_adamw (FlashOptim)"
+        default="adamw_torch", description=f"as transformers.TrainingArguments.optim, or {FLASH_ADAMW} (FlashOptim)"
     )
     optimizer_args: str | None = Field(default=None, description="as transformers.TrainingArguments.optim_args")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -222,6 +224,15 @@ class TrainSettings(Section):
     )
     deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON")
     num_workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> TrainSettings:
+        others = [name for name in ("optimizer_args", "fsdp", "deepspeed") if getattr(self, name)]
+        if self.optimizer == FLASH_ADAMW and others:
+            raise ValueError(
+                f"optimizer {FLASH_ADAMW} does not go with {', '.join(others)}; set optimizer: adamw_bnb_8bit or adamw_torch_fused"
+            )
+        return self
 
     @field_validator("epochs", mode="before")
     @classmethod
