@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on the CPU (gloo)."""
+"""Several processes under torchrun: on the CPU (gloo), and on two GPUs (NCCL; `pytest -m gpu`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from trimlingual.artifacts import read_artifact
 from trimlingual.models import resolve_base
@@ -24,10 +26,16 @@ def command(processes: int, *arguments: str) -> list[str]:
     return [sys.executable, *launcher, "-m", "trimlingual", *arguments]
 
 
-def with_settings(settings: list[str]) -> list[str]:
-    return [word for setting in [*settings, "model.device=cpu"] for word in ("--set", setting)]
+def with_settings(settings: list[str], device: str = "cpu") -> list[str]:
+    return [word for setting in [*settings, f"model.device={device}"] for word in ("--set", setting)]
 
 
+def run(words: list[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -38,19 +46,62 @@ def test_two_processes_train_one_model(manifests, tmp_path):
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         settings = [*SMALL, *manifests, f"finetune.batch_size={batch}", "finetune.logging_steps=1"]
-        words = command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings))
-        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run(command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings)))
         info = read_artifact(folder / "teacher").info
         assert info["steps"] == 4
         losses[processes] = [entry["loss"] for entry in info["losses"]]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
 
 
-def search(processes: int, manifests: list[str], folder: Path) -> list[str]:
+@pytest.mark.gpu
+@two_gpus
+def test_shares_of_the_weights_train_one_model_also_when_killed(manifests, tmp_path):
+    """FSDP with batch 2 on two GPUs, killed and started again, is one GPU with batch 4, weights included."""
+    losses, weights = {}, {}
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        settings = [
+            *SMALL,
+            *manifests,
+            f"finetune.batch_size={batch}",
+            "finetune.logging_steps=1",
+            "finetune.max_steps=40",
+        ]
+        settings += ["finetune.freeze=[]", f"finetune.fsdp={str(processes > 1).lower()}"]
+        words = command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings, "auto"))
+        if processes > 1:
+            killed = subprocess.Popen(words, env=ENVIRONMENT, start_new_session=True)
+            deadline = time.monotonic() + 120
+            while not list(folder.rglob("complete.json")) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.killpg(killed.pid, signal.SIGKILL)
+            killed.wait()
+            assert not (folder / "teacher").exists(), "too late to be killed in the middle"
+        run(words)
+        losses[processes] = [entry["loss"] for entry in read_artifact(folder / "teacher").info["losses"]]
+        weights[processes] = load_file(folder / "teacher" / "model.safetensors")
+    assert losses[1] == pytest.approx(losses[2], rel=1e-2)
+    base = load_file(resolve_base("builtin:mini") / "model.safetensors")
+    assert weights[1].keys() == weights[2].keys() == base.keys()
+    moved = sum((weights[1][name] - base[name]).float().square().sum() for name in base)
+    apart = sum((weights[1][name] - weights[2][name]).float().square().sum() for name in base)
+    assert apart < 0.01 * moved
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_two_gpus_search_like_one(manifests, tmp_path):
+    for processes in (1, 2):
+        run(search(processes, manifests, tmp_path / str(processes), "auto"))
+    one, two = (read_plan(tmp_path / str(processes) / "rank") for processes in (1, 2))
+    assert two.removals == one.removals
+    assert two.curve == one.curve
+
+
+def search(processes: int, manifests: list[str], folder: Path, device: str = "cpu") -> list[str]:
     settings = [*manifests, "rank.num_layers_to_remove=2", "rank.protected=[2,4,6,8]", "decode.batch_size=4"]
     model = str(resolve_base("builtin:mini"))
-    words = ["rank", "mini", "--run-dir", str(folder), "--model", model, *with_settings(settings)]
+    words = ["rank", "mini", "--run-dir", str(folder), "--model", model, *with_settings(settings, device)]
     return command(processes, *words)
 
 
@@ -62,10 +113,7 @@ def journal(folder: Path) -> list[dict]:
 
 def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
     """Same plan; after `kill -9` of everything in the middle, the records that were written are not made again."""
-    once = subprocess.run(
-        search(1, manifests, tmp_path / "one"), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
-    assert once.returncode == 0, once.stderr[-3000:]
+    run(search(1, manifests, tmp_path / "one"))
     words = search(2, manifests, tmp_path / "two")
     killed = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True
@@ -78,8 +126,7 @@ def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     assert 3 <= len(before) < 11, f"{len(before)} of 12 records: too late to be killed in the middle"
-    again = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert again.returncode == 0, again.stderr[-3000:]
+    run(words)
     one, two = read_plan(tmp_path / "one" / "rank"), read_plan(tmp_path / "two" / "rank")
     assert two.removals == one.removals
     assert two.curve == one.curve

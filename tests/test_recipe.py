@@ -83,7 +83,9 @@ def test_every_problem_at_once_by_path():
         ({"recover": {"data": {"gold": 0}}}, "nothing to train on"),
         ({"distill": None}, "the distill section is null"),
         ({"quantize": {"train": {"method": "full"}}}, "use lora"),
-        ({"finetune": {"optimizer": "flash_adamw", "fsdp": "full_shard"}}, "flash_adamw does not go with fsdp"),
+        ({"finetune": {"optimizer": "flash_adamw", "fsdp": True}}, "flash_adamw does not go with fsdp"),
+        ({"finetune": {"method": "lora", "fsdp": True}}, "fsdp does not go with method lora"),
+        ({"rank": {"finetune_each_round": {"fsdp": True}}}, "does not go with fsdp"),
         ({"rank": {"strategy": "middle", "finetune_each_round": {}}}, "needs strategy greedy"),
     ],
 )

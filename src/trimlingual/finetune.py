@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,6 +33,7 @@ from trimlingual.models import (
     attention_for_unlike_lengths,
     explained_disk_full,
     freeze_,
+    layer_list,
     load_model,
     load_processor,
     pick_device,
@@ -82,6 +84,14 @@ class _TranslationTrainer(Trainer):
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return LengthGroupedSampler(self.lengths, step_size, args.seed)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Gradients are DDP's buckets themselves, not copied to them, which would hold them twice."""
+        built = super()._build_accelerator_args(**kwargs)
+        for handler in built["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True
+        return built
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with attention_for_unlike_lengths():  # around the backward pass too: checkpointed layers run again in it
             return super().training_step(*args, **kwargs)
@@ -119,6 +129,7 @@ class _MarkComplete(TrainerCallback):
     """Marks a checkpoint once it is whole: a killed run must not resume from half of one."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_everyone()  # every process writes its part
         if state.is_world_process_zero:
             write_json(
                 Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, {"step": state.global_step}
@@ -150,7 +161,7 @@ def finetune(
             adapted.save_pretrained(out_dir / "adapter")
         model = adapted.merge_and_unload()
     if is_main_process():
-        save_model(model, processor, out_dir, model_settings.storage_dtype)
+        save_model(model, processor, out_dir, model_settings.storage_dtype, info.pop("weights", None))
         lineage.with_seen("train", {clip.audio_sha256 for clip in clips}).save(out_dir)
     return info
 
@@ -167,7 +178,8 @@ def train_(
 ) -> dict[str, Any]:
     """Train `model` in place; checkpoints in `work_dir`. With `method: lora` the info holds the PEFT model under `adapted`.
 
-    Raises TrainingError when the loss is not finite.
+    Where each process held its share of the weights (FSDP, DeepSpeed), `model` is of no use any more, and the info holds the whole
+    weights under `weights`, in the main process. Raises TrainingError when the loss is not finite.
     """
     trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir)
     try:
@@ -187,6 +199,8 @@ def train_(
     }
     if trained is not model:
         info["adapted"] = trained
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        info["weights"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return info
 
 
@@ -223,12 +237,14 @@ def make_trainer(
     model.forward = answer_forward(model)
     trainer = _TranslationTrainer(
         model=trained,
-        args=training_arguments(settings, seed, work_dir, next(model.parameters()).device),
+        args=training_arguments(settings, seed, work_dir, model),
         train_dataset=_Examples(examples),
         data_collator=Collator(prompter, partial(_load_clip, clips), states),
         callbacks=[_MarkComplete()],
         optimizer_cls_and_kwargs=optimizer,
     )
+    if trainer.is_fsdp_enabled and (trained is not model or optimizer):  # by accelerate's configuration, not the recipe
+        raise TrainingError(f"FSDP goes with method: full, and not with optimizer: {FLASH_ADAMW}")
     if settings.length_grouped:
         trainer.lengths = [clips[example.clip].duration_s for example in examples]
     if settings.gradient_checkpointing:
@@ -244,8 +260,8 @@ def checkpoint_layers_(model: Any, on: bool) -> None:
             module.gradient_checkpointing = on
 
 
-def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, device: torch.device) -> TrainingArguments:
-    """The recipe's section as TrainingArguments."""
+def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model: Any) -> TrainingArguments:
+    """The recipe's section as TrainingArguments, to train `model`."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -269,14 +285,15 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, devic
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",
         **checkpointing,
-        use_cpu=device.type == "cpu",
+        use_cpu=next(model.parameters()).device.type == "cpu",
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,  # two, so that one is whole while the other is being written
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         report_to=settings.report_to or "none",
-        fsdp=settings.fsdp,
+        fsdp=settings.fsdp or None,
+        fsdp_config=_sharding(model) if settings.fsdp else None,
         deepspeed=settings.deepspeed,
         dataloader_num_workers=settings.num_workers,
         ddp_find_unused_parameters=False,
@@ -286,6 +303,12 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, devic
         seed=seed,
         data_seed=seed,
     )
+
+
+def _sharding(model: Any) -> dict[str, Any]:
+    """FSDP layer by layer, in both towers; in checkpoints every process writes its share."""
+    layers = {type(layer).__name__ for tower in ("decoder", "encoder") for layer in layer_list(model, tower)}
+    return {"transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "SHARDED_STATE_DICT"}
 
 
 def last_complete_checkpoint(work_dir: Path) -> str | None:

@@ -153,17 +153,24 @@ def load_processor(folder: Path) -> Any:
     return processor
 
 
-def save_model(model: Any, processor: Any, folder: Path, storage_dtype: Dtype | None = None) -> None:
-    """Save model and processor as safetensors.
+def save_model(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    storage_dtype: Dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save model and processor as safetensors; with `weights`, these instead of the model's.
 
     With `storage_dtype` the weights are rounded to it in memory too, so that what is evaluated is what is on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = None
+    state = weights
     if storage_dtype is not None:
-        round_weights_(model, storage_dtype)
+        if weights is None:
+            round_weights_(model, storage_dtype)
         target = DTYPES[storage_dtype]
-        state = {k: v.to(target) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        state = {k: v.to(target) if v.is_floating_point() else v for k, v in (weights or model.state_dict()).items()}
     with explained_disk_full(folder):
         model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
         if storage_dtype is not None:

@@ -23,6 +23,7 @@ from trimlingual.finetune import train_
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.loss import answer_forward
 from trimlingual.models import layer_list, load_model, load_processor, pick_device, round_weights_, save_model
+from trimlingual.optimizer import TrainingError
 from trimlingual.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
 from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.prompts import Collator, Example
@@ -131,10 +132,14 @@ def _finetune_round(
     if folder.is_dir() or (out_dir / FINETUNED).is_dir():  # the model that was loaded is this round's or a later one's
         return
     search.drop_(removal.tower, removal.layer)
-    train_(
+    info = train_(
         search.model, search.processor, training.clips, training.examples, search.task, settings, seed,
         out_dir / SCRATCH / f"training-{number}",
     )  # fmt: skip
+    if "weights" in info:  # by accelerate's configuration, not the recipe
+        raise TrainingError(
+            "rank.finetune_each_round does not go with FSDP or DeepSpeed: the search goes on with whole weights"
+        )
     if is_main_process():
         partial = folder.with_name(folder.name + ".partial")
         save_model(search.model, search.processor, partial, model_settings.storage_dtype)

@@ -219,8 +219,9 @@ class TrainSettings(Section):
     save_steps: Annotated[int, Field(ge=1)] = 200
     logging_steps: Annotated[int, Field(ge=1)] = 10
     report_to: list[str] = Field(default_factory=list, description="trackers, e.g. [tensorboard, wandb]")
-    fsdp: str | None = Field(
-        default=None, description="as transformers.TrainingArguments.fsdp, e.g. 'full_shard auto_wrap'"
+    fsdp: bool = Field(
+        default=False,
+        description="each process holds its share of weights, gradients and optimizer states (FSDP2); full fine-tuning only",
     )
     deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON")
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -231,6 +232,10 @@ class TrainSettings(Section):
         if self.optimizer == FLASH_ADAMW and others:
             raise ValueError(
                 f"optimizer {FLASH_ADAMW} does not go with {', '.join(others)}; set optimizer: adamw_bnb_8bit or adamw_torch_fused"
+            )
+        if self.fsdp and self.method == "lora":
+            raise ValueError(
+                "fsdp does not go with method lora, whose frozen weights need no more than one GPU; leave it out"
             )
         return self
 
@@ -281,6 +286,8 @@ class RankSettings(Section):
     def _fits(self) -> RankSettings:
         if self.finetune_each_round and self.strategy != "greedy":
             raise ValueError(f"finetune_each_round needs strategy greedy, not {self.strategy}")
+        if self.finetune_each_round and self.finetune_each_round.fsdp:
+            raise ValueError("finetune_each_round does not go with fsdp: the search goes on with whole weights")
         if self.strategy != "greedy":
             for name in ("min_retained", "selection"):
                 if getattr(self, name) not in (None, "exact"):
