@@ -269,7 +269,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
         checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work_dir),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -303,6 +303,8 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
         seed=seed,
         data_seed=seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: not DataParallel over all that are there
+    return arguments
 
 
 def _sharding(model: Any) -> dict[str, Any]:

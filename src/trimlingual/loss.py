@@ -41,9 +41,9 @@ def answer_forward(model: Any) -> Any:
             audio_lengths = num_audio_states(feature_attention_mask.sum(-1))
         assert audio_lengths is not None
         decoder = text_decoder(model)
-        projected = project(model, audio_states.to(decoder.embed_tokens.weight.dtype))
-        valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < audio_lengths[:, None]
         embeds = embed(model, input_ids)
+        projected = project(model, audio_states.to(embeds.dtype))  # under FSDP not the dtype in which weights are kept
+        valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < audio_lengths[:, None]
         is_audio = (input_ids == unwrap(model).config.audio_token_id)[..., None]
         embeds = embeds.masked_scatter(is_audio, projected[valid].to(embeds.dtype))
         hidden = decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state

@@ -233,6 +233,8 @@ class TrainSettings(Section):
             raise ValueError(
                 f"optimizer {FLASH_ADAMW} does not go with {', '.join(others)}; set optimizer: adamw_bnb_8bit or adamw_torch_fused"
             )
+        if self.fsdp and ("8bit" in self.optimizer or "paged" in self.optimizer):
+            raise ValueError(f"fsdp does not go with optimizer {self.optimizer}; set optimizer: adamw_torch_fused")
         if self.fsdp and self.method == "lora":
             raise ValueError(
                 "fsdp does not go with method lora, whose frozen weights need no more than one GPU; leave it out"
