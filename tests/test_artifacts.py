@@ -95,6 +95,21 @@ def test_killed_between_the_last_write_and_the_renaming(tmp_path, monkeypatch):
     assert produce(tmp_path / "a", "stage", {}, {}, never).info == {"answer": 42}
 
 
+def test_one_run_at_a_time(tmp_path):
+    """The second run is told who is at it, and touches nothing; afterwards, also after a failure, the next one may."""
+
+    def intruded(folder):
+        with pytest.raises(ArtifactError, match=f"another run is making .*process {os.getpid()} on "):
+            produce(tmp_path / "a", "stage", {"x": 2}, {}, work, force=True)
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce(tmp_path / "a", "stage", {"x": 1}, {}, intruded)
+    produce(tmp_path / "a", "stage", {"x": 1}, {}, work)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_scratch_is_removed(tmp_path):
     def scratches(folder):
         (folder / "scratch").mkdir()

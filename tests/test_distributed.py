@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +28,19 @@ def command(processes: int, *arguments: str) -> list[str]:
 
 def with_settings(settings: list[str], device: str = "cpu") -> list[str]:
     return [word for setting in [*settings, f"model.device={device}"] for word in ("--set", setting)]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+
+
+def kill(launcher: subprocess.Popen) -> None:
+    """`kill -9` of the launcher and of its processes, which are no process group of its own."""
+    processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    for process in processes:
+        process.kill()
+    launcher.wait()
+    psutil.wait_procs(processes)
 
 
 def run(words: list[str]) -> None:
@@ -75,12 +88,11 @@ def test_shares_of_the_weights_train_one_model_also_when_killed(manifests, tmp_p
         ]
         words = command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings, "auto"))
         if processes > 1:
-            killed = subprocess.Popen(words, env=ENVIRONMENT, start_new_session=True)
+            killed = start(words)
             deadline = time.monotonic() + 120
             while not list(folder.rglob("complete.json")) and time.monotonic() < deadline:
                 time.sleep(0.02)
-            os.killpg(killed.pid, signal.SIGKILL)
-            killed.wait()
+            kill(killed)
             assert not (folder / "teacher").exists(), "too late to be killed in the middle"
         run(words)
         losses[processes] = [entry["loss"] for entry in read_artifact(folder / "teacher").info["losses"]]
@@ -120,16 +132,13 @@ def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
     """Same plan; after `kill -9` of everything in the middle, the records that were written are not made again."""
     run(search(1, manifests, tmp_path / "one"))
     words = search(2, manifests, tmp_path / "two")
-    killed = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True
-    )
+    killed = start(words)
     try:
         deadline = time.monotonic() + 120
         while len(before := journal(tmp_path / "two")) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
+        kill(killed)
     assert 3 <= len(before) < 11, f"{len(before)} of 12 records: too late to be killed in the middle"
     run(words)
     one, two = read_plan(tmp_path / "one" / "rank"), read_plan(tmp_path / "two" / "rank")

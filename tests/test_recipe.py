@@ -96,6 +96,10 @@ def test_impossible_combinations(change, message):
     assert message in str(caught.value)
 
 
+def test_a_bare_no_is_not_a_boolean():
+    assert load_recipe("mini", ["finetune.mixed_precision=no"]).finetune.mixed_precision == "no"
+
+
 def test_overrides():
     recipe = load_recipe(
         "mini",

@@ -1,7 +1,8 @@
 """What stands on disk: one folder an artefact, `artifact.json` written last, so that its existence means "finished".
 
 A stage works in `<folder>.partial/` and the folder is renamed when it is whole, so a killed run never leaves half an artefact that
-looks like one. The fingerprint is a hash of the stage's settings and of its inputs' fingerprints: equal fingerprint, nothing to do.
+looks like one; a lock keeps a second run out meanwhile. The fingerprint is a hash of the stage's settings and of its inputs'
+fingerprints: equal fingerprint, nothing to do.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trimlingual import __version__
 from trimlingual.processes import is_main_process, wait_for_everyone
@@ -26,7 +30,7 @@ ARTIFACT_FILE = "artifact.json"
 SCRATCH = (
     "scratch"  # folder inside a .partial one for what only the work itself needs (checkpoints); removed at the end
 )
-WORK_FILE = "work.json"  # in a .partial folder: the fingerprint the work in it belongs to
+WORK_FILE = "work.json"  # in a .partial folder: the fingerprint the work in it belongs to, and who is at it
 # Bump when a stage's output for equal settings changes meaning: old artefacts are then stale instead of silently mixed in.
 FORMAT = 1
 LIBRARIES = (
@@ -161,7 +165,7 @@ def read_artifact(folder: Path) -> Artifact:
     """Read a finished artefact; ArtifactError says what is wrong and what to do."""
     path = folder / ARTIFACT_FILE
     if not path.is_file():
-        partial = folder.with_name(folder.name + ".partial")
+        partial = _partial(folder)
         if partial.is_dir():
             raise ArtifactError(
                 f"{folder} is not finished (its work stands in {partial.name}); run the stage again to go on"
@@ -218,19 +222,31 @@ def produce(
     processes (torchrun, accelerate launch) the main one works and the others wait, unless `everyone` takes part.
     """
     folder = Path(folder)
-    main = is_main_process()
     plain_settings = json.loads(json.dumps(settings))
-    wanted = fingerprint(stage, plain_settings, inputs)
     existing = find_artifact(folder)
-    if existing is not None:
-        if existing.fingerprint == wanted and not force:
+    if existing is not None and not force:
+        if existing.fingerprint == fingerprint(stage, plain_settings, inputs):
             return existing
-        if not force:
-            changed = "; ".join(differences(existing, plain_settings, inputs)[:8]) or "other settings"
-            raise ArtifactError(
-                f"{folder} was made with other settings or inputs ({changed}). Use --force to make it again, or another folder."
-            )
-    partial = folder.with_name(folder.name + ".partial")
+        changed = "; ".join(differences(existing, plain_settings, inputs)[:8]) or "other settings"
+        raise ArtifactError(
+            f"{folder} was made with other settings or inputs ({changed}). Use --force to make it again, or another folder."
+        )
+    with _alone(folder):
+        return _make(folder, stage, plain_settings, inputs, work, everyone)
+
+
+def _make(
+    folder: Path,
+    stage: str,
+    settings: dict[str, Any],
+    inputs: Mapping[str, str],
+    work: Callable[[Path], dict[str, Any]],
+    everyone: bool,
+) -> Artifact:
+    """Make the artefact, or go on making it."""
+    main = is_main_process()
+    wanted = fingerprint(stage, settings, inputs)
+    partial = _partial(folder)
     if main:
         _prepare(partial, wanted)
     wait_for_everyone()
@@ -243,7 +259,7 @@ def produce(
     artifact = Artifact(
         stage=stage,
         fingerprint=wanted,
-        settings=plain_settings,
+        settings=settings,
         inputs=dict(inputs),
         info=json.loads(json.dumps(info)),
         seconds=round(time.perf_counter() - started, 3),
@@ -253,6 +269,41 @@ def produce(
     if main:
         write_json(partial / ARTIFACT_FILE, artifact.record())
     return _finish(partial, folder)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs from working on the same artefact; ArtifactError if one is. A process that dies lets go of the lock."""
+    if not is_main_process():
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtifactError(
+            f"another run is making {folder}{_who(_partial(folder) / WORK_FILE)}; wait for it, or stop it and start this one "
+            "again (processes of a torchrun that was killed may still be running)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _who(work_file: Path) -> str:
+    """Which process a `.partial` folder's work belongs to, if it says."""
+    try:
+        at_work = json.loads(work_file.read_text(encoding="utf-8"))
+        return f" (process {at_work['process']} on {at_work['host']})"
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _finish(partial: Path, folder: Path) -> Artifact:
@@ -270,18 +321,21 @@ def _finish(partial: Path, folder: Path) -> Artifact:
 
 def _prepare(partial: Path, wanted: str) -> None:
     """Make `partial` ready: kept when its work belongs to the wanted fingerprint, emptied otherwise."""
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     for marker in (partial / ARTIFACT_FILE, partial / WORK_FILE):
         try:
-            if json.loads(marker.read_text(encoding="utf-8"))["fingerprint"] == wanted:
-                return
+            earlier = json.loads(marker.read_text(encoding="utf-8"))
+            if earlier["fingerprint"] == wanted:
+                created = earlier["created"]
+                break
         except (OSError, ValueError, KeyError):
             continue
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_json(
-        partial / WORK_FILE, {"fingerprint": wanted, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    )
+    else:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    at_work = {"process": os.getpid(), "host": platform.node()}
+    write_json(partial / WORK_FILE, {"fingerprint": wanted, "created": created, **at_work})
 
 
 def hash_file(path: Path) -> str:

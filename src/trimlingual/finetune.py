@@ -160,8 +160,9 @@ def finetune(
         if is_main_process():
             adapted.save_pretrained(out_dir / "adapter")
         model = adapted.merge_and_unload()
+    weights = info.pop("weights", None)
     if is_main_process():
-        save_model(model, processor, out_dir, model_settings.storage_dtype, info.pop("weights", None))
+        save_model(model, processor, out_dir, model_settings.storage_dtype, weights)
         lineage.with_seen("train", {clip.audio_sha256 for clip in clips}).save(out_dir)
     return info
 

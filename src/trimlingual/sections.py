@@ -241,6 +241,11 @@ class TrainSettings(Section):
             )
         return self
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_not_false(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as a boolean
+
     @field_validator("epochs", mode="before")
     @classmethod
     def _whole_epochs(cls, value: Any) -> Any:
