@@ -169,9 +169,16 @@ def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, split, 
     assert "forward" not in vars(model)
 
 
-def test_flash_adamw_says_what_it_needs(make_model, processor, split, task, examples, tmp_path):
-    settings = TrainSettings(max_steps=1, optimizer="flash_adamw")
-    with pytest.raises(TrainingError, match="needs a CUDA GPU; set optimizer: adamw_torch"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "flash_adamw"}, "needs a CUDA GPU; set optimizer: adamw_torch"),
+        ({"fsdp": True}, "several processes with a GPU each: start with accelerate launch"),
+    ],
+)
+def test_training_says_what_it_needs(make_model, processor, split, task, examples, tmp_path, change, message):
+    settings = TrainSettings(max_steps=1, **change)
+    with pytest.raises(TrainingError, match=message):
         train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path)
 
 

@@ -2,8 +2,8 @@
 
 Because it is the Trainer, `accelerate launch`, torchrun, FSDP, DeepSpeed, mixed precision, resuming and trackers come with it. What is
 ours: the loss on answer tokens only, weighted by tokens under gradient accumulation; clips of similar length in a step, and the audio
-window cut to the longest; stored audio states when the tower is frozen;
-checkpoints that are either whole or not used; and a stop, with the batch's ids, when the loss is not finite.
+window cut to the longest; stored audio states when the tower is frozen; checkpoints that are either whole or not used; and a stop, with
+the batch's ids, when the loss is not finite.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from trimlingual.models import (
     save_model,
 )
 from trimlingual.optimizer import TrainingError, flash_adamw
-from trimlingual.processes import is_main_process, wait_for_everyone
+from trimlingual.processes import is_main_process, num_processes, wait_for_everyone
 from trimlingual.progress import console
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import FLASH_ADAMW, ModelSettings, TaskSettings, TrainSettings
@@ -222,6 +222,10 @@ def make_trainer(
     """
     if not examples:
         raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
+    if settings.fsdp and (num_processes() == 1 or next(model.parameters()).device.type != "cuda"):
+        raise TrainingError(
+            "fsdp needs several processes with a GPU each: start with accelerate launch or torchrun, or set fsdp: false"
+        )
     set_seed(seed)
     prompter = Prompter(processor, task)
     freeze_(model, settings.freeze)
