@@ -75,17 +75,9 @@ def test_shares_of_the_weights_train_one_model_also_when_killed(manifests, tmp_p
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         settings = [
-            *SMALL,
-            *manifests,
-            f"finetune.batch_size={batch}",
-            "finetune.logging_steps=1",
-            "finetune.max_steps=40",
-        ]
-        settings += [
-            "finetune.freeze=[]",
-            f"finetune.fsdp={str(processes > 1).lower()}",
-            f"finetune.mixed_precision={precision}",
-        ]
+            *SMALL, *manifests, "finetune.max_steps=40", "finetune.logging_steps=1", "finetune.freeze=[]",
+            f"finetune.batch_size={batch}", f"finetune.fsdp={str(processes > 1).lower()}", f"finetune.mixed_precision={precision}",
+        ]  # fmt: skip
         words = command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings, "auto"))
         if processes > 1:
             killed = start(words)
