@@ -4,7 +4,7 @@
 
 The teacher, the distilled data and the test split are the same for all; every mode's plan is applied, the student recovered as in the
 recipe, and scored. One run each: differences in score of a point or two are within the intervals. Writes
-benchmarks/results/search_modes_mini.json, prints a table, then the JSON document.
+benchmarks/results/selection_modes_mini.json, prints a table, then the JSON document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trimlingual.pipeline import run_stage
 from trimlingual.plan import read_plan
 from trimlingual.recipe import Recipe, load_recipe
 
-RESULT = Path(__file__).parent / "results" / "search_modes_mini.json"
+RESULT = Path(__file__).parent / "results" / "selection_modes_mini.json"
 MODES = {
     "exact": [],
     "exact, nothing given up": ["rank.early_stopping=false"],
