@@ -126,6 +126,10 @@ def test_estimates_at_the_true_size(monkeypatch):
     # The same without what is more, but states of the token embedding of 4.
     bitsandbytes = load_recipe("qwen2-audio-en-de-qlora", ["finetune.optimizer=adamw_bnb_8bit"])
     assert estimate.estimate(bitsandbytes)["teacher"] == ("~16.79 GB", "~54.22 GB")
+    # Weights, gradients and states in float32.
+    divided = ["finetune.fsdp=true", "finetune.optimizer=adamw_torch_fused", "finetune.mixed_precision=bf16"]
+    rows_divided = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", divided))
+    assert rows_divided["teacher"] == ("~16.79 GB", "~134.35 GB over all GPUs")
     assert rows["quantized"][0] in ("~6.23 GB", "~6.24 GB", "~6.25 GB")
     small = ["quantize.scheme=int4", "quantize.eight_bit=[embeddings, lm_head]"]
     for when, teacher in (("before", "~15.02 GB"), ("after", "~16.79 GB")):

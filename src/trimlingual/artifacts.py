@@ -221,54 +221,41 @@ def produce(
     killed run with the same fingerprint is handed to `work` again, which goes on from it; other leftovers are removed. Of several
     processes (torchrun, accelerate launch) the main one works and the others wait, unless `everyone` takes part.
     """
-    folder = Path(folder)
+    folder, partial = Path(folder), _partial(Path(folder))
     plain_settings = json.loads(json.dumps(settings))
+    wanted = fingerprint(stage, plain_settings, inputs)
     existing = find_artifact(folder)
     if existing is not None and not force:
-        if existing.fingerprint == fingerprint(stage, plain_settings, inputs):
+        if existing.fingerprint == wanted:
             return existing
         changed = "; ".join(differences(existing, plain_settings, inputs)[:8]) or "other settings"
         raise ArtifactError(
             f"{folder} was made with other settings or inputs ({changed}). Use --force to make it again, or another folder."
         )
-    with _alone(folder):
-        return _make(folder, stage, plain_settings, inputs, work, everyone)
-
-
-def _make(
-    folder: Path,
-    stage: str,
-    settings: dict[str, Any],
-    inputs: Mapping[str, str],
-    work: Callable[[Path], dict[str, Any]],
-    everyone: bool,
-) -> Artifact:
-    """Make the artefact, or go on making it."""
     main = is_main_process()
-    wanted = fingerprint(stage, settings, inputs)
-    partial = _partial(folder)
-    if main:
-        _prepare(partial, wanted)
-    wait_for_everyone()
-    if (partial / ARTIFACT_FILE).is_file():  # killed between the last write and the renaming
+    with _alone(folder):
+        if main:
+            _prepare(partial, wanted)
+        wait_for_everyone()
+        if (partial / ARTIFACT_FILE).is_file():  # killed between the last write and the renaming
+            return _finish(partial, folder)
+        started = time.perf_counter()
+        earlier = json.loads((partial / WORK_FILE).read_text(encoding="utf-8"))
+        info = work(partial) if main or everyone else {}
+        wait_for_everyone()
+        artifact = Artifact(
+            stage=stage,
+            fingerprint=wanted,
+            settings=plain_settings,
+            inputs=dict(inputs),
+            info=json.loads(json.dumps(info)),
+            seconds=round(time.perf_counter() - started, 3),
+            created=earlier["created"],
+            machine=machine(),
+        )
+        if main:
+            write_json(partial / ARTIFACT_FILE, artifact.record())
         return _finish(partial, folder)
-    started = time.perf_counter()
-    earlier = json.loads((partial / WORK_FILE).read_text(encoding="utf-8"))
-    info = work(partial) if main or everyone else {}
-    wait_for_everyone()
-    artifact = Artifact(
-        stage=stage,
-        fingerprint=wanted,
-        settings=settings,
-        inputs=dict(inputs),
-        info=json.loads(json.dumps(info)),
-        seconds=round(time.perf_counter() - started, 3),
-        created=earlier["created"],
-        machine=machine(),
-    )
-    if main:
-        write_json(partial / ARTIFACT_FILE, artifact.record())
-    return _finish(partial, folder)
 
 
 def _partial(folder: Path) -> Path:

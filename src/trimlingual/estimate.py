@@ -32,10 +32,10 @@ def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
         "distilled": ("", gb(full * held)),
     }
     if recipe.finetune:
-        rows["teacher"] = (gb(full * stored), gb(_training_bytes(full, table, held, recipe.finetune)))
+        rows["teacher"] = (gb(full * stored), _training_memory(full, table, held, recipe.finetune))
     rows["pruned"] = (gb(pruned * stored), gb(2 * pruned * held))
     if recipe.recover:
-        rows["recovered"] = (gb(pruned * stored), gb(_training_bytes(pruned, table, held, recipe.recover)))
+        rows["recovered"] = (gb(pruned * stored), _training_memory(pruned, table, held, recipe.recover))
     if recipe.quantize:
         size = full if recipe.quantize.start in ("base", "teacher") else pruned
         gone = 0 if size == full else removed
@@ -92,6 +92,14 @@ def _config(recipe: Recipe) -> Any:
     if is_on_hub(base):
         return AutoConfig.from_pretrained(base, revision=recipe.model.revision)
     return AutoConfig.from_pretrained(resolve_base(base))
+
+
+def _training_memory(num: int, table: int, held: int, train: TrainSettings) -> str:
+    """As text. Under FSDP that of all GPUs together, with float32 weights where mixed precision computes in fewer bits."""
+    if not train.fsdp:
+        return gb(_training_bytes(num, table, held, train))
+    held = held if train.mixed_precision == "no" else BYTES["float32"]
+    return gb(_training_bytes(num, table, held, train)) + " over all GPUs"
 
 
 def _training_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:

@@ -313,7 +313,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
 
 
 def _sharding(model: Any) -> dict[str, Any]:
-    """FSDP layer by layer, in both towers; in checkpoints every process writes its share."""
+    """FSDP layer by layer (transformers would divide the tower's attention again); each process writes its share of a checkpoint."""
     layers = {type(layer).__name__ for tower in ("decoder", "encoder") for layer in layer_list(model, tower)}
     return {"transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "SHARDED_STATE_DICT"}
 
