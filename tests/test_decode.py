@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from trimlingual.decode import (
     max_new_tokens,
     split_on_oom,
     translate_clips,
+    translate_split,
 )
 from trimlingual.models import embed, eos_token_ids
 from trimlingual.packed import PackedDecoder
@@ -118,19 +121,36 @@ def test_truncation_is_counted(make_model, processor, split, task):
     assert any(t.truncated for t in done)
 
 
-def test_journal_goes_on_with_equal_results(make_model, processor, split, task, tmp_path):
+def test_a_split_goes_on_from_every_journal(make_model, processor, split, task, tmp_path):
+    """Of three batches one is done, by a second process that is not there any more, and the next was being written."""
     model, settings = make_model(), DecodeSettings(batch_size=3, max_new_tokens=12)
     whole = translate_clips(model, processor, task, split.clips, settings)
-    journal = tmp_path / "journal.jsonl"
-    assert translate_clips(model, processor, task, split.clips, settings, journal=journal) == whole
-    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
-    journal.write_text(
-        "".join(lines[:5]) + lines[5][:10], encoding="utf-8"
-    )  # killed in the middle of a batch and of a line
-    assert translate_clips(model, processor, task, split.clips, settings, journal=journal) == whole
-    again = [line for line in journal.read_text(encoding="utf-8").splitlines()]
-    assert len(again) == len(lines)
-    assert len(set(again)) == len(lines)
+    first = translate_split(model, processor, task, split.clips, settings, tmp_path / "all", label="first")
+    assert first.translations == whole
+    lines = (tmp_path / "all" / "0.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 3
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    slow = json.loads(lines[1]) | {"seconds": 1000.0, "num_processes": 2, "peak_memory_bytes": 10**15}
+    (stopped / "1.jsonl").write_text(json.dumps(slow) + "\n", encoding="utf-8")
+    (stopped / "0.jsonl").write_text(lines[0][:40], encoding="utf-8")
+    again = translate_split(model, processor, task, split.clips, settings, stopped, label="again")
+    assert again.translations == whole
+    mine = [json.loads(line) for line in (stopped / "0.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["translations"] for record in mine] == [json.loads(lines[i])["translations"] for i in (0, 2)]
+    assert again.seconds == pytest.approx(1000 + sum(record["seconds"] for record in mine))
+    assert (again.num_processes, again.peak_memory_bytes) == (2, 10**15)
+
+
+def test_a_split_goes_on_with_another_batch_size(make_model, processor, split, task, tmp_path):
+    model, three, two = make_model(), DecodeSettings(batch_size=3), DecodeSettings(batch_size=2)
+    whole = translate_split(model, processor, task, split.clips, three, tmp_path, label="first")
+    journal = tmp_path / "0.jsonl"
+    journal.write_text(journal.read_text(encoding="utf-8").split("\n")[1] + "\n", encoding="utf-8")
+    again = translate_split(model, processor, task, split.clips, two, tmp_path, label="again")
+    assert again.translations == whole.translations
+    records = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    assert sum(len(record["translations"]) for record in records) == len(split.clips) * 2
 
 
 def test_out_of_memory_halves_the_batch(caplog):

@@ -173,9 +173,23 @@ def test_a_system_keeps_all_of_itself():
     assert (interval.value, interval.low, interval.high) == (1, 1, 1)
     difference, p_value = paired_bootstrap_difference(same, same)
     assert (difference.low, difference.high) == (0, 0)
-    # sacreBLEU counts strictly greater differences only, so two equal systems come out at 1 / (samples + 1), there and
-    # here.
-    assert p_value == pytest.approx(1 / 1001)
+    assert p_value == 1  # sacreBLEU says 1 / (samples + 1)
+
+
+def test_p_value_of_ties():
+    """Other sentences, equal scores: nothing speaks for a difference. One sentence better among many: hardly anything."""
+    _, references = random_corpus(40, seed=6, noise=0.3)
+    ours, theirs = list(references), list(references)
+    ours[3], theirs[5], references[5] = "etwas anderes", "etwas anderes", references[3]
+    ours[5] = references[5]
+    theirs[3] = references[3]
+    tie = [sentence_statistics("chrf", texts, references, "de") for texts in (ours, theirs)]
+    assert tie[0].counts.tolist() != tie[1].counts.tolist()
+    difference, p_value = paired_bootstrap_difference(*tie)
+    assert (difference.value, p_value) == (pytest.approx(0, abs=1e-9), 1)
+    assert difference.low < 0 < difference.high
+    better = sentence_statistics("chrf", references, references, "de")
+    assert 0.05 < paired_bootstrap_difference(better, tie[0])[1] < 0.5
 
 
 def test_a_ratio_to_nothing_is_refused_and_empty_resamples_are_left_out():

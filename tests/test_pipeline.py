@@ -135,10 +135,10 @@ MIDDLE = {
     "teacher": "teacher.partial/scratch/checkpoint-2/complete.json",
     "rank": "rank.partial/candidates.jsonl",
     "pruned": "pruned.partial/model.safetensors",
-    "distilled": "distilled.partial/translations.jsonl",
+    "distilled": "distilled.partial/scratch/translated/0.jsonl",
     "recovered": "recovered.partial/scratch/checkpoint-2/complete.json",
     "quantized": "quantized.partial/scratch/training/checkpoint-2/complete.json",
-    "evaluations": "evaluations/pruned.partial/work.json",
+    "evaluations": "evaluations/pruned.partial/scratch/translated/0.jsonl",
     "exported": "exported.partial/work.json",
     "report": "report.partial/work.json",
 }

@@ -10,9 +10,10 @@ Shapes: B batch, T tokens, F audio states of a clip, A tower width, D decoder wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from trimlingual.artifacts import append_jsonl, read_journal
 from trimlingual.audio import load_audio
+from trimlingual.measure import Stopwatch, peak_bytes
 from trimlingual.models import (
     embed,
     eos_token_ids,
@@ -31,7 +33,8 @@ from trimlingual.models import (
     unwrap,
 )
 from trimlingual.packed import PackedDecoder
-from trimlingual.progress import progress
+from trimlingual.processes import gather, is_main_process, num_processes, process_index
+from trimlingual.progress import progress, say
 from trimlingual.prompts import Prompter, log_mels
 from trimlingual.recipe import DecodeSettings, TaskSettings
 from trimlingual.sources import Clip
@@ -164,6 +167,20 @@ def split_on_oom(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any
     return [*split_on_oom(work, items[:half]), *split_on_oom(work, items[half:])]
 
 
+@dataclass(frozen=True)
+class SplitTranslations:
+    """A split's translations, in the clips' order, languages in the task's order, and what they took.
+
+    `seconds` are those of all batches, summed over the processes and over the runs that made them: the time one process would have
+    needed. `num_processes` is the most that shared them out, `peak_memory_bytes` the most that one of them held.
+    """
+
+    translations: list[Translation]
+    seconds: float
+    num_processes: int
+    peak_memory_bytes: int
+
+
 def translate_clips(
     model: Any,
     processor: Any,
@@ -172,26 +189,71 @@ def translate_clips(
     settings: DecodeSettings,
     *,
     label: str = "translating",
-    journal: Path | None = None,
 ) -> list[Translation]:
-    """Translate every clip into every target language; in the order of `clips`, languages in the task's order.
+    """Translate every clip into every target language; in the order of `clips`, languages in the task's order."""
+    prompter = Prompter(processor, task)
+    stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
+    done: dict[tuple[str, str], Translation] = {}
+    with progress(label, len(clips)) as advance:
+        for batch in _batches(clips, settings.batch_size):
+            done |= {(t.id, t.language): t for t in _translate_batch(stepper, prompter, batch, settings)}
+            advance(len(batch))
+    return [done[clip.id, language] for clip in clips for language in task.target_languages]
 
-    With a `journal` (JSONL) every finished batch is on disk at once and a later call goes on from there. The batches are the same
-    in a run that was stopped and in one that was not, so the translations are too.
+
+def translate_split(
+    model: Any,
+    processor: Any,
+    task: TaskSettings,
+    clips: Sequence[Clip],
+    settings: DecodeSettings,
+    journals: Path,
+    *,
+    label: str,
+) -> SplitTranslations:
+    """`translate_clips` for stages: the clips are shared out over all processes, and a killed run goes on where it was.
+
+    Of the batches that are left, each of N processes takes every N-th and appends it, with its seconds, to a file of its own in the
+    folder `journals`; however many processes start next read them all. The batches are those of one process that was never stopped,
+    so the translations are too. All processes must call this, and all get everything.
     """
     prompter = Prompter(processor, task)
     stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
-    done = {(r["id"], r["language"]): Translation(**r) for r in (read_journal(journal) if journal else ())}
-    with progress(label, len(clips)) as advance:
-        for batch in _batches(clips, settings.batch_size):
-            wanted = [(clip, language) for clip in batch for language in task.target_languages]
-            if any((clip.id, language) not in done for clip, language in wanted):
-                for translation in _translate_batch(stepper, prompter, batch, wanted, settings):
-                    if journal and (translation.id, translation.language) not in done:
-                        append_jsonl(journal, asdict(translation))
-                    done[translation.id, translation.language] = translation
+    earlier = gather(_read_journals(journals) if is_main_process() else None)[0]
+    known = {t["id"] for record in earlier for t in record["translations"]}
+    batches = ([clip for clip in batch if clip.id not in known] for batch in _batches(clips, settings.batch_size))
+    mine = list(filter(None, batches))[process_index() :: num_processes()]
+    if known:
+        say(f"  {label}: {len(known)} of {len(clips)} clips were translated by an earlier run")
+    made = []
+    device = stepper.decoder.device
+    with progress(label, sum(map(len, mine))) as advance:
+        for batch in mine:
+            with Stopwatch(device) as watch:
+                translations = _translate_batch(stepper, prompter, batch, settings)
+            record = {
+                "seconds": watch.seconds,
+                "num_processes": num_processes(),
+                "peak_memory_bytes": peak_bytes(device),
+                "translations": [asdict(translation) for translation in translations],
+            }
+            append_jsonl(journals / f"{process_index()}.jsonl", record)
+            made.append(record)
             advance(len(batch))
-    return [done[clip.id, language] for clip in clips for language in task.target_languages]
+    records = [*earlier, *chain.from_iterable(gather(made))]
+    said = {(t["id"], t["language"]): Translation(**t) for record in records for t in record["translations"]}
+    return SplitTranslations(
+        [said[clip.id, language] for clip in clips for language in task.target_languages],
+        sum(record["seconds"] for record in records),
+        max(record["num_processes"] for record in records),
+        max(record["peak_memory_bytes"] for record in records),
+    )
+
+
+def _read_journals(folder: Path) -> list[dict[str, Any]]:
+    """Batches that are on disk, whichever process wrote them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [record for path in sorted(folder.glob("*.jsonl")) for record in read_journal(path)]
 
 
 def _batches(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:
@@ -206,17 +268,19 @@ def _translate_batch(
     stepper: Stepper,
     prompter: Prompter,
     batch: Sequence[Clip],
-    wanted: Sequence[tuple[Clip, str]],
     settings: DecodeSettings,
-) -> Iterable[Translation]:
+) -> list[Translation]:
+    """Each clip in each of the prompter's languages."""
     model = stepper.decoder.model
+    wanted = [(clip, language) for clip in batch for language in prompter.task.target_languages]
     encoded = split_on_oom(partial(_load_and_encode, model, prompter.processor), batch)
     states = {clip.id: tower for clip, tower in zip(batch, encoded)}
     prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in wanted]
     limits = [max_new_tokens(clip.duration_s, settings) for clip, _ in wanted]
     tokens = greedy(stepper, prompts, limits, settings.batch_size)
-    for (clip, language), ids in zip(wanted, tokens):
-        yield to_translation(prompter, clip.id, language, ids, stepper.eos)
+    return [
+        to_translation(prompter, clip.id, language, ids, stepper.eos) for (clip, language), ids in zip(wanted, tokens)
+    ]
 
 
 def to_translation(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import write_text
+from trimlingual.artifacts import SCRATCH, write_text
 from trimlingual.data import DataSplits
-from trimlingual.decode import Translation, translate_clips
+from trimlingual.decode import Translation, translate_split
 from trimlingual.lineage import read_lineage
 from trimlingual.models import RANDOM, load_model, load_processor, pick_device
+from trimlingual.processes import is_main_process
 from trimlingual.prompts import Example
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings
 from trimlingual.sources import Clip
 
 DISTILLED_FILE = "distilled.jsonl"
-JOURNAL_FILE = "translations.jsonl"  # everything the teacher said, kept or not
+TRANSLATIONS_FILE = "translations.jsonl"  # everything the teacher said, kept or not
 REASONS = ("empty", "runaway", "repetition", "duplicate")
 
 
@@ -33,20 +35,25 @@ def distill(
 ) -> dict[str, Any]:
     """Translate the training clips with the teacher, keep what is fit to learn from, and write `distilled.jsonl`.
 
-    Goes on from the last batch that is on disk. Returns how many were kept and dropped, by language and reason. In a rehearsal, whose
-    teacher says nothing fit to learn from, references stand in for what is dropped, so that later stages see as much data.
+    Goes on from the batches that are on disk. Returns how many were kept and dropped, by language and reason. In a rehearsal, whose
+    teacher says nothing fit to learn from, references stand in for what is dropped, so that later stages see as much data. The
+    processes of a distributed run share the clips out; the main one filters and writes, the others return {}.
     """
     rehearsal = read_lineage(teacher_dir).base.startswith(RANDOM)
     model = load_model(teacher_dir, model_settings.dtype, pick_device(model_settings.device))
-    translations = translate_clips(
+    translations = translate_split(
         model,
         load_processor(teacher_dir),
         task,
         clips,
         decode,
+        out_dir / SCRATCH / "translated",
         label="teacher translates",
-        journal=out_dir / JOURNAL_FILE,
-    )
+    ).translations
+    if not is_main_process():
+        return {}
+    said = [json.dumps(asdict(translation), ensure_ascii=False) + "\n" for translation in translations]
+    write_text(out_dir / TRANSLATIONS_FILE, "".join(said))
     references = {clip.id: clip.references for clip in clips}
     counts = {language: Counter({reason: 0 for reason in ("kept", *REASONS)}) for language in task.target_languages}
     lines = []
@@ -59,7 +66,7 @@ def distill(
             record = {"id": translation.id, "language": translation.language, "text": text}
             lines.append(json.dumps(record, ensure_ascii=False))
     if not lines:
-        raise ValueError(f"no teacher translation is fit to learn from: {counts}; look at {JOURNAL_FILE}")
+        raise ValueError(f"no teacher translation is fit to learn from: {counts}; look at {TRANSLATIONS_FILE}")
     write_text(out_dir / DISTILLED_FILE, "\n".join(lines) + "\n")
     return {"counts": {language: dict(counter) for language, counter in counts.items()}, "decode": decode.model_dump()}
 

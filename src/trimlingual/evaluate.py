@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import machine, write_json, write_text
+from trimlingual.artifacts import SCRATCH, machine, write_json, write_text
 from trimlingual.data import Split
-from trimlingual.decode import Translation, translate_clips
+from trimlingual.decode import Translation, translate_split
 from trimlingual.lineage import Lineage, check_unseen
-from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory, speed
+from trimlingual.measure import count_parameters, disk_bytes, peak_memory, speed
 from trimlingual.metrics import SentenceStatistics, comet, corpus_score, paired_bootstrap_ratio, sentence_statistics
 from trimlingual.models import load_model, load_processor, pick_device
+from trimlingual.processes import is_main_process
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings
 from trimlingual.sources import Clip
 
@@ -37,15 +38,25 @@ def evaluate(
     """Evaluate the model in `model_dir` on `split`; writes `translations.<language>.jsonl` and `result.json`.
 
     `baseline_dir` is an earlier evaluation on the same split: the share of its score that is kept, with a paired bootstrap interval,
-    is part of the result. Raises LeakError when the model was trained on the split or chosen by it.
+    is part of the result. Raises LeakError when the model was trained on the split or chosen by it. The processes of a distributed
+    run share the clips out; the main one scores and writes, the others return {}.
     """
     check_unseen(lineage, split.name, [(clip.id, clip.audio_sha256) for clip in split.clips])
     device = pick_device(model_settings.device)
-    with peak_memory(device) as memory:
+    with peak_memory(device):  # whose peak so far is in the record of every batch
         model = load_model(model_dir, model_settings.dtype, device)
-        processor = load_processor(model_dir)
-        with Stopwatch(device) as watch:
-            translations = translate_clips(model, processor, task, split.clips, decode, label=f"evaluating {name}")
+        said = translate_split(
+            model,
+            load_processor(model_dir),
+            task,
+            split.clips,
+            decode,
+            out_dir / SCRATCH / "translated",
+            label=f"evaluating {name}",
+        )
+    if not is_main_process():
+        return {}
+    translations = said.translations
     baseline = _read_baseline(baseline_dir, split) if baseline_dir else None
     languages = {}
     for language in task.target_languages:
@@ -61,8 +72,12 @@ def evaluate(
         "quantization": lineage.quantization,
         "split": {"name": split.name, "hash": split.hash, "num_clips": len(split.clips)},
         "languages": languages,
-        "speed": {**_speed(translations, split.clips, watch.seconds), "batch_size": decode.batch_size},
-        "peak_memory_bytes": memory.num_bytes,
+        "speed": {
+            **_speed(translations, split.clips, said.seconds),
+            "batch_size": decode.batch_size,
+            "num_processes": said.num_processes,
+        },
+        "peak_memory_bytes": said.peak_memory_bytes,
         "decode": decode.model_dump(),
         "lineage": {key: value for key, value in asdict(lineage).items() if key != "seen"},
         "machine": machine(),
@@ -71,10 +86,10 @@ def evaluate(
     return {language: {m: round(scores[m]["value"], 2) for m in METRICS} for language, scores in languages.items()}
 
 
-def _speed(translations: Sequence[Translation], clips: Sequence[Clip], wall_s: float) -> dict[str, float]:
-    """Seconds a translation, tokens a second, real-time factor; a clip counts once a target language."""
+def _speed(translations: Sequence[Translation], clips: Sequence[Clip], seconds: float) -> dict[str, float]:
+    """Seconds per translation, tokens per second, real-time factor, of one process; a clip counts once per target language."""
     audio_s = sum(clip.duration_s for clip in clips) * len(translations) / len(clips)
-    return speed(len(translations), sum(t.num_tokens for t in translations), audio_s, wall_s)
+    return speed(len(translations), sum(t.num_tokens for t in translations), audio_s, seconds)
 
 
 def _score(

@@ -123,7 +123,12 @@ def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
     try:
         yield peak
     finally:
-        peak.num_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_mark()
+        peak.num_bytes = peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The peak so far inside a `peak_memory` block, in bytes; outside of one, that of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_mark()
 
 
 def _reset_high_water_mark() -> bool:

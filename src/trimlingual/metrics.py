@@ -36,6 +36,7 @@ _TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab", "th": "char", "lo
 _TOKENIZER_EXTRAS = {"ja-mecab": "sacrebleu[ja]", "ko-mecab": "sacrebleu[ko]"}
 _BLEU_ORDER = 4
 _CHRF_BETA = 2
+_TIE = 1e-9  # scores closer than this are equal: sums in another order differ as much
 _CHUNK_CELLS = 1 << 22  # resample weights held at once: 32 MB of float64
 
 
@@ -170,9 +171,10 @@ def paired_bootstrap_difference(
 
     Given several statistics a side (one a target language, over the same clips in the same order), the score is their mean. The
     p-value is that of `sacrebleu.significance._paired_bs_test` (after Moses): how often the absolute difference of
-    a resample, less the mean of all, exceeds the real one, with one added above and below. Same seed, same resamples,
-    same p as sacreBLEU; so is the quirk that two equal systems get the smallest p there is. Raises MetricError if the
-    two were not scored on the same sentences.
+    a resample, less the mean of all, reaches the real one, with one added above and below. Same seed, same resamples,
+    same p as sacreBLEU, but for ties: sacreBLEU counts strictly greater differences only, which gives two equal systems
+    the smallest p there is. Here a resample that equals the real difference counts, and p is 1 when the scores are
+    equal. Raises MetricError if the two were not scored on the same sentences.
     """
     one, other = ([side] if isinstance(side, SentenceStatistics) else list(side) for side in (candidate, baseline))
     for pair in zip(one, other, strict=True):
@@ -187,7 +189,8 @@ def paired_bootstrap_difference(
     resamples = _resamples(len(one[0]), num_samples, seed)
     sampled = np.concatenate([difference(partial(SentenceStatistics.scores, weights=w)) for w in resamples])
     centred = np.abs(sampled) - np.abs(sampled).mean()
-    p_value = (int(np.sum(centred > abs(real))) + 1) / (len(sampled) + 1)
+    reached = len(sampled) if abs(real) <= _TIE else int(np.sum(centred >= abs(real) - _TIE))
+    p_value = (reached + 1) / (len(sampled) + 1)
     return _percentile_interval(real, sampled), p_value
 
 

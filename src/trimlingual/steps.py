@@ -255,7 +255,7 @@ def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
         return distill(inputs["teacher"].folder, clips, recipe.task, recipe.model, recipe.decode, settings, folder)
 
     wanted = _settings(recipe, distill=settings, decode=recipe.decode)
-    return Step("distilled", out, wanted, {"teacher": teacher, "data": data}, work)
+    return Step("distilled", out, wanted, {"teacher": teacher, "data": data}, work, everyone=True)
 
 
 def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, out: Path) -> Step:
@@ -298,7 +298,9 @@ def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Re
 
     settings = _settings(recipe, evaluate=recipe.evaluate, decode=recipe.decode)
     settings["evaluate"].pop("models")  # which others are evaluated does not change this one
-    return Step(f"evaluate {name}", out, settings, _inputs(model=model, data=data, baseline=baseline), work)
+    return Step(
+        f"evaluate {name}", out, settings, _inputs(model=model, data=data, baseline=baseline), work, everyone=True
+    )
 
 
 def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, out: Path) -> Step:
