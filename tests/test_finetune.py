@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from trimlingual.audio import load_audio
-from trimlingual.finetune import (
-    finetune,
-    last_complete_checkpoint,
-    make_trainer,
-    train_,
-)
+from trimlingual.checkpoints import last_complete_checkpoint
+from trimlingual.finetune import finetune, make_trainer, train_
 from trimlingual.lineage import read_lineage
 from trimlingual.loss import answer_forward, answer_loss
 from trimlingual.models import load_model

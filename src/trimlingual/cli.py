@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimlingual import __version__
+from trimlingual import __version__, interruptions
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe, list_recipes, load_recipe
 
@@ -252,7 +252,11 @@ def _show_plan(recipe: Recipe, run_dir: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of the input end with their message and exit code 1. TRIMLINGUAL_DEBUG=1 shows where they arose."""
+    """Entry point: errors of the input end with their message and exit code 1. TRIMLINGUAL_DEBUG=1 shows where they arose.
+
+    A run that was stopped by SIGTERM ends with 143, by SIGINT (Ctrl-C) with 130.
+    """
+    interruptions.install()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals
     # What libraries say to their own developers about each other is nothing a user can act on.
@@ -262,7 +266,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     try:
         app()
+    except interruptions.Interrupted as stop:
+        say(f"stopped: {stop}; the same command goes on from here")
+        sys.exit(stop.exit_code)
     except (ValueError, OSError, RuntimeError) as error:
+        if interruptions.asked():  # another process of the run was quicker to go
+            sys.exit(interruptions.Interrupted().exit_code)
         if os.environ.get("TRIMLINGUAL_DEBUG") or not str(error):
             raise
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)

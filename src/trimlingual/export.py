@@ -13,9 +13,10 @@ from trimlingual.artifacts import ARTIFACT_FILE, write_text
 from trimlingual.evaluate import read_result
 from trimlingual.lineage import Lineage
 from trimlingual.models import check_folder
+from trimlingual.progress import LOG_FILE
 from trimlingual.recipe import Recipe
 
-LEFT_BEHIND = (ARTIFACT_FILE, "adapter", "scratch", "work.json")
+LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
 
 
 def export(
@@ -27,6 +28,7 @@ def export(
     lineage.save(out_dir)
     result = read_result(evaluation_dir) if evaluation_dir else None
     write_text(out_dir / "README.md", model_card(recipe, lineage, result))
+    (out_dir / LOG_FILE).unlink(missing_ok=True)
     return {"files": sorted(path.name for path in out_dir.iterdir() if path.is_file() and path.name != "work.json")}
 
 

@@ -9,7 +9,6 @@ the batch's ids, when the loss is not finite.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
-from torch.utils.data import Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import Dataset, Sampler, get_worker_info
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trimlingual.artifacts import SCRATCH, write_json
+from trimlingual import interruptions
+from trimlingual.artifacts import SCRATCH
 from trimlingual.audio import load_audio
 from trimlingual.batches import LengthGroupedSampler
-from trimlingual.decode import encode_clips
+from trimlingual.checkpoints import Checkpoints
 from trimlingual.lineage import Lineage
 from trimlingual.lora import add_lora, fuse_lora_
 from trimlingual.loss import answer_forward
@@ -40,14 +40,13 @@ from trimlingual.models import (
     save_model,
 )
 from trimlingual.optimizer import TrainingError, flash_adamw
-from trimlingual.processes import is_main_process, num_processes, wait_for_everyone
-from trimlingual.progress import console
+from trimlingual.processes import is_main_process, num_processes
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import FLASH_ADAMW, ModelSettings, TaskSettings, TrainSettings
 from trimlingual.sources import Clip
+from trimlingual.stored_audio import stored_states
 
-COMPLETE_FILE = "complete.json"  # written into a checkpoint after everything else
-ENCODE_BATCH = 16  # clips encoded at once when the frozen tower's output is stored; not a result-changing setting
+NEVER = 10**9  # steps
 
 
 def _load_clip(clips: Sequence[Clip], index: int) -> np.ndarray:
@@ -62,12 +61,15 @@ class _Examples(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
+        if get_worker_info():
+            interruptions.ignored_here()
         return self.examples[index]
 
 
 class _TranslationTrainer(Trainer):
     lengths: Sequence[float] | None = None  # of the examples, in seconds, when clips of similar length share a step
     checkpoint_from_tokens = 0
+    checkpoints: Checkpoints
 
     @cached_property
     def _num_parameters(self) -> int:
@@ -91,6 +93,13 @@ class _TranslationTrainer(Trainer):
             if isinstance(handler, DistributedDataParallelKwargs):
                 handler.gradient_as_bucket_view = True
         return built
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the checkpoint was the last step's: transformers would do one more before it sees."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with attention_for_unlike_lengths():  # around the backward pass too: checkpointed layers run again in it
@@ -122,17 +131,6 @@ class _TranslationTrainer(Trainer):
             raise TrainingError(
                 f"the checkpoint does not fit the model ({len(load_result.missing_keys)} weights missing, "
                 f"{len(load_result.unexpected_keys)} unknown); delete the .partial folder and start this stage again"
-            )
-
-
-class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint once it is whole: a killed run must not resume from half of one."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wait_for_everyone()  # every process writes its part
-        if state.is_world_process_zero:
-            write_json(
-                Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, {"step": state.global_step}
             )
 
 
@@ -184,17 +182,20 @@ def train_(
     """
     trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir)
     try:
-        with explained_disk_full(work_dir):
-            result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(work_dir))
+        with explained_disk_full(work_dir), trainer.checkpoints.told():
+            trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
     finally:
         del model.forward  # the class's own again
     trained.eval()
+    steps = trainer.state.global_step
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     info: dict[str, Any] = {
         "num_examples": len(examples),
         "num_clips": len(clips),
-        "steps": result.global_step,
-        "training_loss": round(result.training_loss, 5),
+        "steps": steps,
+        "training_loss": round(
+            trainer._total_loss_scalar / steps, 5
+        ),  # the Trainer's own forgets what came before a restart
         "losses": losses,
         "num_trainable": sum(p.numel() for p in trained.parameters() if p.requires_grad),
     }
@@ -214,7 +215,7 @@ def make_trainer(
     settings: TrainSettings,
     seed: int,
     work_dir: Path,
-) -> tuple[Any, Trainer]:
+) -> tuple[Any, _TranslationTrainer]:
     """What is trained (`model`, or the PEFT model around it) and a Trainer ready to start.
 
     From here on `model.forward` is the training loss's; whoever trains deletes it afterwards. Raises ValueError without examples,
@@ -235,7 +236,7 @@ def make_trainer(
     optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
     states = None
     if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
-        states = [tower.cpu() for tower in encode_clips(model, processor, clips, ENCODE_BATCH)]
+        states = stored_states(model, processor, clips, work_dir)
     trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
         True  # answer_forward divides by num_items_in_batch itself
     )
@@ -245,7 +246,6 @@ def make_trainer(
         args=training_arguments(settings, seed, work_dir, model),
         train_dataset=_Examples(examples),
         data_collator=Collator(prompter, partial(_load_clip, clips), states),
-        callbacks=[_MarkComplete()],
         optimizer_cls_and_kwargs=optimizer,
     )
     if trainer.is_fsdp_enabled and (trained is not model or optimizer):  # by accelerate's configuration, not the recipe
@@ -255,6 +255,8 @@ def make_trainer(
     if settings.gradient_checkpointing:
         trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
+    trainer.checkpoints = Checkpoints(trainer, work_dir, settings.save_minutes)
+    trainer.add_callback(trainer.checkpoints)
     return trained, trainer
 
 
@@ -292,7 +294,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
         **checkpointing,
         use_cpu=next(model.parameters()).device.type == "cpu",
         save_strategy="steps",
-        save_steps=settings.save_steps,
+        save_steps=settings.save_steps or NEVER,  # and whenever Checkpoints says so, and after the last step
         save_total_limit=2,  # two, so that one is whole while the other is being written
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
@@ -304,7 +306,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        disable_tqdm=not console.is_terminal,
+        disable_tqdm=True,  # Checkpoints tells how it goes
         seed=seed,
         data_seed=seed,
     )
@@ -316,17 +318,3 @@ def _sharding(model: Any) -> dict[str, Any]:
     """FSDP layer by layer (transformers would divide the tower's attention again); each process writes its share of a checkpoint."""
     layers = {type(layer).__name__ for tower in ("decoder", "encoder") for layer in layer_list(model, tower)}
     return {"transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "SHARDED_STATE_DICT"}
-
-
-def last_complete_checkpoint(work_dir: Path) -> str | None:
-    """Newest checkpoint that was written to its end, or None; incomplete ones are removed."""
-    wait_for_everyone()
-    found = []
-    for folder in work_dir.glob("checkpoint-*"):
-        if (folder / COMPLETE_FILE).is_file():
-            found.append(folder)
-        elif is_main_process():
-            shutil.rmtree(folder)
-    wait_for_everyone()
-    newest = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None

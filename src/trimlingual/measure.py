@@ -19,10 +19,11 @@ from types import TracebackType
 import torch
 
 from trimlingual.artifacts import ARTIFACT_FILE, WORK_FILE
+from trimlingual.progress import LOG_FILE
 from trimlingual.rehearsal import random_weight_bytes
 
 # Beside a model but no part of it: our own records, and what a Hub download leaves.
-_NOT_SHIPPED = {ARTIFACT_FILE, WORK_FILE, "README.md", ".gitattributes", ".gitignore"}
+_NOT_SHIPPED = {ARTIFACT_FILE, WORK_FILE, LOG_FILE, "README.md", ".gitattributes", ".gitignore"}
 _NOT_SHIPPED_FOLDERS = {"adapter"}  # the QLoRA adapter, kept beside the model it was merged into
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

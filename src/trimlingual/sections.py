@@ -216,7 +216,13 @@ class TrainSettings(Section):
     )
     freeze: list[Literal["audio_tower", "projector", "embeddings", "lm_head"]] = Field(default_factory=list)
     lora: LoraSettings = LoraSettings()
-    save_steps: Annotated[int, Field(ge=1)] = 200
+    save_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="between checkpoints; null: by what writing one takes, so that it takes about a twentieth of the time",
+    )
+    save_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="a checkpoint after every so many steps too"
+    )
     logging_steps: Annotated[int, Field(ge=1)] = 10
     report_to: list[str] = Field(default_factory=list, description="trackers, e.g. [tensorboard, wandb]")
     fsdp: bool = Field(

@@ -23,6 +23,7 @@ from trimlingual.artifacts import (
 from trimlingual.audio import DataError
 from trimlingual.data import load_splits, prepare_data
 from trimlingual.lineage import Lineage, read_lineage
+from trimlingual.progress import LOG_FILE, log_to
 from trimlingual.recipe import Recipe, Source, TrainSettings
 from trimlingual.sources import Clip, source_fingerprint
 
@@ -96,7 +97,8 @@ class Step:
         """Bring the artefact up to date."""
 
         def work(partial: Path) -> dict[str, Any]:
-            return self.work(self.inputs, partial)
+            with log_to(partial / LOG_FILE):
+                return self.work(self.inputs, partial)
 
         return produce(
             self.folder, self.name, self.settings, self.input_fingerprints, work, force=force, everyone=self.everyone
