@@ -11,7 +11,7 @@ import torch
 from trimlingual import candidates
 from trimlingual.audio import load_audio
 from trimlingual.data import Split
-from trimlingual.decode import max_new_tokens, translate_clips
+from trimlingual.decode import encode_clips, max_new_tokens, translate_clips
 from trimlingual.drafts import NO_DRAFT
 from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import read_lineage
@@ -116,6 +116,49 @@ def test_built_in_model(tmp_path):
     )
     plan = run(folder, split, recipe.task, recipe.decode, settings, tmp_path / "rank")
     assert_same(tmp_path / "rank", plan, folder, load_processor(folder), split, recipe.task, recipe.decode)
+
+
+@pytest.mark.parametrize("metrics", [METRICS, {"de": "loss", "zh": "loss"}, {"de": "loss", "zh": "chrf"}])
+def test_both_towers_encode_a_clip_once_for_all_decoder_candidates(
+    make_model, processor, split, task, tmp_path, monkeypatch, metrics
+):
+    """A clip once for the whole tower, and at most once more for each candidate of the tower and for the one that is left."""
+    model = make_model(encoder_layers=3, seed=7)
+    folder = tmp_path / "model"
+    save_model(model, processor, folder, "float32")
+    decode = DecodeSettings(batch_size=4, max_new_tokens=8)
+    settings = RankSettings(
+        num_layers_to_remove=2, metric=metrics, towers="both", protect_first=0, early_stopping=False
+    )
+    encoded = []
+
+    def counted(model, processor, clips, batch_size):
+        encoded.append((len(model.model.audio_tower.layers), len(clips)))
+        return encode_clips(model, processor, clips, batch_size)
+
+    monkeypatch.setattr(candidates, "encode_clips", counted)
+    plan = run(folder, split, task, decode, settings, tmp_path / "rank")
+    first = [(c["tower"], c["layer"]) for c in plan.candidates if c["round"] == 1]
+    assert [first.count((tower, i)) for tower in ("decoder", "encoder") for i in range(4)] == [1, 1, 1, 0, 1, 1, 0, 0]
+    gone = plan.removals[0].tower == "encoder"
+    second = sum(c["tower"] == "encoder" for c in plan.candidates if c["round"] == 2)
+    towers = {layers: sum(num for n, num in encoded if n == layers) // len(split.clips) for layers in (3, 2, 1)}
+    assert towers[3] == 1  # by the unpruned model and all decoder candidates of its tower, in one round or both
+    most = {2: 2 + 1, 1: second} if gone else {2: 2 + second, 1: 0}
+    assert 2 <= towers[2] <= most[2]
+    assert towers[1] == most[1]
+    if metrics == METRICS:
+        for candidate in plan.candidates:
+            removed = [(r.tower, r.layer) for r in plan.removals[: candidate["round"] - 1]]
+            removed.append((candidate["tower"], candidate["layer"]))
+            lacking = {tower: [layer for t, layer in removed if t == tower] for tower in ("decoder", "encoder")}
+            with without_layers(model, lacking):
+                said = translate_clips(model, processor, task, split.clips, decode)
+            for language, metric in METRICS.items():
+                texts = [t.hypothesis for t in said if t.language == language]
+                references = [clip.references[language] for clip in split.clips]
+                score = corpus_score(metric, texts, references, language).value
+                assert candidate["scores"][language] == pytest.approx(score, abs=1e-9)
 
 
 def with_own_references(model, processor, split, task, decode):

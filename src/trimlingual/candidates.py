@@ -1,8 +1,8 @@
 """Score candidates of the layer search: translate the selection set without a layer, and compare with the references.
 
 What candidates share is done once: every clip is encoded once, every prompt embedded once, and within a round each candidate starts
-from its parent's pass and translation (drafts.py). The selection set is worked through in blocks of clips, so that a candidate can be
-given up between them.
+from its parent's pass and translation (drafts.py). Only a candidate that lacks a layer of the audio tower encodes anew, and is decoded
+from the beginning. The selection set is worked through in blocks of clips, so that a candidate can be given up between them.
 """
 
 from __future__ import annotations
@@ -125,9 +125,11 @@ class Scorer:
         self.eos = eos_token_ids(model, processor)
         self.metrics = {language: settings.metric_for(language) for language in task.target_languages}
         self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
-        self._sharing = settings.towers == "decoder"
+        self._sharing = settings.towers != "encoder"
         self._drafting, self._accepted, self._offered = True, 0, 0  # whether drafts are verified; tokens in this round
-        self._states: list[Tensor] | None = None
+        self._states: dict[
+            tuple[int, ...], dict[int, Tensor]
+        ] = {}  # encoder layers that are gone -> clip -> its states
         self._stepper = Stepper(PackedDecoder(model), self.eos)
         self.begin_round({}, None)
 
@@ -191,7 +193,7 @@ class Scorer:
         drop_layers_(self.model, {tower: [self.present[tower].index(layer)]})
         self.present = {t: [i for i in layers if (t, i) != (tower, layer)] for t, layers in self.present.items()}
         self._stepper = Stepper(PackedDecoder(self.model), self.eos)
-        self._states, self._traces = None, {}
+        self._states, self._traces = {}, {}
 
     def candidates(self, lineage: Lineage) -> list[Candidate]:
         """Layers that may still go."""
@@ -205,12 +207,12 @@ class Scorer:
         return found
 
     def influence(self, candidate: Candidate) -> float:
-        """Block Influence of a decoder layer in the parent's pass (see drafts.Trace); 0 where nothing is shared."""
+        """Block Influence of a decoder layer in the parent's pass (see drafts.Trace); infinite where none is known."""
         language = None if self.translated else next(iter(self.metrics))
         if candidate.layer not in self.present[candidate.tower]:  # gone for good, in a round that is read again
-            return 0.0
-        traced = self._trace(self.blocks[0], language)
-        return traced.influence[self._position(candidate)] if traced and candidate.tower == "decoder" else 0.0
+            return math.inf
+        traced = self._trace(self.blocks[0], language) if candidate.tower == "decoder" else None
+        return traced.influence[self._position(candidate)] if traced else math.inf
 
     def add(
         self, tallies: Mapping[Candidate, Tally], block: Sequence[int], floor: float | None = None
@@ -219,17 +221,20 @@ class Scorer:
 
         False, with nothing added, for a candidate that is certain to stay below `floor` however the rest turns out.
         """
-        candidates, done = list(tallies), dict.fromkeys(tallies, True)
-        for language, metric in self.metrics.items():
-            if metric == "loss":
-                for candidate, tally in tallies.items():
+        done = dict.fromkeys(tallies, True)
+        for candidate, tally in tallies.items():
+            for language, metric in self.metrics.items():
+                if metric == "loss":
                     tally.losses.setdefault(language, {}).update(self._losses(candidate, block, language))
-        if not self.translated:
+            if self.translated and candidate.tower == "encoder":
+                tally.add(self._translate(candidate, block))
+        candidates = [candidate for candidate in tallies if candidate.tower == "decoder"]
+        if not self.translated or not candidates:
             return done
         traced = self._trace(block)
         if traced is None:
-            for candidate, tally in tallies.items():
-                tally.add(self._translate(candidate, block))
+            for candidate in candidates:
+                tallies[candidate].add(self._translate(candidate, block))
             return done
         keys = [(clip, number) for clip in block for number in range(len(self.translated))]
         size = self._batch(traced)
@@ -293,7 +298,7 @@ class Scorer:
     def _losses(self, candidate: Candidate | None, block: Sequence[int], language: str) -> dict[int, tuple[float, int]]:
         """Teacher-forced loss of each clip's reference: nats in all, and tokens."""
         answers = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
-        traced = self._trace(block, language) if candidate else None
+        traced = self._trace(block, language) if candidate and candidate.tower == "decoder" else None
         if traced and candidate:
             sums = losses_without(self._stepper.decoder, traced, self._position(candidate))
         else:
@@ -335,16 +340,22 @@ class Scorer:
     def _prompts(
         self, block: Sequence[int], languages: Sequence[str], candidate: Candidate | None = None
     ) -> list[Tensor]:
-        gone = self._gone(candidate, "encoder")
-        if self._states is None or self.settings.towers != "decoder":  # the tower may be another than last time
-            with without_layers(self.model, {"encoder": gone}):
-                clips = self.select.clips
-                self._states = encode_clips(self.model, self.processor, clips, ENCODE_BATCH)
+        states = self._encoded(block, candidate)
         return [
-            embed_prompt(self.model, self.prompter, self._states[clip], language)
-            for clip in block
-            for language in languages
+            embed_prompt(self.model, self.prompter, states[clip], language) for clip in block for language in languages
         ]
+
+    def _encoded(self, block: Sequence[int], candidate: Candidate | None) -> dict[int, Tensor]:
+        """Audio states by clip, of this block at least; kept for the round's tower (all clips at once) and one candidate's."""
+        gone, shared = (tuple(sorted(self._gone(c, "encoder"))) for c in (candidate, None))
+        states = self._states.get(gone, {})
+        missing = [clip for clip in (block if gone != shared else range(len(self.select.clips))) if clip not in states]
+        if missing:
+            with without_layers(self.model, {"encoder": list(gone)}):
+                clips = [self.select.clips[clip] for clip in missing]
+                states |= dict(zip(missing, encode_clips(self.model, self.processor, clips, ENCODE_BATCH)))
+            self._states = {key: value for key, value in self._states.items() if key == shared} | {gone: states}
+        return states
 
     def _limits(self, block: Sequence[int]) -> list[int]:
         clips = self.select.clips
