@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
 from trimlingual import lora
+from trimlingual.finetune import make_trainer
 from trimlingual.lora import add_lora, fuse_lora_
-from trimlingual.models import text_decoder
-from trimlingual.recipe import LoraSettings
+from trimlingual.models import freeze_, text_decoder
+from trimlingual.prompts import Example
+from trimlingual.recipe import LoraSettings, TrainSettings
 
 
 class Two(nn.Module):
@@ -135,3 +138,67 @@ def test_every_layer_of_a_model_is_fused(make_model):
         type(module).__name__ == "Linear" and "lora" in type(module).__module__ for module in model.modules()
     )
     assert "forward" in vars(text_decoder(model).layers[0].self_attn.q_proj)
+
+
+PLACES = {
+    "audio_tower": "model.audio_tower.",
+    "projector": "model.multi_modal_projector.",
+    "embeddings": "model.language_model.embed_tokens.",
+    "lm_head": "lm_head.",
+}
+EVERYTHING = ["fc1", "q_proj", "down_proj", "linear", "embed_tokens", "lm_head"]  # a layer in every part
+
+
+def trainable(model) -> dict[str, int]:
+    """Trainable tensors by part."""
+    names = [name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad]
+    return {part: sum(name.startswith(place) for name in names) for part, place in PLACES.items()} | {"all": len(names)}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", EVERYTHING, r".*\.(q_proj|fc1|linear|embed_tokens)|lm_head"])
+def test_nothing_trains_in_a_frozen_part(make_model, targets):
+    settings = LoraSettings(r=2, alpha=4, target_modules=targets)
+    free = trainable(add_lora(make_model(layers=2), settings, 0))
+    assert all(free[part] for part in ("audio_tower", "projector"))
+    assert targets == "all-linear" or all(free.values())
+    for count in range(1, len(PLACES) + 1):
+        for parts in combinations(PLACES, count):
+            model = make_model(layers=2)
+            freeze_(model, parts)
+            left = trainable(add_lora(model, settings, 0, parts))
+            assert {part: left[part] for part in PLACES} == {p: 0 if p in parts else free[p] for p in PLACES}
+            assert left["all"] > 0
+
+
+def test_a_tied_head_is_frozen_with_the_embeddings(make_model):
+    """Merging its adapter would change them."""
+    settings = LoraSettings(r=2, alpha=4, target_modules=EVERYTHING)
+    for part in ("embeddings", "lm_head"):
+        model = make_model(layers=2)
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
+        left = trainable(add_lora(model, settings, 0, [part]))
+        assert (left["embeddings"], left["lm_head"]) == (0, 0)
+        assert left["projector"] > 0
+
+
+def test_nothing_left_to_train_is_explained(make_model):
+    settings = LoraSettings(r=2, alpha=4, target_modules=["fc1", "fc2"])
+    with pytest.raises(ValueError, match=r"matches no module of the model outside freeze \['audio_tower'\]"):
+        add_lora(make_model(layers=2), settings, 0, ["audio_tower"])
+
+
+def test_a_frozen_tower_is_encoded_once_with_lora(make_model, processor, split, task, tmp_path):
+    """Not only counted: trained with adapters everywhere else, the tower's weights are the same bits, and clips come encoded."""
+    train = TrainSettings(
+        method="lora", freeze=["audio_tower"], max_steps=2, learning_rate=1e-2, lora=LoraSettings(r=2, alpha=4)
+    )
+    model = make_model(layers=2)
+    before = copy.deepcopy(model.model.audio_tower.state_dict())
+    examples = [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
+    trained, trainer = make_trainer(model, processor, split.clips, examples, task, train, 0, tmp_path)
+    assert trainer.data_collator.states is not None
+    assert trainable(trained)["audio_tower"] == 0
+    trainer.train()
+    after = trained.merge_and_unload().model.audio_tower.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

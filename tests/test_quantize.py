@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from trimlingual.artifacts import read_artifact
 from trimlingual.lineage import read_lineage
 from trimlingual.measure import count_parameters
-from trimlingual.models import load_model, save_model
+from trimlingual.models import load_model, resolve_base, save_model
 from trimlingual.prompts import Example
 from trimlingual.quantize import (
     QuantizationError,
@@ -20,6 +21,8 @@ from trimlingual.quantize import (
     sqnr_db,
 )
 from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
+
+from .test_distributed import command, run, with_settings
 
 CPU = torch.device("cpu")
 TRAIN = TrainSettings(method="lora", max_steps=3, learning_rate=5e-3, lora=LoraSettings(r=4, alpha=8))
@@ -141,3 +144,29 @@ def test_4bit_floor(model_dir, processor, tmp_path):
 def test_sqnr_by_hand():
     assert sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
     assert sqnr_db(torch.ones(2), torch.ones(2)) == float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["nf4", "int4"])
+def test_two_processes_quantise_like_one(manifests, tmp_path, scheme):
+    """Both train, one merges and saves while the other waits; batches of 2 in two processes are one of 4."""
+    if scheme == "int4":
+        pytest.importorskip("compressed_tensors")
+    records = {}
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        settings = [
+            *manifests, "quantize.start=base", f"quantize.scheme={scheme}", "quantize.group_size=64",
+            f"quantize.train.batch_size={batch}", "quantize.train.max_steps=3", "quantize.train.logging_steps=1",
+            "quantize.train.data={gold: 1}", "quantize.train.learning_rate=1e-3",
+        ]  # fmt: skip
+        words = ["quantize", "mini", "--run-dir", str(folder), "--model", str(resolve_base("builtin:mini"))]
+        run(command(processes, *words, *with_settings(settings)))
+        records[processes] = read_artifact(folder / "quantized").info
+        assert load_model(folder / "quantized", "float32", CPU) is not None
+    one, two = (records[processes] for processes in (1, 2))
+    assert two.keys() == one.keys()
+    assert two["steps"] == one["steps"] == 3
+    assert [e["loss"] for e in two["losses"]] == pytest.approx([e["loss"] for e in one["losses"]], rel=1e-2)
+    for name in ("trained_loss", "merged_loss", "final_loss"):
+        assert two["change"][name] == pytest.approx(one["change"][name], rel=1e-2)

@@ -230,7 +230,7 @@ def make_trainer(
     set_seed(seed)
     prompter = Prompter(processor, task)
     freeze_(model, settings.freeze)
-    trained = add_lora(model, settings.lora, seed) if settings.method == "lora" else model
+    trained = add_lora(model, settings.lora, seed, settings.freeze) if settings.method == "lora" else model
     if trained is not model:
         fuse_lora_(trained)
     optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None

@@ -8,6 +8,7 @@ time of the unpacked model; vLLM computes on the packed weights. The only file t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def save_packed(
     _apply(model, config, wanted)
     with explained_disk_full(folder):
         pack = compressor(quantization_config=config)
-        pack.compress_model(model)
+        with alone():
+            pack.compress_model(model)
         model.save_pretrained(folder, max_shard_size="4GB")
         pack.update_config(str(folder))
         processor.save_pretrained(folder)
@@ -135,17 +137,19 @@ def round_to_integers(weight: Tensor, num_bits: int, group_size: int) -> tuple[T
     group can stand on -8 whatever its sign. 8 bits: integers -127..127, the largest weight on 127.
     """
     dtype = weight.dtype
-    scales, values = [], []
-    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+    scales, values = weight.new_empty((len(weight), weight.shape[1] // group_size)), torch.empty_like(weight)
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
         groups = rows.float().reshape(-1, group_size)
         scale = (
             _best_scale(groups, dtype) if num_bits == 4 else _stored(groups.abs().amax(1, keepdim=True) / 127, dtype)
         )
         limit = 2 ** (num_bits - 1)
         integers = (groups / scale).round().clamp(-limit, limit - 1)
-        scales.append(scale.reshape(len(rows), -1).to(dtype))
-        values.append((integers * scale).reshape(rows.shape).to(dtype))
-    return torch.cat(scales), torch.cat(values)
+        scales[start : start + step] = scale.reshape(len(rows), -1)
+        values[start : start + step] = (integers * scale).reshape(rows.shape)
+    return scales, values
 
 
 def _best_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,6 +193,13 @@ def unpack_(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(parameter.is_floating_point())
+
+
+def alone() -> AbstractContextManager[None]:
+    """compressed_tensors without its sharing of modules among processes: of several, one packs, or each loads for itself."""
+    from compressed_tensors.offload import as_single_threaded
+
+    return as_single_threaded()
 
 
 def _compressor() -> Any:

@@ -10,6 +10,8 @@ Shapes: N tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +19,17 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from trimlingual.models import PARTS, text_decoder, unwrap
 from trimlingual.recipe import LoraSettings
 
 
-def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
-    """The model with a trainable LoRA adapter (Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023)."""
+def add_lora(model: Any, settings: LoraSettings, seed: int, frozen: Sequence[str] = ()) -> Any:
+    """The model with a trainable LoRA adapter (Hu et al. 2021; rank-stabilised scaling: Kalajdzievski 2023).
+
+    The `frozen` parts (audio_tower, projector, embeddings, lm_head) get none. Raises ValueError when that leaves nothing to adapt.
+    """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import NoMatchingPeftModuleError
 
     set_seed(seed)
     config = LoraConfig(
@@ -31,9 +38,25 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         target_modules=settings.target_modules,
+        exclude_modules=_names_in(model, frozen),
         bias="none",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except NoMatchingPeftModuleError as error:
+        raise ValueError(
+            f"lora.target_modules {settings.target_modules!r} matches no module of the model outside freeze {list(frozen)}: "
+            "there is nothing to train; name other modules, or freeze less"
+        ) from error
+
+
+def _names_in(model: Any, parts: Sequence[str]) -> str | None:
+    """A pattern of the names of all modules in these parts. Tied embeddings are the output head, so one is frozen with the other."""
+    names = PARTS | {"embeddings": PARTS["decoder"] + ".embed_tokens"}
+    chosen, tied = set(parts), {"embeddings", "lm_head"}
+    if chosen & tied and text_decoder(model).embed_tokens.weight is unwrap(model).lm_head.weight:
+        chosen |= tied
+    return "|".join(rf"{re.escape(names[part])}(\..*)?" for part in sorted(chosen)) or None
 
 
 def fuse_lora_(model: Any) -> int:

@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,14 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
     if config.model_type != "qwen2_audio":
         raise ModelError(f"{folder} holds a {config.model_type!r} model; supported: qwen2_audio")
     try:
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            device_map={"": device},
-            use_safetensors=True,
-            quantization_config=quantization_config,
-        )
+        with _packed_loading(config):
+            model = Qwen2AudioForConditionalGeneration.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                device_map={"": device},
+                use_safetensors=True,
+                quantization_config=quantization_config,
+            )
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
     if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
@@ -117,6 +118,16 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
 
         unpack_(model, DTYPES[dtype])
     return model.eval()
+
+
+def _packed_loading(config: Any) -> AbstractContextManager[None]:
+    """In which a model is loaded; one of compressed-tensors by each process for itself, not in shares that would be waited for."""
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") != "compressed-tensors":
+        return nullcontext()
+    from trimlingual.integers import alone
+
+    return alone()
 
 
 def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any) -> Any:

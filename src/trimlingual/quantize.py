@@ -9,6 +9,8 @@ steps, it survives on average. So that is the default (`merge_base`); benchmarks
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +36,10 @@ from trimlingual.models import (
     round_weights_,
     save_model,
 )
+from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
+from trimlingual.rehearsal import draw, is_random
 from trimlingual.sources import Clip
 
 NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured
@@ -60,19 +64,25 @@ def quantize(
 
     bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by integers.py, with 8-bit embeddings if asked for.
 
+    One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
+    measured, the one that ships. Every process trains; the main one alone does the rest and returns all of the record.
+
     `out_dir/adapter` keeps the adapter. The change in loss and logits from the trained model (adapter on the 4-bit base) over the
     merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
     should not be, or the other way round.
     """
-    device = pick_device(model_settings.device)
-    processor = load_processor(model_dir)
+    device, scratch = pick_device(model_settings.device), out_dir / SCRATCH
+    stored = _stored(model_dir, scratch / "base", device)
+    processor = load_processor(stored)
     config = bitsandbytes_config(settings)
-    base = load_model(model_dir, model_settings.dtype, device, config)
+    base = load_model(stored, model_settings.dtype, device, config)
     check_quantized(base, settings)
-    scratch = out_dir / SCRATCH
     info = train_(base, processor, clips, examples, task, settings.train, seed, scratch / "training")
     adapted = info.pop("adapted")
-    adapted.save_pretrained(out_dir / "adapter")
+    del base
+    if not is_main_process():
+        return info
+    _free_memory()  # of the optimizer
 
     step = max(1, len(examples) // NUM_PROBE_EXAMPLES)
     probe = list(examples)[::step][:NUM_PROBE_EXAMPLES]
@@ -81,36 +91,66 @@ def quantize(
     def measure(model: Any) -> tuple[float, Tensor]:
         return answer_logits(model, collator, probe, settings.train.batch_size)
 
+    adapted.save_pretrained(out_dir / "adapter")
     trained = measure(adapted)
-    merged = load_model(model_dir, model_settings.dtype, device)
+    merged = load_model(stored, model_settings.dtype, torch.device("cpu"))
     merge_(merged, adapted, settings.merge_base)
     round_weights_(merged, model_settings.storage_dtype)
-    plain = measure(merged)
-    del adapted, base
+    del adapted
+    _free_memory()
+    if settings.scheme != "int4":
+        shutil.rmtree(scratch / "merged", ignore_errors=True)  # of a run that was killed
+        save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
+    plain = measure(merged.to(device))
     if settings.scheme == "int4":
         info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype)
-        del merged
+    del merged
+    _free_memory()
+    if settings.scheme == "int4":
         final = measure(load_model(out_dir, model_settings.dtype, device))
     else:
-        save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
-        del merged
         final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
         check_quantized(final_model, settings)
         final = measure(final_model)
         save_model(final_model, processor, out_dir)
+    summary = config_summary(settings)
     after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in clips})
-    replace(after, quantization=config_summary(settings)).save(out_dir)
-    info["change"] = {
+    replace(after, quantization=summary).save(out_dir)
+    return info | {"change": _change(trained, plain, final), "quantization": summary}
+
+
+def _stored(model_dir: Path, folder: Path, device: torch.device) -> Path:
+    """`model_dir` or, if its weights are drawn, `folder` with them: they are read more than once, by every process."""
+    if not is_random(model_dir):
+        return model_dir
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+        save_model(draw(model_dir, torch.bfloat16, device), load_processor(model_dir), folder, "bfloat16")
+        _free_memory()
+    wait_for_everyone()
+    return folder
+
+
+def _free_memory() -> None:
+    """Give the GPU back what nothing refers to any more. Trainers, fused layers and their models refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _change(
+    trained: tuple[float, Tensor], merged: tuple[float, Tensor], final: tuple[float, Tensor]
+) -> dict[str, float]:
+    """Losses, and how far the logits (tokens, V) are from those of the trained model."""
+    return {
         "trained_loss": trained[0],
-        "merged_loss": plain[0],
+        "merged_loss": merged[0],
         "final_loss": final[0],
-        "merged_sqnr_db": sqnr_db(trained[1], plain[1]),
+        "merged_sqnr_db": sqnr_db(trained[1], merged[1]),
         "final_sqnr_db": sqnr_db(trained[1], final[1]),
         "final_max_logit_difference": (trained[1] - final[1]).abs().max().item(),
         "num_tokens": len(trained[1]),
     }
-    info["quantization"] = config_summary(settings)
-    return info
 
 
 def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
@@ -181,6 +221,8 @@ def check_quantized(model: Any, settings: QuantizeSettings) -> None:
 def merge_(target: Any, adapted: Any, base: Literal["dequantized", "original"] = "dequantized") -> None:
     """Write `weight + adapter` of the PEFT model into the plain model `target`, in float32 before rounding.
 
+    `target` may stand in host memory: the sums are made one layer at a time where the adapter is.
+
     The weight is the dequantised 4-bit one, which the adapter was trained on, or the `original` one, which `target` holds. Modules
     that are not adapted become their dequantised selves, or stay as they are.
     """
@@ -192,9 +234,10 @@ def merge_(target: Any, adapted: Any, base: Literal["dequantized", "original"] =
         if not isinstance(module, nn.Linear) or other is None:
             continue
         trained_on = other.get_base_layer() if isinstance(other, LoraLayer) else other
-        weight = module.weight.float()
         if base == "dequantized":
             weight = dequantized(trained_on) if is_4bit(trained_on) else trained_on.weight.float()
+        else:
+            weight = module.weight.to(trained_on.weight.device).float()
         if isinstance(other, LoraLayer):
             weight = weight + other.get_delta_weight(adapted.active_adapter).float()
         module.weight.copy_(weight.to(module.weight.dtype))

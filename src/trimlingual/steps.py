@@ -281,6 +281,7 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
         _settings(recipe, quantize=settings),
         _inputs(model=model, data=data, distilled=distilled),
         work,
+        everyone=True,
     )
 
 
