@@ -142,9 +142,11 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        words = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def write(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from trimlingual.audio import load_audio
 from trimlingual.checkpoints import last_complete_checkpoint
+from trimlingual.decode import encode_audio
 from trimlingual.finetune import finetune, make_trainer, train_
 from trimlingual.lineage import read_lineage
 from trimlingual.loss import answer_forward, answer_loss
@@ -19,6 +20,7 @@ from trimlingual.models import load_model
 from trimlingual.optimizer import TrainingError, flash_adamw
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import LoraSettings, TrainSettings
+from trimlingual.stored_audio import stored_states
 
 
 @pytest.fixture
@@ -227,6 +229,118 @@ def test_resumed_training_ends_with_equal_weights(
     assert straight.keys() == resumed.keys()
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
+
+
+@pytest.fixture
+def trained(make_model, processor, split, task, examples, tmp_path):
+    """Trains a small model for some steps in one folder; a clock that goes on by so many seconds a step, and the steps saved."""
+
+    def train(seconds_per_step=0.0, writing=0.0, folder="training", **settings):
+        model, saved = make_model(layers=2), []
+        settings = TrainSettings(max_steps=6, learning_rate=1e-3, freeze=["audio_tower"], logging_steps=4, **settings)
+        _, trainer = make_trainer(model, processor, split.clips, examples, task, settings, 0, tmp_path / folder)
+        now = [0.0]
+        step, save = trainer.training_step, trainer._save_checkpoint
+
+        def timed_step(*args, **kwargs):
+            now[0] += seconds_per_step
+            return step(*args, **kwargs)
+
+        def timed_save(*args, **kwargs):
+            saved.append(trainer.state.global_step)
+            now[0] += writing
+            return save(*args, **kwargs)
+
+        trainer.training_step, trainer._save_checkpoint = timed_step, timed_save
+        trainer.checkpoints.clock = lambda: now[0]
+        with trainer.checkpoints.told():
+            trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
+        return model, saved, trainer
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("seconds", "writing", "settings", "expected"),
+    [
+        (1.0, 0.01, {}, [2, 4, 6]),  # never more often than every two seconds, although writing takes nothing
+        (1.0, 0.15, {}, [2, 5, 6]),  # 20 x 0.15 s after the first
+        (60.0, 3.0, {}, [1, 2, 3, 4, 5, 6]),  # 20 x 3 s
+        (1.0, 0.01, {"save_minutes": 0.05}, [3, 6]),
+        (1.0, 0.01, {"save_minutes": 10.0, "save_steps": 4}, [4, 6]),
+        (0.0, 0.0, {}, [6]),  # always after the last step: what follows training goes on from there
+    ],
+)
+def test_checkpoints_come_by_time(trained, seconds, writing, settings, expected):
+    assert trained(seconds, writing, **settings)[1] == expected
+
+
+def test_after_fruitless_starts_a_checkpoint_comes_sooner(trained, killed_in_step, tmp_path, capsys):
+    """Killed in every step before a checkpoint would come: each start waits half as long as the one before, so one comes at last."""
+    come = []
+    for _ in range(6):
+        try:
+            with killed_in_step(3):
+                trained(1.0, 0.0, save_minutes=0.2)
+        except pytest.fail.Exception:  # it was not killed any more: it went on beyond step 3
+            break
+        come.append(last_complete_checkpoint(tmp_path / "training"))
+        if come[-1]:
+            break
+    assert come[:2] == [None, None]
+    assert come[-1].endswith("checkpoint-3")
+    trained(1.0, 0.0, save_minutes=0.2)
+    said = capsys.readouterr().err
+    assert "training goes on at step 0 of 6; 3 steps since that checkpoint are done again" in said
+    assert "training goes on at step 3 of 6; no step was lost" in said
+
+
+def test_killed_after_the_last_step_nothing_is_trained_again(trained, monkeypatch):
+    """4 steps are an epoch, so the last checkpoint is in the midst of one: transformers would go on with step 7."""
+    model, saved, first = trained()
+    again, saved_again, second = trained()
+    assert saved == [6]
+    assert saved_again == []
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert second.state.log_history[0] == first.state.log_history[0]
+
+
+def test_the_loss_curve_goes_on_where_it_was(trained, killed_in_step):
+    """Logged every 4 steps; killed after a checkpoint at step 3, and the losses of steps 1 to 3 count."""
+    straight = trained(folder="straight")[2]
+    with killed_in_step(3):
+        trained(folder="stopped", save_steps=3)
+    resumed = trained(folder="stopped")[2]
+    curve = [[e["loss"] for e in trainer.state.log_history if "loss" in e] for trainer in (straight, resumed)]
+    assert curve[0] == curve[1]
+    assert straight._total_loss_scalar == resumed._total_loss_scalar
+
+
+def test_stored_audio_survives_a_restart(make_model, processor, split, tmp_path, monkeypatch):
+    """Killed in the third batch: the first two are not computed again, and everything is as if never killed."""
+    calls = []
+
+    def counted(model, processor, audio):
+        calls.append(len(audio))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode_audio(model, processor, audio)
+
+    monkeypatch.setattr("trimlingual.stored_audio.BATCH", 2)
+    monkeypatch.setattr("trimlingual.stored_audio.PART_S", 0.0)
+    model = make_model()
+    straight = stored_states(model, processor, split.clips, tmp_path / "straight")
+    monkeypatch.setattr("trimlingual.stored_audio.encode_audio", counted)
+    with pytest.raises(KeyboardInterrupt):
+        stored_states(model, processor, split.clips, tmp_path / "killed")
+    resumed = stored_states(model, processor, split.clips, tmp_path / "killed")
+    assert calls == [2, 2, 2, 2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    again = stored_states(model, processor, split.clips, tmp_path / "killed")
+    assert len(calls) == 5
+    assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+    stored_states(model, processor, split.clips[::-1], tmp_path / "killed")
+    assert len(calls) == 9  # in another order they are other states
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error(make_model, processor, split, task, examples, tmp_path):

@@ -80,10 +80,8 @@ class Checkpoints(TrainerCallback):
         self.interrupted = any(asked for _, asked in decided)
         if decided[0][0] or self.interrupted:
             control.should_save = True
-        if self.interrupted:
-            control.should_training_stop = True
-        else:
-            self._advance(1, self._note)
+        control.should_training_stop |= self.interrupted
+        self._advance(1, self._note)
         self._remember(self._from, state.global_step)
         self._began = self.clock()
         return control

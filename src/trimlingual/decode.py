@@ -40,6 +40,8 @@ from trimlingual.recipe import DecodeSettings, TaskSettings
 from trimlingual.sources import Clip
 from trimlingual.stepping import Rows, Stepper
 
+CPU_BATCH = 16  # clips: on a CPU a larger batch is no faster, and a run that is killed loses the batch it is at
+
 logger = logging.getLogger(__name__)
 
 
@@ -195,7 +197,7 @@ def translate_clips(
     stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
     done: dict[tuple[str, str], Translation] = {}
     with progress(label, len(clips)) as advance:
-        for batch in _batches(clips, settings.batch_size):
+        for batch in _batches(clips, clips_at_once(settings, stepper.decoder.device)):
             done |= {(t.id, t.language): t for t in _translate_batch(stepper, prompter, batch, settings)}
             advance(len(batch))
     return [done[clip.id, language] for clip in clips for language in task.target_languages]
@@ -221,12 +223,14 @@ def translate_split(
     stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
     earlier = gather(_read_journals(journals) if is_main_process() else None)[0]
     known = {t["id"] for record in earlier for t in record["translations"]}
-    batches = ([clip for clip in batch if clip.id not in known] for batch in _batches(clips, settings.batch_size))
+    device = stepper.decoder.device
+    batches = (
+        [clip for clip in batch if clip.id not in known] for batch in _batches(clips, clips_at_once(settings, device))
+    )
     mine = list(filter(None, batches))[process_index() :: num_processes()]
     if known:
         say(f"  {label}: {len(known)} of {len(clips)} clips were translated by an earlier run")
     made = []
-    device = stepper.decoder.device
     with progress(label, sum(map(len, mine))) as advance:
         for batch in mine:
             with Stopwatch(device) as watch:
@@ -254,6 +258,11 @@ def _read_journals(folder: Path) -> list[dict[str, Any]]:
     """Batches that are on disk, whichever process wrote them."""
     folder.mkdir(parents=True, exist_ok=True)
     return [record for path in sorted(folder.glob("*.jsonl")) for record in read_journal(path)]
+
+
+def clips_at_once(settings: DecodeSettings, device: torch.device) -> int:
+    """Clips in a batch."""
+    return min(settings.batch_size, CPU_BATCH) if device.type == "cpu" else settings.batch_size
 
 
 def _batches(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trimlingual.artifacts import SCRATCH, machine, write_json, write_text
 from trimlingual.data import Split
-from trimlingual.decode import Translation, translate_split
+from trimlingual.decode import Translation, clips_at_once, translate_split
 from trimlingual.lineage import Lineage, check_unseen
 from trimlingual.measure import count_parameters, disk_bytes, peak_memory, speed
 from trimlingual.metrics import SentenceStatistics, comet, corpus_score, paired_bootstrap_ratio, sentence_statistics
@@ -74,7 +74,7 @@ def evaluate(
         "languages": languages,
         "speed": {
             **_speed(translations, split.clips, said.seconds),
-            "batch_size": decode.batch_size,
+            "batch_size": clips_at_once(decode, device),
             "num_processes": said.num_processes,
         },
         "peak_memory_bytes": said.peak_memory_bytes,
