@@ -43,6 +43,7 @@ def test_reasons():
     assert why("so so so so so so") == "repetition"
     assert why("Das ist gut.") == "duplicate"
     assert why("Das ist sehr gut.") is None
+    assert why("This is the same model that we trained before.") == "language"
     assert (
         reject(Translation("a", "de", "Das ist gut.", 5, False), "Das ist gut.", DistillSettings(drop_duplicates=False))
         is None

@@ -210,7 +210,7 @@ def test_exported_model_stands_alone(recipe, run_dir, model, share):
 
     test = load_splits(run_dir / "data").test
     clips = [(str(clip.audio), max_new_tokens(clip.duration_s, recipe.decode)) for clip in test.clips]
-    prompts = {lang: recipe.task.prompt.format(language=recipe.task.language_name(lang)) for lang in ("de", "zh")}
+    prompts = {lang: recipe.task.prompt_for(lang) for lang in ("de", "zh")}
     command = [sys.executable, "-c", STANDALONE, str(run_dir / model), json.dumps(prompts), json.dumps(clips)]
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     recorded = run_dir / "evaluations" / ("recovered" if model == "recovered" else "quantized")

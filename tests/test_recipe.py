@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from trimlingual.recipe import RecipeError, list_recipes, load_recipe, parse_recipe
+from trimlingual.recipe import SOURCE_KINDS, RecipeError, list_recipes, load_recipe, parse_recipe
 
 MINIMAL = {
     "name": "x",
@@ -78,6 +80,11 @@ def test_every_problem_at_once_by_path():
         ({"rank": None}, "recover is set but rank is null"),
         ({"finetune": None}, "there is no teacher"),
         ({"rank": {"metric": {"zh": "chrf"}}}, "names no metric for 'de'"),
+        (
+            {"model": {"base": "builtin:mini", "device": "gpu"}},
+            "model.device: device is auto, cpu, cuda, cuda:1, mps or xpu (a GPU is cuda",
+        ),
+        ({"model": {"base": "builtin:mini", "device": "cuda:x"}}, "got 'cuda:x'"),
         ({"finetune": {"data": {"distilled": 1}}}, "finetune.data.distilled must be 0"),
         ({"recover": {"data": {"out_of_domain": 1}}}, "data.out_of_domain is not set"),
         ({"recover": {"data": {"gold": 0}}}, "nothing to train on"),
@@ -144,3 +151,46 @@ def test_missing_and_broken_files(tmp_path):
 def test_reading_a_recipe_loads_no_torch():
     code = "import sys, trimlingual.recipe as r; r.load_recipe('mini'); sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("role", "source", "line"),
+    [
+        ("test", {"path": "d/test.jsonl"}, "data.test: a source needs kind, one of KINDS; got {path}"),
+        ("train", {"path": "d/test.jsonl"}, "data.train: a source needs kind, one of KINDS; got {path}"),
+        ("test", {"kind": "csv", "path": "x"}, "data.test: kind is 'csv'; it is one of KINDS"),
+        ("test", {"kind": "manifest"}, "data.test.path: missing"),
+        ("test", "d/test.jsonl", "data.test: must be a source or a number of clips to hold out of train; got 'd/test.jsonl'"),
+        ("train", "d/train.jsonl", "data.train: must be a source; got 'd/train.jsonl'"),
+        ("select", 0, "data.select: Input should be greater than or equal to 1; got 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_source_is_one_line(role, source, line):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**MINIMAL, "data": {**MINIMAL["data"], role: source}}, origin="my.yaml")
+    expected = line.replace("KINDS", ", ".join(SOURCE_KINDS)).replace(
+        "a source", "a source, {kind: ..., ...}" if "must" in line else "a source"
+    )
+    assert str(caught.value) == f"my.yaml: {expected}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.prompt=Translate: {language} please", "task.prompt={language", "model.base=[a", "name=2026-02-30", "name=@x", "name=%x",
+        "name='x", "name=a: b: c", "name=*x",
+    ],
+)  # fmt: skip
+def test_an_override_that_is_not_yaml_is_one_line_that_says_how(override):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("mini", [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert repr(override) in message
+    path, _, value = override.partition("=")
+    (suggested,) = shlex.split(message.split("--set ")[-1])
+    assert suggested == f"{path}={json.dumps(value)}"
+    section, _, key = path.partition(".")
+    if "language}" in value or section == "name":  # else the text itself is no value for the key
+        loaded = getattr(load_recipe("mini", [suggested]), section)
+        assert (getattr(loaded, key) if key else loaded) == value

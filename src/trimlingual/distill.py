@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trimlingual import languages
+from trimlingual.answers import is_wrong_language
 from trimlingual.artifacts import SCRATCH, write_text
 from trimlingual.data import DataSplits
 from trimlingual.decode import Translation, translate_split
@@ -21,7 +23,7 @@ from trimlingual.sources import Clip
 
 DISTILLED_FILE = "distilled.jsonl"
 TRANSLATIONS_FILE = "translations.jsonl"  # everything the teacher said, kept or not
-REASONS = ("empty", "runaway", "repetition", "duplicate")
+REASONS = ("empty", "runaway", "repetition", "language", "duplicate")
 
 
 def distill(
@@ -80,6 +82,8 @@ def reject(translation: Translation, gold: str, settings: DistillSettings) -> st
         return "runaway"
     if has_repetition_loop(text, translation.language, settings.max_repeats):
         return "repetition"
+    if is_wrong_language(text, translation.language):
+        return "language"
     if settings.drop_duplicates and text == gold:
         return "duplicate"
     return None
@@ -87,7 +91,7 @@ def reject(translation: Translation, gold: str, settings: DistillSettings) -> st
 
 def has_repetition_loop(text: str, language: str, max_repeats: int) -> bool:
     """Whether an n-gram (n = 1 to 4) stands more than `max_repeats` times in a row; over characters where words are not spaced."""
-    units = list(text) if language in ("zh", "ja", "th") else text.split()
+    units = text.split() if languages.language(language).spaced else list(text)
     for n in range(1, 5):
         run = n
         for i in range(n, len(units)):

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trimlingual import languages
+from trimlingual.answers import strict, wrong_languages
 from trimlingual.artifacts import SCRATCH, machine, write_json, write_text
 from trimlingual.data import Split
 from trimlingual.decode import Translation, clips_at_once, translate_split
@@ -58,11 +60,11 @@ def evaluate(
         return {}
     translations = said.translations
     baseline = _read_baseline(baseline_dir, split) if baseline_dir else None
-    languages = {}
+    scores = {}
     for language in task.target_languages:
         rows = [t for t in translations if t.language == language]
         _write_translations(out_dir, language, rows, split.clips)
-        languages[language] = _score(language, rows, split.clips, settings, baseline)
+        scores[language] = _score(language, rows, split.clips, settings, baseline)
     result = {
         "name": name,
         "params": count_parameters(model),
@@ -71,7 +73,7 @@ def evaluate(
         "removed_layers": lineage.removed("decoder"),
         "quantization": lineage.quantization,
         "split": {"name": split.name, "hash": split.hash, "num_clips": len(split.clips)},
-        "languages": languages,
+        "languages": scores,
         "speed": {
             **_speed(translations, split.clips, said.seconds),
             "batch_size": clips_at_once(decode, device),
@@ -83,7 +85,7 @@ def evaluate(
         "machine": machine(),
     }
     write_json(out_dir / RESULT_FILE, result)
-    return {language: {m: round(scores[m]["value"], 2) for m in METRICS} for language, scores in languages.items()}
+    return {language: {m: round(of[m]["value"], 2) for m in METRICS} for language, of in scores.items()}
 
 
 def _speed(translations: Sequence[Translation], clips: Sequence[Clip], seconds: float) -> dict[str, float]:
@@ -109,8 +111,12 @@ def _score(
     for comet_model in settings.comet:
         sources = [clip.source or "" for clip in clips]
         scores["comet"][comet_model] = comet(comet_model, sources, references, hypotheses)
-    main = main_metric(language)
+    main = languages.language(language).main_metric
+    wrong = wrong_languages(hypotheses, language)
+    score = corpus_score(main, strict(hypotheses, wrong), references, language)
     scores |= {
+        "wrong_language": {"count": sum(wrong), "share": sum(wrong) / len(wrong)},
+        "strict": {"metric": main, "value": score.value, "signature": score.signature},
         "num_clips": len(rows),
         "num_truncated": sum(row.truncated for row in rows),
         "main_metric": main,
@@ -138,11 +144,6 @@ def _retained(
         "high": kept.high,
         "confidence": kept.confidence,
     }
-
-
-def main_metric(language: str) -> str:
-    """chrF where words are not spaced, chrF++ elsewhere (the paper's choice for Chinese and German)."""
-    return "chrf" if language in ("zh", "ja", "th") else "chrfpp"
 
 
 def _read_baseline(folder: Path, split: Split) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def model_card(recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None) 
         result=result,
         removed=lineage.removed("decoder"),
         version=__version__,
-        prompt=recipe.task.prompt.format(language=recipe.task.language_name(recipe.task.target_languages[0])),
+        prompt=recipe.task.prompt_for(recipe.task.target_languages[0]),
         base=lineage.base.removeprefix("builtin:"),
         on_hub=not lineage.base.startswith(("builtin:", "random:", "/", ".", "~")),
     )

@@ -27,13 +27,10 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from trimlingual import languages
+
 METRICS = ("bleu", "chrf", "chrfpp")
 COMET_PYTHON_VARIABLE = "TRIMLINGUAL_COMET_PYTHON"
-
-# BLEU counts words, so the words must be found as the field finds them. sacreBLEU's own map for zh, ja and ko; `char`
-# for scripts that sacreBLEU has no tokenizer for and that are written without spaces.
-_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab", "th": "char", "lo": "char", "km": "char", "my": "char"}
-_TOKENIZER_EXTRAS = {"ja-mecab": "sacrebleu[ja]", "ko-mecab": "sacrebleu[ko]"}
 _BLEU_ORDER = 4
 _CHRF_BETA = 2
 _TIE = 1e-9  # scores closer than this are equal: sums in another order differ as much
@@ -243,14 +240,13 @@ def _scorer(metric: str, language: str) -> Any:
         return CHRF(word_order=0)
     if metric == "chrfpp":
         return CHRF(word_order=2)
-    tokenizer = _TOKENIZERS.get(language.replace("_", "-").split("-")[0].lower(), "13a")
+    # BLEU counts words, so the words must be found as the field finds them.
+    tokenizer, needs = languages.language(language).bleu_tokenizer, languages.language(language).needs
     try:
         return BLEU(tokenize=tokenizer)
     except (RuntimeError, ImportError) as error:
-        extra = _TOKENIZER_EXTRAS.get(tokenizer, "sacrebleu")
         raise MetricError(
-            f"BLEU for {language!r} needs the {tokenizer} tokenizer, which is not installed; pip install '{extra}', "
-            "or score it by chrf, which needs no tokenizer"
+            f"BLEU for {language!r} needs the {tokenizer} tokenizer, which is not installed; pip install '{needs or 'sacrebleu'}'"
         ) from error
 
 

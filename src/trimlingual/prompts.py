@@ -51,7 +51,7 @@ class Prompter:
                 "role": "user",
                 "content": [
                     {"type": "audio", "audio_url": "clip"},
-                    {"type": "text", "text": self.task.prompt.format(language=self.task.language_name(language))},
+                    {"type": "text", "text": self.task.prompt_for(language)},
                 ],
             },
         ]

@@ -7,6 +7,8 @@ answers at once.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from pydantic import ValidationError, model_validator
 
 from trimlingual.sections import (
     FLASH_ADAMW,
-    LANGUAGE_NAMES,
     BuiltinSource,
     Covost2Source,
     DataSettings,
@@ -44,7 +45,6 @@ from trimlingual.sections import (
 
 __all__ = [
     "FLASH_ADAMW",
-    "LANGUAGE_NAMES",
     "BuiltinSource",
     "Covost2Source",
     "DataSettings",
@@ -74,6 +74,9 @@ __all__ = [
     "parse_recipe",
     "recipes_dir",
 ]
+
+
+SOURCE_KINDS = ("manifest", "folder", "hub", "covost2", "builtin")
 
 
 class RecipeError(ValueError):
@@ -185,15 +188,41 @@ def parse_recipe(raw: dict[str, Any], origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{origin} has {error.error_count()} problem(s):"]
-        for problem in error.errors(include_url=False):
-            where = ".".join(str(part) for part in problem["loc"]) or "(whole recipe)"
-            lines.append(f"  {where}: {_explain(problem)}")
-        raise RecipeError("\n".join(lines)) from error
+        found = [
+            (_where(problem), _explain(problem)) for problem in error.errors(include_url=False) if _counts(problem)
+        ]
+        lines = [f"{where}: {what}" for where, what in dict.fromkeys(found)]
+        if len(lines) == 1:
+            raise RecipeError(f"{origin}: {lines[0]}") from error
+        raise RecipeError("\n  ".join([f"{origin} has {len(lines)} problem(s):", *lines])) from error
+
+
+def _where(problem: Any) -> str:
+    """Path of a key, without pydantic's names for the alternatives that it tried."""
+    path = [str(part) for part in problem["loc"] if part != "constrained-int" and "[" not in str(part)]
+    path = [part for depth, part in enumerate(path) if depth < 2 or part not in SOURCE_KINDS]
+    return ".".join(path) or "(whole recipe)"
+
+
+def _counts(problem: Any) -> bool:
+    """Whether a problem is of the alternative that was meant: a mapping is meant as a source, a number as clips to hold out."""
+    given, alternatives = problem["input"], " ".join(str(part) for part in problem["loc"])
+    if "constrained-int" in alternatives:
+        return isinstance(given, int) and not isinstance(given, bool)
+    return not (
+        "tagged-union" in alternatives and problem["type"] == "model_attributes_type" and isinstance(given, int)
+    )
 
 
 def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_attributes_type" and problem["loc"][0] == "data":
+        numbers = " or a number of clips to hold out of train" if "tagged-union" in str(problem["loc"]) else ""
+        return f"must be a source, {{kind: ..., ...}}{numbers}; got {problem['input']!r}"
+    if problem["type"] == "union_tag_not_found":
+        return f"a source needs kind, one of {', '.join(SOURCE_KINDS)}; got {{{', '.join(map(str, problem['input']))}}}"
+    if problem["type"] == "union_tag_invalid":
+        return f"kind is {problem['ctx']['tag']!r}; it is one of {', '.join(SOURCE_KINDS)}"
     if problem["type"] == "extra_forbidden":
         return "unknown key"
     if problem["type"] == "missing":
@@ -221,7 +250,14 @@ def _override(raw: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not separator or not all(keys):
         raise RecipeError(f"--set {override!r} must look like section.key=value, e.g. rank.num_layers_to_remove=4")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-30
+        what = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise RecipeError(
+            f"--set {override!r}: the value is not YAML ({what}); text with a colon, a brace or a # goes in quotes of its own: "
+            f"--set {shlex.quote(path + '=' + json.dumps(text, ensure_ascii=False))}"
+        ) from error
     if isinstance(value, str) and _is_number(value):
         value = float(value)
     node = raw

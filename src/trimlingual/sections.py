@@ -5,22 +5,18 @@ Strict: unknown keys and wrong types are errors. No torch here, so that the comm
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trimlingual import languages
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
 
 FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers has no name for (optimizer.py)
-
-# Names used in the prompt. Qwen2-Audio's published prompt spells the language out in English ("into German:").
-LANGUAGE_NAMES = {
-    "ar": "Arabic", "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian", "fr": "French",
-    "it": "Italian", "ja": "Japanese", "ko": "Korean", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ru": "Russian",
-    "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
-}  # fmt: skip
 
 
 class Section(BaseModel):
@@ -38,6 +34,14 @@ class ModelSettings(Section):
     storage_dtype: Dtype = Field(default="bfloat16", description="weights on disk")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", value):
+            meant = " (a GPU is cuda, or cuda:0 for the first)" if "gpu" in value.lower() else ""
+            raise ValueError(f"device is auto, cpu, cuda, cuda:1, mps or xpu{meant}")
+        return value
+
 
 class TaskSettings(Section):
     """What is asked of the model."""
@@ -45,7 +49,9 @@ class TaskSettings(Section):
     target_languages: Annotated[list[str], Field(min_length=1)]
     system_prompt: str = "You are a professional translator."
     prompt: str = "Translate the English speech into {language}:"
-    language_names: dict[str, str] = Field(default_factory=dict, description="added to the built-in names")
+    language_names: dict[str, str] = Field(
+        default_factory=dict, description="English names by code, before those of languages.py"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> TaskSettings:
@@ -59,13 +65,18 @@ class TaskSettings(Section):
 
     def language_name(self, code: str) -> str:
         """English name of a language code; ValueError if the model has no prompt for it."""
-        names = {**LANGUAGE_NAMES, **self.language_names}
-        if code not in names:
+        name = self.language_names.get(code) or languages.language_name(code)
+        if not name:
+            known = ", ".join(sorted({*languages.LANGUAGES, *self.language_names}))
             raise ValueError(
-                f"no prompt is known for target language {code!r}; known: {', '.join(sorted(names))}; "
-                "add it under task.language_names"
+                f"no prompt is known for target language {code!r}; known, with or without a region: {known}; "
+                f"name it: task.language_names={{{code}: its English name}}"
             )
-        return names[code]
+        return name
+
+    def prompt_for(self, code: str) -> str:
+        """The prompt that asks for a language. Only `{language}` is replaced: other braces are the user's text."""
+        return self.prompt.replace("{language}", self.language_name(code))
 
 
 class ManifestSource(Section):

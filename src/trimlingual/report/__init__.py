@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from trimlingual.artifacts import write_json, write_text
-from trimlingual.recipe import LANGUAGE_NAMES
+from trimlingual.languages import language_name
 from trimlingual.report.charts import heat_maps, panels
 from trimlingual.report.collect import ReportError, collect, examples, languages
 from trimlingual.report.tables import (
@@ -77,7 +77,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             if kept
             else f"BLEU {number_text(scores.get('bleu'), 1)}"
         )
-        label = f"{LANGUAGE_NAMES.get(code, code)}, {'chrF' if metric == 'chrf' else 'chrF++'}"
+        label = f"{language_name(code) or code}, {'chrF' if metric == 'chrf' else 'chrF++'}"
         figures.append({"label": label, "value": number_text(scores.get(metric), 1), "note": note})
     seconds = last["seconds_per_clip"]
     if seconds is not None:
@@ -122,7 +122,7 @@ def _context(run_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
         "signatures": _signatures(report),
         "stages": [{**stage, "facts": _facts(stage["info"])} for stage in report["stages"]],
         "total_seconds": sum(stage["seconds"] for stage in report["stages"]),
-        "language_names": LANGUAGE_NAMES,
+        "language_name": language_name,
     }
 
 

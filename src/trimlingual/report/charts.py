@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trimlingual.recipe import LANGUAGE_NAMES
+from trimlingual.languages import language_name
 from trimlingual.report.collect import languages
 from trimlingual.report.tables import METRIC_NAMES, megabytes_text, number_text, shown_metric
 
@@ -91,7 +91,7 @@ def panels(report: dict[str, Any]) -> list[Panel]:
             value, kept = scores.get(metric), scores.get("retained")
             share = f" · {100 * kept['ratio']:.1f} %" if kept and kept.get("ratio") is not None else ""
             rows.append((model["name"], value or 0.0, number_text(value, 1) + share))
-        title = f"{LANGUAGE_NAMES.get(code, code)}, {METRIC_NAMES[metric]}"
+        title = f"{language_name(code) or code}, {METRIC_NAMES[metric]}"
         found.append(_panel(f"quality-{index}", title, 1 + (index - 1) % 4, rows))
     return found
 

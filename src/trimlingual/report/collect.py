@@ -152,6 +152,7 @@ def _language(scores: dict[str, Any]) -> dict[str, Any]:
     found["main_metric"] = scores.get("main_metric", "chrfpp")
     found["retained"] = scores.get("retained")
     found["signatures"] = {metric: scores[metric]["signature"] for metric in QUALITY if scores.get(metric)}
+    found["wrong_language"], found["strict"] = scores.get("wrong_language"), scores.get("strict")
     found["num_clips"] = scores.get("num_clips")
     found["num_truncated"] = scores.get("num_truncated", 0)
     return found

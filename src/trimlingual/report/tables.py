@@ -22,6 +22,11 @@ def result_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for code in codes:
         header += [f"{code} BLEU", f"{code} {METRIC_NAMES[shown_metric(report, code)]}"]
         header += [f"{code} COMET"] if _has_comet(report, code) else []
+        header += (
+            [f"{code} wrong language, %", f"{code} strict {METRIC_NAMES[shown_metric(report, code)]}"]
+            if _has_wrong(report, code)
+            else []
+        )
         header += [f"{code} kept, % of {baseline(report, code)}"]
     return [*header, "s/clip"], [_row(report, model, codes) for model in report["models"]]
 
@@ -143,8 +148,20 @@ def _row(report: dict[str, Any], model: dict[str, Any], codes: list[str]) -> lis
         row += [number_text(scores.get("bleu")), number_text(scores.get(shown_metric(report, code)))]
         if _has_comet(report, code):
             row.append(", ".join(number_text(value, 4) for value in scores.get("comet", {}).values()) or NOTHING)
+        if _has_wrong(report, code):
+            share = (scores.get("wrong_language") or {}).get("share")
+            row += [
+                number_text(None if share is None else 100 * share, 1),
+                number_text((scores.get("strict") or {}).get("value")),
+            ]
         row.append(kept_text(scores.get("retained")))
     return [*row, number_text(model["seconds_per_clip"], 3)]
+
+
+def _has_wrong(report: dict[str, Any], code: str) -> bool:
+    return any(
+        (model["languages"].get(code, {}).get("wrong_language") or {}).get("count") for model in report["models"]
+    )
 
 
 def _has_comet(report: dict[str, Any], code: str) -> bool:
