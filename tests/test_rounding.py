@@ -1,0 +1,82 @@
+"""Calibrated rounding: less error in the output than rounding to nearest, and nothing lost where there is nothing to gain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimlingual.integers import _best_scale, round_to_integers
+from trimlingual.rounding import Moments, round_columns, walk_layers
+
+
+def _scale(groups: torch.Tensor) -> torch.Tensor:
+    return _best_scale(groups, torch.bfloat16)
+
+
+def _correlated(rows: int, width: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(rows, width // 4) @ torch.randn(width // 4, width) + 0.1 * torch.randn(rows, width)
+
+
+@pytest.mark.parametrize(("num_bits", "group_size"), [(4, 32), (4, 128), (4, 256)])
+def test_output_error_is_smaller_than_nearest(num_bits: int, group_size: int) -> None:
+    inputs, weight = _correlated(2000, 256), torch.randn(64, 256).bfloat16()
+    moments = Moments(256, inputs.device)
+    moments.add(inputs[:500])
+    moments.add(inputs[500:1000])
+    scales, rounded = round_columns(weight, moments.mean(), num_bits, group_size, _scale)
+    assert scales.shape == (64, 256 // group_size)
+    integers = rounded.reshape(64, -1, group_size) / scales[..., None]
+    torch.testing.assert_close(integers, integers.round(), atol=1e-4, rtol=0)
+    assert integers.round().abs().max() <= 8
+    nearest = round_to_integers(weight, num_bits, group_size)[1].float()
+    errors = [(inputs[1000:] @ (weight.float() - w).t()).square().sum() for w in (rounded, nearest)]
+    assert errors[0] < 0.5 * errors[1], errors
+
+
+def test_unrelated_inputs_give_nearest() -> None:
+    weight = torch.randn(16, 64).bfloat16()
+    rounded = round_columns(weight, torch.eye(64), 4, 32, _scale)[1]
+    torch.testing.assert_close(rounded, round_to_integers(weight, 4, 32)[1].float(), atol=1e-2, rtol=1e-2)
+
+
+def test_inputs_that_are_never_used_do_no_harm() -> None:
+    inputs = _correlated(500, 64)
+    inputs[:, 5] = 0
+    moments = Moments(64, inputs.device)
+    moments.add(inputs)
+    rounded = round_columns(torch.randn(8, 64), moments.mean(), 4, 32, _scale)[1]
+    assert rounded.isfinite().all()
+    assert rounded[:, 5].abs().max() == 0
+
+
+def test_moments_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="calibration"):
+        round_columns(torch.randn(8, 64), torch.full((64, 64), float("nan")), 4, 32, _scale)
+
+
+def test_layers_see_what_the_changed_ones_below_give() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(4, 4, bias=False)
+            torch.nn.init.eye_(self.up.weight)
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.up(hidden_states),)
+
+    layers = torch.nn.ModuleList([Layer(), Layer()])
+
+    def run() -> None:
+        hidden = torch.ones(1, 3, 4)
+        for layer in layers:
+            hidden = layer(hidden_states=hidden)[0]
+
+    seen = []
+
+    def visit(position: int, moments: dict[str, Moments]) -> None:
+        seen.append(moments["up"].mean()[0, 0].item())
+        layers[position].up.weight.data *= 2
+
+    walk_layers(layers, [run, run], visit)
+    assert seen == [1.0, 4.0]
