@@ -62,9 +62,8 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     """Lines of a text file (`name.jsonl`, or gzipped): id, en, tgt."""
     path = folder / f"{name}.jsonl"
     packed = path.with_name(path.name + ".gz")
-    opened = gzip.open(packed, "rt", encoding="utf-8") if packed.is_file() else path.open(encoding="utf-8")
-    with opened as file:
-        return [json.loads(line) for line in file if line.strip()]
+    data = gzip.decompress(packed.read_bytes()) if packed.is_file() else path.read_bytes()
+    return [json.loads(line) for line in data.split(b"\n") if line.strip()]
 
 
 def items(folder: Path, scale: float = 1.0) -> Iterator[Item]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,11 +57,18 @@ class Tally:
     def add(self, tokens: Mapping[int, list[list[int]]]) -> None:
         """Take in the translations of some clips."""
         self.tokens.update(tokens)
-        for number, language in enumerate(self.scorer.translated):
-            texts = [self.scorer.prompter.decode(rows[number]) for rows in tokens.values()]
-            references = [self.scorer.reference(clip, language) for clip in tokens]
-            metric = self.scorer.metrics[language]
-            self._counts[language][list(tokens)] = sentence_statistics(metric, texts, references, language).counts
+        for language in self.scorer.translated:
+            rows = {
+                clip: row
+                for clip, said in tokens.items()
+                for spoken, row in zip(self.scorer.languages(clip), said)
+                if spoken == language
+            }
+            if rows:
+                texts = [self.scorer.prompter.decode(row) for row in rows.values()]
+                references = [self.scorer.reference(clip, language) for clip in rows]
+                metric = self.scorer.metrics[language]
+                self._counts[language][list(rows)] = sentence_statistics(metric, texts, references, language).counts
 
     def scores(self) -> dict[str, float]:
         """Score by language on the clips so far, higher is better; a loss counts negative."""
@@ -71,7 +78,7 @@ class Tally:
         }
 
     def statistics(self, language: str) -> SentenceStatistics:
-        """Counts of the clips so far, in the clips' order."""
+        """Counts of the clips so far, in the clips' order; zeros for a clip without a reference in `language`."""
         counts = self._counts[language][sorted(self.tokens)]
         return SentenceStatistics(self.scorer.metrics[language], counts, self.scorer.signatures[language])
 
@@ -148,7 +155,7 @@ class Scorer:
             return (-tokens, -clips[clip].duration_s, clips[clip].id)
 
         order = sorted(range(len(clips)), key=length)
-        count = math.ceil(len(order) * max(1, len(self.translated)) / rows)
+        count = math.ceil(max(len(order), self._num_rows(order)) / rows)
         return (
             [block.tolist() for block in np.array_split(np.array(order), count)]
             if count < len(order)
@@ -175,8 +182,18 @@ class Scorer:
         }
 
     def reference(self, clip: int, language: str) -> str:
-        """Reference translation of the clip with this index."""
-        return self.select.clips[clip].references[language]
+        """Reference translation of the clip with this index; empty where it has none in `language`."""
+        return self.select.clips[clip].references.get(language, "")
+
+    def languages(self, clip: int) -> list[str]:
+        """Those that the clip with this index is translated into, one row of the decoder for each."""
+        return self.select.clips[clip].languages(self.translated)
+
+    def _with_reference(self, block: Sequence[int], language: str) -> list[int]:
+        return [clip for clip in block if language in self.select.clips[clip].references]
+
+    def _num_rows(self, block: Sequence[int]) -> int:
+        return sum(len(self.languages(clip)) for clip in block)
 
     def begin_round(self, removed: Mapping[Tower, Sequence[int]], parent: Mapping[int, list[list[int]]] | None) -> None:
         """Candidates from here on lack the original layers in `removed`, beside their own; `parent` are the translations without."""
@@ -211,7 +228,8 @@ class Scorer:
         language = None if self.translated else next(iter(self.metrics))
         if candidate.layer not in self.present[candidate.tower]:  # gone for good, in a round that is read again
             return math.inf
-        traced = self._trace(self.blocks[0], language) if candidate.tower == "decoder" else None
+        block = self._with_reference(self.blocks[0], language) if language else self.blocks[0]
+        traced = self._trace(block, language) if block and candidate.tower == "decoder" else None
         return traced.influence[self._position(candidate)] if traced else math.inf
 
     def add(
@@ -236,7 +254,7 @@ class Scorer:
             for candidate in candidates:
                 tallies[candidate].add(self._translate(candidate, block))
             return done
-        keys = [(clip, number) for clip in block for number in range(len(self.translated))]
+        keys = [(clip, self.translated.index(language)) for clip in block for language in self.languages(clip)]
         size = self._batch(traced)
 
         def translate(group: Sequence[Candidate]) -> list[list[list[int]] | None]:
@@ -277,8 +295,7 @@ class Scorer:
         """Candidates that are decoded together: on a GPU a step costs little more for many rows, on a CPU as much for each."""
         if not self._sharing or self._stepper.decoder.device.type != "cuda":
             return 1
-        rows = max(map(len, self.blocks)) * max(1, len(self.translated))
-        return max(1, ROWS_IN_FLIGHT // rows)
+        return max(1, ROWS_IN_FLIGHT // max(1, *map(self._num_rows, self.blocks)))
 
     def _batch(self, traced: Trace) -> int:
         """How many candidates' rows memory holds at once."""
@@ -292,11 +309,14 @@ class Scorer:
         return self._by_clip(block, rows)
 
     def _by_clip(self, block: Sequence[int], rows: Sequence[list[int]]) -> dict[int, list[list[int]]]:
-        step = len(self.translated)
-        return {clip: list(rows[i * step : (i + 1) * step]) for i, clip in enumerate(block)}
+        remaining = iter(rows)
+        return {clip: list(islice(remaining, len(self.languages(clip)))) for clip in block}
 
     def _losses(self, candidate: Candidate | None, block: Sequence[int], language: str) -> dict[int, tuple[float, int]]:
         """Teacher-forced loss of each clip's reference: nats in all, and tokens."""
+        block = self._with_reference(block, language)
+        if not block:
+            return {}
         answers = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
         traced = self._trace(block, language) if candidate and candidate.tower == "decoder" else None
         if traced and candidate:
@@ -342,7 +362,9 @@ class Scorer:
     ) -> list[Tensor]:
         states = self._encoded(block, candidate)
         return [
-            embed_prompt(self.model, self.prompter, states[clip], language) for clip in block for language in languages
+            embed_prompt(self.model, self.prompter, states[clip], language)
+            for clip in block
+            for language in self.select.clips[clip].languages(languages)
         ]
 
     def _encoded(self, block: Sequence[int], candidate: Candidate | None) -> dict[int, Tensor]:
@@ -359,7 +381,7 @@ class Scorer:
 
     def _limits(self, block: Sequence[int]) -> list[int]:
         clips = self.select.clips
-        return [max_new_tokens(clips[clip].duration_s, self.decode) for clip in block for _ in self.translated]
+        return [max_new_tokens(clips[clip].duration_s, self.decode) for clip in block for _ in self.languages(clip)]
 
     def _active(self, candidate: Candidate | None) -> list[int]:
         """Positions of the decoder layers that are run."""

@@ -192,7 +192,10 @@ def translate_clips(
     *,
     label: str = "translating",
 ) -> list[Translation]:
-    """Translate every clip into every target language; in the order of `clips`, languages in the task's order."""
+    """Translate every clip into every target language that it has a reference in, or into all if it has none.
+
+    In the order of `clips`, languages in the task's order.
+    """
     prompter = Prompter(processor, task)
     stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
     done: dict[tuple[str, str], Translation] = {}
@@ -200,7 +203,7 @@ def translate_clips(
         for batch in _batches(clips, clips_at_once(settings, stepper.decoder.device)):
             done |= {(t.id, t.language): t for t in _translate_batch(stepper, prompter, batch, settings)}
             advance(len(batch))
-    return [done[clip.id, language] for clip in clips for language in task.target_languages]
+    return [done[clip.id, language] for clip in clips for language in clip.languages(task.target_languages)]
 
 
 def translate_split(
@@ -247,7 +250,7 @@ def translate_split(
     records = [*earlier, *chain.from_iterable(gather(made))]
     said = {(t["id"], t["language"]): Translation(**t) for record in records for t in record["translations"]}
     return SplitTranslations(
-        [said[clip.id, language] for clip in clips for language in task.target_languages],
+        [said[clip.id, language] for clip in clips for language in clip.languages(task.target_languages)],
         sum(record["seconds"] for record in records),
         max(record["num_processes"] for record in records),
         max(record["peak_memory_bytes"] for record in records),
@@ -279,9 +282,9 @@ def _translate_batch(
     batch: Sequence[Clip],
     settings: DecodeSettings,
 ) -> list[Translation]:
-    """Each clip in each of the prompter's languages."""
+    """Each clip in its languages among the prompter's."""
     model = stepper.decoder.model
-    wanted = [(clip, language) for clip in batch for language in prompter.task.target_languages]
+    wanted = [(clip, language) for clip in batch for language in clip.languages(prompter.task.target_languages)]
     encoded = split_on_oom(partial(_load_and_encode, model, prompter.processor), batch)
     states = {clip.id: tower for clip, tower in zip(batch, encoded)}
     prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in wanted]

@@ -63,8 +63,13 @@ def evaluate(
     scores = {}
     for language in task.target_languages:
         rows = [t for t in translations if t.language == language]
-        _write_translations(out_dir, language, rows, split.clips)
-        scores[language] = _score(language, rows, split.clips, settings, baseline)
+        clips = [clip for clip in split.clips if language in clip.references]
+        if not clips:
+            raise ValueError(
+                f"no clip of split {split.name!r} has a reference in {language!r}; take it out of task.target_languages"
+            )
+        _write_translations(out_dir, language, rows, clips)
+        scores[language] = _score(language, rows, clips, settings, baseline)
     result = {
         "name": name,
         "params": count_parameters(model),
@@ -90,7 +95,8 @@ def evaluate(
 
 def _speed(translations: Sequence[Translation], clips: Sequence[Clip], seconds: float) -> dict[str, float]:
     """Seconds per translation, tokens per second, real-time factor, of one process; a clip counts once per target language."""
-    audio_s = sum(clip.duration_s for clip in clips) * len(translations) / len(clips)
+    duration_s = {clip.id: clip.duration_s for clip in clips}
+    audio_s = sum(duration_s[translation.id] for translation in translations)
     return speed(len(translations), sum(t.num_tokens for t in translations), audio_s, seconds)
 
 

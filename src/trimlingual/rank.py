@@ -219,4 +219,5 @@ def _block_influence(search: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
 
 def _examples(search: Scorer, language: str) -> list[Example]:
     """The selection set with its references."""
-    return [Example(i, c.id, language, c.references[language]) for i, c in enumerate(search.select.clips)]
+    clips = enumerate(search.select.clips)
+    return [Example(i, c.id, language, c.references[language]) for i, c in clips if language in c.references]

@@ -92,6 +92,13 @@ def _inverse_factor(moments: Tensor, silent: Tensor) -> Tensor:
     raise ValueError("the calibration inputs are not finite: their second moments cannot be inverted")
 
 
+def _adding_to(moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        moments.add(args[0])
+
+    return hook
+
+
 class _Enough(Exception):
     """Ends a forward pass whose rest is not needed."""
 
@@ -109,10 +116,7 @@ def walk_layers(
     for position, layer in enumerate(layers):
         linear = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         moments = {name: Moments(m.weight.shape[1], m.weight.device) for name, m in linear.items()}
-        hooks = [
-            module.register_forward_pre_hook(lambda _m, args, name=name: moments[name].add(args[0]))
-            for name, module in linear.items()
-        ]
+        hooks = [module.register_forward_pre_hook(_adding_to(moments[name])) for name, module in linear.items()]
         try:
             for args, kwargs in inputs:
                 layer(*args, **kwargs)

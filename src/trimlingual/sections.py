@@ -141,6 +141,10 @@ class DataSettings(Section):
     select: Held
     test: Held
     out_of_domain: Source | None = None
+    references: Literal["all", "any"] = Field(
+        default="all",
+        description="all: each clip has a reference in every target language; any: it is used in the languages it has",
+    )
     split_seed: int = 0
     too_long: Literal["error", "drop"] = "error"
 

@@ -51,6 +51,10 @@ class Clip:
     duration_s: float
     audio_sha256: str
 
+    def languages(self, asked: Sequence[str]) -> list[str]:
+        """Those of the asked languages that the clip is translated into: where it has a reference, or all if it has none at all."""
+        return [language for language in asked if language in self.references or not self.references]
+
     def record(self, folder: Path | None = None) -> dict[str, Any]:
         """The JSON form; audio inside `folder` is written relative to it, so that the folder can be moved."""
         audio = self.audio.relative_to(folder) if folder and self.audio.is_relative_to(folder) else self.audio

@@ -29,7 +29,7 @@ SMALLEST = 1e-6  # probability of what is not among the K tokens, at least
 
 @dataclass(frozen=True)
 class TeacherTokens:
-    """Of one example: the teacher's K most likely tokens at each answer position, (N, K), and their log probabilities (N, K), float16."""
+    """Of one example: the teacher's most likely tokens at each answer position (N, K), and their log probabilities (N, K), float16."""
 
     ids: Tensor
     log_probs: Tensor

@@ -1,0 +1,73 @@
+"""Clips that have a reference in some of the target languages only: they are translated, scored and searched in those."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trimlingual.data import Split
+from trimlingual.decode import translate_clips
+from trimlingual.evaluate import evaluate, read_result, read_translations
+from trimlingual.models import load_model, load_processor, pick_device
+from trimlingual.plan import read_plan
+from trimlingual.rank import rank
+from trimlingual.recipe import EvaluateSettings, RankSettings, TaskSettings
+
+METRICS = {"de": "chrfpp", "zh": "chrf"}
+
+
+@pytest.fixture
+def parts(split: Split) -> dict[str, Split]:
+    """Every second clip in German only, the others in Chinese only; and all of them."""
+    clips = [
+        replace(clip, references={code: clip.references[code]})
+        for clip, code in zip(split.clips, ["de", "zh"] * len(split.clips))
+    ]
+    by_language = {code: Split("select", tuple(c for c in clips if code in c.references)) for code in METRICS}
+    return by_language | {"both": Split("select", tuple(clips))}
+
+
+def test_translated_into_their_own_languages(model_dir, parts, task, decode_settings):
+    model, processor = load_model(model_dir, "float32", pick_device("cpu")), load_processor(model_dir)
+    said = translate_clips(model, processor, task, parts["both"].clips, decode_settings)
+    assert [(t.id, t.language) for t in said] == [(c.id, next(iter(c.references))) for c in parts["both"].clips]
+    unasked = [replace(clip, references={}) for clip in parts["both"].clips[:2]]
+    assert len(translate_clips(model, processor, task, unasked, decode_settings)) == 4
+
+
+def test_scores_are_those_of_each_language_alone(
+    model_dir, lineage, parts, task, model_settings, decode_settings, tmp_path: Path
+):
+    def result(name: str, languages: list[str], baseline: Path | None = None):
+        out, asked = tmp_path / name, TaskSettings(target_languages=languages)
+        out.mkdir()
+        evaluate(
+            name, model_dir, lineage, parts[name], asked, model_settings, decode_settings,
+            EvaluateSettings(bootstrap_samples=100), baseline, out,
+        )  # fmt: skip
+        return read_result(out)["languages"], out
+
+    both, out = result("both", ["de", "zh"])
+    for code in METRICS:
+        alone, _ = result(code, [code])
+        assert both[code]["chrf"]["value"] == alone[code]["chrf"]["value"]
+        assert both[code]["num_clips"] == len(parts[code].clips) == len(read_translations(out, code))
+
+
+@pytest.mark.parametrize("metric", [METRICS, "loss", {"de": "chrfpp", "zh": "loss"}])
+def test_candidates_score_the_mean_of_each_language_alone(
+    model_dir, lineage, parts, task, model_settings, decode_settings, tmp_path: Path, metric
+):
+    def plan(name: str, languages: list[str]):
+        out, asked = tmp_path / name, TaskSettings(target_languages=languages)
+        out.mkdir()
+        settings = RankSettings(num_layers_to_remove=1, metric=metric, early_stopping=False)
+        rank(model_dir, lineage, parts[name], asked, model_settings, decode_settings, settings, None, 0, out)
+        return {record["layer"]: record["scores"] for record in read_plan(out).candidates}
+
+    both = plan("both", ["de", "zh"])
+    for code in METRICS:
+        for layer, scores in plan(code, [code]).items():
+            assert both[layer][code] == pytest.approx(scores[code], abs=1e-4)
