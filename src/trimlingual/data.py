@@ -16,8 +16,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import write_text
 from trimlingual.audio import DataError
+from trimlingual.jsonl import read_jsonl, write_jsonl
 from trimlingual.processes import is_main_process
 from trimlingual.recipe import DataSettings, HubSource, Source, TaskSettings
 from trimlingual.sources import Clip, absolute, read_source
@@ -87,8 +87,7 @@ def prepare_data(
     splits = {role: Split(role, tuple(clips[role])) for role in SPLITS if role in clips}
     check_disjoint(splits)
     for role, split in splits.items():
-        lines = [json.dumps(clip.record(out_dir), ensure_ascii=False) + "\n" for clip in split.clips]
-        write_text(out_dir / f"{role}.jsonl", "".join(lines))
+        write_jsonl(out_dir / f"{role}.jsonl", (clip.record(out_dir) for clip in split.clips))
     described = {
         role: {"num_clips": len(split.clips), "hours": round(split.hours, 4), "hash": split.hash}
         for role, split in splits.items()
@@ -188,8 +187,7 @@ def load_splits(folder: Path) -> DataSplits:
             splits[role] = None
             continue
         try:
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            splits[role] = Split(role, tuple(Clip.from_record(record, folder) for record in records))
+            splits[role] = Split(role, tuple(Clip.from_record(record, folder) for record in read_jsonl(path)))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} is missing or damaged ({error}); run the data stage again with --force") from error
     return DataSplits(**splits)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,9 +10,10 @@ from typing import Any
 
 from trimlingual import languages
 from trimlingual.answers import is_wrong_language
-from trimlingual.artifacts import SCRATCH, write_text
+from trimlingual.artifacts import SCRATCH
 from trimlingual.data import DataSplits
 from trimlingual.decode import Translation, translate_split
+from trimlingual.jsonl import read_jsonl, write_jsonl
 from trimlingual.lineage import read_lineage
 from trimlingual.models import RANDOM, load_model, load_processor, pick_device
 from trimlingual.processes import is_main_process
@@ -54,22 +54,20 @@ def distill(
     ).translations
     if not is_main_process():
         return {}
-    said = [json.dumps(asdict(translation), ensure_ascii=False) + "\n" for translation in translations]
-    write_text(out_dir / TRANSLATIONS_FILE, "".join(said))
+    write_jsonl(out_dir / TRANSLATIONS_FILE, map(asdict, translations))
     references = {clip.id: clip.references for clip in clips}
     counts = {language: Counter({reason: 0 for reason in ("kept", *REASONS)}) for language in task.target_languages}
-    lines = []
+    records = []
     for translation in translations:
         gold = references[translation.id].get(translation.language, "")
         reason = reject(translation, gold, settings)
         counts[translation.language][reason or "kept"] += 1
         text = gold if rehearsal and reason else translation.hypothesis
         if reason is None or (rehearsal and gold):
-            record = {"id": translation.id, "language": translation.language, "text": text}
-            lines.append(json.dumps(record, ensure_ascii=False))
-    if not lines:
+            records.append({"id": translation.id, "language": translation.language, "text": text})
+    if not records:
         raise ValueError(f"no teacher translation is fit to learn from: {counts}; look at {TRANSLATIONS_FILE}")
-    write_text(out_dir / DISTILLED_FILE, "\n".join(lines) + "\n")
+    write_jsonl(out_dir / DISTILLED_FILE, records)
     return {"counts": {language: dict(counter) for language, counter in counts.items()}, "decode": decode.model_dump()}
 
 
@@ -103,7 +101,7 @@ def has_repetition_loop(text: str, language: str, max_repeats: int) -> bool:
 
 def read_distilled(folder: Path) -> list[dict[str, str]]:
     """Records (id, language, text) of a distilled data set."""
-    return [json.loads(line) for line in (folder / DISTILLED_FILE).read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(folder / DISTILLED_FILE)
 
 
 def mix(

@@ -10,9 +10,10 @@ from typing import Any
 
 from trimlingual import languages
 from trimlingual.answers import strict, wrong_languages
-from trimlingual.artifacts import SCRATCH, machine, write_json, write_text
+from trimlingual.artifacts import SCRATCH, machine, write_json
 from trimlingual.data import Split
 from trimlingual.decode import Translation, clips_at_once, translate_split
+from trimlingual.jsonl import read_jsonl, write_jsonl
 from trimlingual.lineage import Lineage, check_unseen
 from trimlingual.measure import count_parameters, disk_bytes, peak_memory, speed
 from trimlingual.metrics import SentenceStatistics, comet, corpus_score, paired_bootstrap_ratio, sentence_statistics
@@ -171,26 +172,20 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def read_translations(folder: Path, language: str) -> list[dict[str, Any]]:
     """The recorded translations, in the split's order."""
-    return [
-        json.loads(line)
-        for line in (folder / f"translations.{language}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return read_jsonl(folder / f"translations.{language}.jsonl")
 
 
 def _write_translations(out_dir: Path, language: str, rows: Sequence[Translation], clips: Sequence[Clip]) -> None:
-    lines = [
-        json.dumps(
-            {
-                "id": clip.id,
-                "hypothesis": row.hypothesis,
-                "reference": clip.references[language],
-                "source": clip.source,
-                "duration_s": clip.duration_s,
-                "num_tokens": row.num_tokens,
-                "truncated": row.truncated,
-            },
-            ensure_ascii=False,
-        )
+    records = (
+        {
+            "id": clip.id,
+            "hypothesis": row.hypothesis,
+            "reference": clip.references[language],
+            "source": clip.source,
+            "duration_s": clip.duration_s,
+            "num_tokens": row.num_tokens,
+            "truncated": row.truncated,
+        }
         for clip, row in zip(clips, rows)
-    ]
-    write_text(out_dir / f"translations.{language}.jsonl", "\n".join(lines) + "\n")
+    )
+    write_jsonl(out_dir / f"translations.{language}.jsonl", records)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -26,6 +25,7 @@ from rich.progress import track
 
 from trimlingual.artifacts import hash_file
 from trimlingual.audio import DataError, inspect_audio
+from trimlingual.jsonl import numbered_lines, parse_json
 from trimlingual.recipe import (
     BuiltinSource,
     Covost2Source,
@@ -186,13 +186,10 @@ def _listing(source: Source) -> Path:
 
 def _manifest_rows(path: Path, languages: Sequence[str]) -> _Rows:
     rows = _Rows(str(path), languages)
-    # splitlines() would also split at a U+2028 inside a text
-    for number, line in enumerate(_open_text(path).split("\n"), start=1):
+    for number, line in numbered_lines(_open_text(path)):
         where = f"line {number}"
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             rows.problem(where, f"not JSON ({error}); write one JSON object a line")
             continue

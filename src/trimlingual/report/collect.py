@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trimlingual.jsonl import JsonlError, read_jsonl
 
 MODELS = ("base", "trimmed", "teacher", "pruned", "recovered", "quantized")  # in the order in which a run makes them
 STAGES = ("data", "trimmed", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported")
@@ -88,7 +89,7 @@ def examples(run_dir: Path, report: dict[str, Any]) -> list[Example]:
     manifest = run_dir / "data" / "test.jsonl"
     if not manifest.is_file():
         return []
-    clips = list(_read_jsonl(manifest))
+    clips = _read_jsonl(manifest)
     step = max(1, len(clips) / MAX_EXAMPLES)
     chosen = [clips[int(i * step)] for i in range(min(MAX_EXAMPLES, len(clips)))]
     names = [model["name"] for model in report["models"]]
@@ -256,11 +257,8 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
     return value
 
 
-def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise ReportError(f"{path} line {number} is not JSON ({error})") from error
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_jsonl(path)
+    except JsonlError as error:
+        raise ReportError(str(error)) from error
