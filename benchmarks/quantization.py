@@ -137,7 +137,7 @@ def merges(bench: Bench, steps: int, rate: float) -> dict[str, Any]:
     """Train an adapter on the nf4 model, then merge it in three ways."""
     train = bench.clips("train")
     settings = TrainSettings(
-        method="lora", max_steps=steps, batch_size=BATCH, learning_rate=rate, save_steps=10**6,
+        method="lora", max_steps=steps, batch_size=BATCH, learning_rate=rate, save_minutes=1e6,
         lora=LoraSettings(r=16, alpha=32, target_modules=".*language_model.*_proj"),
     )  # fmt: skip
     four = bench.load(bench.base, NF4)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from .test_pipeline import SMALL
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def started(folder: Path, manifests: list[str], *settings: str) -> subprocess.Popen:
-    words = [sys.executable, "-m", "trimlingual", "finetune", "mini", "--run-dir", str(folder)]
+def started(folder: Path, manifests: list[str], *settings: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    words = [sys.executable, *launcher, "-m", "trimlingual", "finetune", "mini", "--run-dir", str(folder)]
     words += [word for value in [*SMALL, *manifests, *settings] for word in ("--set", value)]
     return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -37,6 +38,19 @@ def position(folder: Path) -> int:
         return json.loads((folder / "teacher.partial" / "scratch" / "start.json").read_text())["step"]
     except (OSError, ValueError):
         return -1
+
+
+@pytest.mark.slow
+def test_all_processes_of_torchrun_stop_at_the_same_step(manifests, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = started(tmp_path, manifests, "finetune.max_steps=1000", "finetune.batch_size=2", launcher=launcher)
+    until(process, lambda: position(tmp_path) >= 2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    step = position(tmp_path)
+    assert f"stopped: training stopped after step {step} of 1000, which is saved" in said
+    assert (tmp_path / "teacher.partial" / "scratch" / f"checkpoint-{step}" / "complete.json").is_file()
+    assert said.count("Traceback") == said.count("SignalException: Process")  # torchrun's own, none of ours
 
 
 def test_sigterm_saves_the_step_under_way_and_ends(manifests, tmp_path):

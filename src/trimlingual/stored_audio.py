@@ -21,7 +21,7 @@ from trimlingual import interruptions
 from trimlingual.audio import load_audio
 from trimlingual.decode import encode_audio, split_on_oom
 from trimlingual.processes import gather, num_processes, process_index, wait_for_everyone
-from trimlingual.progress import progress
+from trimlingual.progress import progress, say
 from trimlingual.sources import Clip
 
 FOLDER = "audio-states"
@@ -40,9 +40,11 @@ def stored_states(model: Any, processor: Any, clips: Sequence[Clip], work_dir: P
     states = _read(folder, digest)
     batches = [range(start, min(start + BATCH, len(clips))) for start in range(0, len(clips), BATCH)]
     missing = gather([batch for batch in batches if not all(i in states for i in batch)])[0]
-    with progress("encoding audio", len(clips)) as advance:
-        advance(len(clips) - sum(map(len, missing)), earlier=True)
-        states |= _encode(model, processor, clips, missing[process_index() :: num_processes()], folder, digest, advance)
+    if states:
+        say(f"  {len(states)} of {len(clips)} clips were encoded by an earlier run")
+    mine = missing[process_index() :: num_processes()]
+    with progress("encoding audio", sum(map(len, mine))) as advance:
+        states |= _encode(model, processor, clips, mine, folder, digest, advance)
     wait_for_everyone()
     if num_processes() > 1:
         states |= _read(folder, digest)
