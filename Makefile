@@ -4,8 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= mini
 ARGS ?=
+# test-lowest: an environment of its own. The lowest declared torch is 2.10, whose Linux wheels on the package index are CUDA builds of
+# gigabytes; 2.13.0 is the oldest one that is at hand as a CPU build. LOWEST_TORCH=2.10.0 tests the bound itself.
+VENV_LOWEST ?= .venv-lowest
+LOWEST_TORCH ?= 2.13.0
 
-.PHONY: compress test test-slow lint format bench clean
+.PHONY: compress test test-slow test-lowest test-gpu lint format bench clean
 
 compress: $(VENV)/.ready
 	$(BIN)/trimlingual compress $(RECIPE) $(ARGS)
@@ -15,6 +19,13 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-lowest: $(VENV_LOWEST)/.ready
+	@echo "lowest declared versions (constraints-lowest.txt), with torch $(LOWEST_TORCH)"
+	$(VENV_LOWEST)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -32,8 +43,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV_LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(VENV_LOWEST)
+	$(VENV_LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt torch==$(LOWEST_TORCH)
+	$(VENV_LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $@
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/mini_compress.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LOWEST) runs .pytest_cache .mypy_cache .ruff_cache

@@ -38,8 +38,16 @@ def load_audio(path: Path) -> np.ndarray:
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes (too long, with a zero byte) is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path} does not exist or is not a file; correct the path or restore the file")
     try:
         return path.read_bytes()

@@ -20,6 +20,7 @@ from trimlingual.audio import DataError
 from trimlingual.jsonl import read_jsonl, write_jsonl
 from trimlingual.processes import is_main_process
 from trimlingual.recipe import DataSettings, HubSource, Source, TaskSettings
+from trimlingual.records import checked
 from trimlingual.sources import Clip, absolute, read_source
 
 SPLITS = ("train", "select", "test", "out_of_domain")
@@ -187,7 +188,8 @@ def load_splits(folder: Path) -> DataSplits:
             splits[role] = None
             continue
         try:
-            splits[role] = Split(role, tuple(Clip.from_record(record, folder) for record in read_jsonl(path)))
+            found = [checked(record, Clip) for record in read_jsonl(path)]
+            splits[role] = Split(role, tuple(replace(clip, audio=folder / clip.audio) for clip in found))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} is missing or damaged ({error}); run the data stage again with --force") from error
     return DataSplits(**splits)  # type: ignore[arg-type]

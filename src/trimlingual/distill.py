@@ -13,17 +13,23 @@ from trimlingual.answers import is_wrong_language
 from trimlingual.artifacts import SCRATCH
 from trimlingual.data import DataSplits
 from trimlingual.decode import Translation, translate_split
-from trimlingual.jsonl import read_jsonl, write_jsonl
+from trimlingual.jsonl import write_jsonl
 from trimlingual.lineage import read_lineage
 from trimlingual.models import RANDOM, load_model, load_processor, pick_device
 from trimlingual.processes import is_main_process
 from trimlingual.prompts import Example
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings
+from trimlingual.records import read_records
 from trimlingual.sources import Clip
 
 DISTILLED_FILE = "distilled.jsonl"
 TRANSLATIONS_FILE = "translations.jsonl"  # everything the teacher said, kept or not
+DAMAGED = "run the distill stage again with --force"
 REASONS = ("empty", "runaway", "repetition", "language", "duplicate")
+
+
+class DistillError(ValueError):
+    """Distilled data that cannot be read."""
 
 
 def distill(
@@ -101,7 +107,7 @@ def has_repetition_loop(text: str, language: str, max_repeats: int) -> bool:
 
 def read_distilled(folder: Path) -> list[dict[str, str]]:
     """Records (id, language, text) of a distilled data set."""
-    return read_jsonl(folder / DISTILLED_FILE)
+    return read_records(folder / DISTILLED_FILE, dict[str, str], DistillError, DAMAGED, ("id", "language", "text"))
 
 
 def mix(

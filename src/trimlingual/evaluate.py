@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +12,23 @@ from trimlingual.answers import strict, wrong_languages
 from trimlingual.artifacts import SCRATCH, machine, write_json
 from trimlingual.data import Split
 from trimlingual.decode import Translation, clips_at_once, translate_split
-from trimlingual.jsonl import read_jsonl, write_jsonl
+from trimlingual.jsonl import write_jsonl
 from trimlingual.lineage import Lineage, check_unseen
 from trimlingual.measure import count_parameters, disk_bytes, peak_memory, speed
 from trimlingual.metrics import SentenceStatistics, comet, corpus_score, paired_bootstrap_ratio, sentence_statistics
 from trimlingual.models import load_model, load_processor, pick_device
 from trimlingual.processes import is_main_process
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings
+from trimlingual.records import read_record, read_records
 from trimlingual.sources import Clip
 
 RESULT_FILE = "result.json"
 METRICS = ("bleu", "chrf", "chrfpp")
+DAMAGED = "run the evaluation again with --force"
+
+
+class EvaluationError(ValueError):
+    """An evaluation whose files cannot be read."""
 
 
 def evaluate(
@@ -167,12 +172,14 @@ def _read_baseline(folder: Path, split: Split) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The EvalResult in `folder`."""
-    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    return read_record(folder / RESULT_FILE, dict[str, Any], EvaluationError, DAMAGED, ("name", "split", "languages"))
 
 
 def read_translations(folder: Path, language: str) -> list[dict[str, Any]]:
     """The recorded translations, in the split's order."""
-    return read_jsonl(folder / f"translations.{language}.jsonl")
+    return read_records(
+        folder / f"translations.{language}.jsonl", dict[str, Any], EvaluationError, DAMAGED, ("id", "hypothesis")
+    )
 
 
 def _write_translations(out_dir: Path, language: str, rows: Sequence[Translation], clips: Sequence[Clip]) -> None:

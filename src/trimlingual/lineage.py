@@ -6,15 +6,31 @@ maps compose: positions change with every pruning, original layer numbers do not
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
+
 from trimlingual.artifacts import write_json
+from trimlingual.records import read_record
 
 LINEAGE_FILE = "lineage.json"
+
+
+class LineageError(ValueError):
+    """A model folder whose origin cannot be read."""
+
+
+class _Towers(TypedDict, total=False):
+    num_hidden_layers: int
+    encoder_layers: int
+
+
+class _Config(TypedDict):
+    text_config: _Towers
+    audio_config: _Towers
 
 
 class LeakError(ValueError):
@@ -68,8 +84,12 @@ def read_lineage(folder: Path, name: str | None = None) -> Lineage:
     """The lineage of a model folder; for a folder made elsewhere, one that starts here."""
     path = folder / LINEAGE_FILE
     if path.is_file():
-        return Lineage(**json.loads(path.read_text(encoding="utf-8")))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_record(
+            path, Lineage, LineageError, "copy the model's folder again, or run the stage that made it again"
+        )
+    config = read_record(
+        folder / "config.json", _Config, LineageError, "it must be a model folder of the qwen2_audio type"
+    )
     counts = {
         "decoder": config["text_config"].get("num_hidden_layers", 32),
         "encoder": config["audio_config"].get("encoder_layers", 32),

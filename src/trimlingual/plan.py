@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trimlingual.jsonl import parse_json
 from trimlingual.lineage import Lineage
 from trimlingual.recipe import Tower
 
@@ -69,7 +69,7 @@ def read_plan(path: Path) -> PrunePlan:
     """Read `plan.json` (or the folder that holds it). PlanError says what is wrong with it."""
     path = path / PLAN_FILE if path.is_dir() else path
     try:
-        plan = PrunePlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        plan = PrunePlan.model_validate(parse_json(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
     except (ValueError, ValidationError) as error:

@@ -79,6 +79,10 @@ __all__ = [
 SOURCE_KINDS = ("manifest", "folder", "hub", "covost2", "builtin")
 
 
+# ValueError: not UTF-8, a date that does not exist, a number of 5,000 digits. RecursionError: brackets in brackets in brackets.
+YAML_PROBLEMS = (yaml.YAMLError, ValueError, RecursionError)
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem by path."""
 
@@ -173,8 +177,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             )
         path = shipped[str(name_or_path)]
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except YAML_PROBLEMS as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must hold a mapping of sections, not {type(raw).__name__}")
@@ -252,7 +256,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r} must look like section.key=value, e.g. rank.num_layers_to_remove=4")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-30
+    except YAML_PROBLEMS as error:
         what = str(getattr(error, "problem", None) or error).splitlines()[0]
         raise RecipeError(
             f"--set {override!r}: the value is not YAML ({what}); text with a colon, a brace or a # goes in quotes of its own: "

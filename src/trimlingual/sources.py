@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from trimlingual.artifacts import hash_file
-from trimlingual.audio import DataError, inspect_audio
+from trimlingual.audio import DataError, inspect_audio, is_file
 from trimlingual.jsonl import numbered_lines, parse_json
 from trimlingual.recipe import (
     BuiltinSource,
@@ -164,7 +164,7 @@ def absolute(path: Path) -> Path:
 
 def _open_text(path: Path) -> str:
     """A UTF-8 file (with or without BOM), line ends as they are; DataError if it is missing or not UTF-8."""
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path} does not exist or is not a file; correct the path in the recipe's data section")
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -266,7 +266,7 @@ def _covost2_rows(source: Covost2Source, languages: Sequence[str]) -> _Rows:
         table.sort(key=lambda entry: entry[1]["path"] or "")
         random.Random(0).shuffle(table)
         table = table[: source.max_clips]
-    missing = [row["path"] for _, row in table if not (clips_dir / str(row["path"])).is_file()]
+    missing = [row["path"] for _, row in table if not is_file(clips_dir / str(row["path"]))]
     if missing:
         examples = ", ".join(map(str, missing[:3]))
         raise DataError(
@@ -344,22 +344,6 @@ def _write_once(folder: Path, stem: str, data: bytes) -> Path:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     return path
-
-
-def source_files(source: Source) -> list[Path]:
-    """Every file that a source's content is made of, but for the listing itself, in a fixed order; none for a set on the Hub.
-
-    Raises DataError if the listing cannot be read. Wrong rows are left out: reading the source names them.
-    """
-    if isinstance(source, HubSource):
-        return sorted(path for path in Path(source.path).rglob("*") if path.is_file())
-    if isinstance(source, FolderSource):
-        rows = _folder_rows(source, [])
-    elif isinstance(source, Covost2Source):
-        rows = _covost2_rows(source, [source.target_language])
-    else:
-        rows = _manifest_rows(_listing(source), [""])
-    return [row.audio for row in rows]
 
 
 def source_fingerprint(source: Source) -> dict[str, Any]:

@@ -1,0 +1,533 @@
+"""Damaged input, at random: recipes, manifests, tables, sound files and the files of a run folder.
+
+Every case is drawn from its own seed, so that a failing one can be made again: what fails is named with its seed.
+What must hold: a right result, or an error of ours (a ValueError that this package raised, with a message); on the command line
+exit code 1 and one `error:` line. Nothing half-written stays, and the user's files are as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+import trimlingual
+from trimlingual import cli
+from trimlingual.artifacts import ARTIFACT_FILE, hash_file, produce, read_artifact, write_json
+from trimlingual.audio import DataError, inspect_audio, load_audio
+from trimlingual.data import load_splits, prepare_data
+from trimlingual.distill import read_distilled
+from trimlingual.evaluate import read_result, read_translations
+from trimlingual.lineage import Lineage, read_lineage
+from trimlingual.plan import check_plan, read_plan
+from trimlingual.recipe import (
+    Covost2Source,
+    FolderSource,
+    ManifestSource,
+    Recipe,
+    TaskSettings,
+    list_recipes,
+    load_recipe,
+    parse_recipe,
+)
+
+PACKAGE = Path(trimlingual.__file__).parent
+# Cases of each test. Their sum is part of what is promised: at least 1,000.
+COUNTS = {
+    "recipe text": 250, "recipe structure": 300, "overrides": 200, "manifest": 300, "tables": 150, "audio": 400, "run folder": 240,
+    "command line": 40,
+}  # fmt: skip
+TEXTS = [
+    "", " ", "\0", "\u2028", "a\u2028b", "\u0085", "\ufeff", "e\u0301", "\U0001f3a7", "x" * 300, "x" * 5000, "../../up", "/dev/zero",
+    "/",    ".", "~", "no", "3e-4", "1_000", "{}", "[", "{language", "{0}", "%s", "null", "\ud800", "a\nb", "a\rb", "C:\\x", "http://x/y",
+]  # fmt: skip
+
+
+def test_at_least_a_thousand_cases():
+    assert sum(COUNTS.values()) >= 1000
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def odd_value(rng: random.Random) -> Any:
+    """A value nobody asked for, of any kind JSON and YAML know."""
+    return rng.choice(
+        [
+            lambda: rng.choice([None, True, False]),
+            lambda: rng.choice([0, -1, 1, 2, 10**9, -(10**30), 10**400]),
+            lambda: rng.choice([0.0, -0.5, 1e308, float("nan"), float("inf"), 3e-4]),
+            lambda: rng.choice([[], {}, [[]], {"a": {"b": None}}, ["de", "de"], {"": ""}, {"kind": "hub"}]),
+            lambda: nested(rng.choice([3, 50, 120])),
+            lambda: rng.choice(TEXTS),
+        ]
+    )()
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a structure."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place for key in keys for place in [(value, key), *places(value[key])]]
+
+
+def mutate_structure(rng: random.Random, value: Any) -> Any:
+    """A copy with one to three values changed, taken out, doubled or renamed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.randint(1, 3)):
+        found = places(value)
+        if not found:
+            return odd_value(rng)
+        container, key = rng.choice(found)
+        kind = rng.randrange(5)
+        if kind == 0:
+            del container[key]
+        elif kind == 1 and isinstance(container, dict):
+            container[rng.choice(TEXTS)] = container.pop(key)
+        elif kind == 2:
+            container[key] = rng.choice(found)[0]
+            if key in container and container[key] is container:
+                container[key] = None
+            value = json.loads(json.dumps(value, default=str)) if not _cyclic(value) else None
+        else:
+            container[key] = odd_value(rng)
+            if len(json.dumps(value, default=str)) > 200_000:
+                return value
+    return value
+
+
+def _cyclic(value: Any) -> bool:
+    try:
+        json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def mutate_bytes(rng: random.Random, data: bytes, within: int | None = None) -> bytes:
+    """A few bytes flipped, put in, taken out or cut off; `within` the first so many."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        if not changed:
+            break
+        at = rng.randrange(min(within or len(changed), len(changed)))
+        kind = rng.randrange(7)
+        if kind == 0:
+            changed[at] = rng.randrange(256)
+        elif kind == 1:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            changed[at:at] = rng.choice(
+                [b"\0", b"\xff", b"\xe2\x80\xa8", b"\xc2\x85", b"\n", b"\t", b'"', b"{", b": ", b"&a *a"]
+            )
+        elif kind == 3:
+            del changed[at : at + rng.choice([1, 2, 8, 40])]
+        elif kind == 4:
+            changed[at : at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\1\0\0\0"])
+        elif kind == 5:
+            changed += changed[at : at + rng.randrange(1, 200)]
+        else:
+            del changed[at:]
+    return bytes(changed)
+
+
+def mutate_text(rng: random.Random, text: str) -> bytes:
+    """Lines moved, doubled, indented or taken out; odd text put in; another encoding; bytes changed."""
+    lines = text.split("\n")
+    for _ in range(rng.randint(0, 3)):
+        at = rng.randrange(len(lines))
+        kind = rng.randrange(6)
+        if kind == 0:
+            lines.insert(rng.randrange(len(lines)), lines[at])
+        elif kind == 1 and len(lines) > 1:
+            del lines[at]
+        elif kind == 2:
+            lines[at] = " " * rng.randrange(4) + lines[at]
+        elif kind == 3:
+            cut = rng.randrange(len(lines[at]) + 1)
+            lines[at] = lines[at][:cut] + rng.choice(TEXTS) + lines[at][cut:]
+        elif kind == 4:
+            lines[at] = rng.choice(
+                [
+                    "!!python/object/apply:os.getcwd []",
+                    "&a [*a]",
+                    "<<: *a",
+                    "1" * 5000,
+                    "x: 2020-13-45",
+                    "[" * 600,
+                    "a: b: c",
+                ]
+            )
+        else:
+            lines[at] = lines[at].replace(": ", rng.choice([":", " : ", ": !!binary ", ": &x ", ": ["]))
+    data = "\n".join(lines).encode(rng.choice(["utf-8"] * 6 + ["utf-16", "utf-8-sig", "utf-32"]), "surrogatepass")
+    return mutate_bytes(rng, data) if rng.random() < 0.4 else data
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error itself, with a message, as one the user can act on."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    raised_here = last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+    return isinstance(error, ValueError) and raised_here and bool(str(error).strip())
+
+
+FOUND: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_case_failed() -> Iterator[None]:
+    """All cases of a test run; what they found is said together."""
+    FOUND.clear()
+    yield
+    assert not FOUND, f"{len(FOUND)} case(s) failed:\n" + "\n".join(FOUND[:10])
+
+
+@contextmanager
+def _failing(what: str, seed: int, shown: Any) -> Iterator[None]:
+    """An error of ours is right; any other is a finding, with the seed of its case."""
+    try:
+        yield
+    except Exception as error:
+        if not is_ours(error):
+            FOUND.append(
+                f"{what}, seed {seed}: {type(error).__name__}: {str(error)[:200]}; {_where(error)}; case {repr(shown)[:400]}"
+            )
+
+
+def _where(error: BaseException) -> str:
+    """The last line of ours on the way to an error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(PACKAGE)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "in the test"
+
+
+def cases(what: str) -> Iterator[tuple[int, random.Random]]:
+    for seed in range(COUNTS[what]):
+        yield seed, random.Random(f"{what} {seed}")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its hash."""
+    return {
+        path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def recipes() -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in list_recipes().values()]
+
+
+def usable(recipe: Any) -> None:
+    """What passed as a recipe is one: it can be written and read again."""
+    assert isinstance(recipe, Recipe)
+    json.dumps(recipe.model_dump(), ensure_ascii=False)
+
+
+def test_recipe_text(recipes: list[str], tmp_path: Path):
+    passed = 0
+    for seed, rng in cases("recipe text"):
+        data = mutate_text(rng, rng.choice(recipes))
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(data)
+        with _failing("recipe text", seed, data):
+            usable(load_recipe(path))
+            passed += 1
+        assert path.read_bytes() == data
+    assert 0 < passed < COUNTS["recipe text"]  # the mutations neither do nothing nor break everything
+
+
+def test_recipe_structure(recipes: list[str], tmp_path: Path):
+    parsed = [yaml.safe_load(text) for text in recipes]
+    passed = 0
+    for seed, rng in cases("recipe structure"):
+        raw = mutate_structure(rng, rng.choice(parsed))
+        with _failing("recipe structure", seed, raw):
+            if rng.random() < 0.5 and isinstance(raw, dict):
+                usable(parse_recipe(raw))
+            else:
+                path = tmp_path / "recipe.yaml"
+                path.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+                usable(load_recipe(path))
+            passed += 1
+    assert 0 < passed < COUNTS["recipe structure"]
+
+
+def test_overrides(recipes: list[str]):
+    keys = sorted({str(key) for text in recipes for _, key in places(yaml.safe_load(text))})
+    for seed, rng in cases("overrides"):
+        path = ".".join(rng.choice([*keys, *TEXTS]) for _ in range(rng.randint(1, 4)))
+        value = rng.choice(
+            [
+                rng.choice(TEXTS),
+                "1" * 5000,
+                "2020-13-45",
+                "[" * 600,
+                "&a [*a]",
+                "{a: 1",
+                "!!python/name:os.getcwd",
+                "null",
+                "-1",
+                "{}",
+            ]
+        )
+        override = rng.choice([f"{path}={value}", f"{path}={value}={value}", path, value, f"={value}"])
+        with _failing("overrides", seed, override):
+            usable(load_recipe("mini", [override]))
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short clips in every container that libsndfile writes and people have; no two alike."""
+    folder = tmp_path_factory.mktemp("sounds")
+    kinds = [
+        ("wav", "PCM_16", 16000), ("wav", "FLOAT", 44100), ("wav", "ULAW", 8000), ("flac", "PCM_16", 16000), ("flac", "PCM_24", 48000),
+        ("ogg", "VORBIS", 16000), ("ogg", "OPUS", 48000), ("aiff", "PCM_16", 22050), ("au", "PCM_16", 16000),
+        ("mp3", "MPEG_LAYER_III", 16000),
+    ]  # fmt: skip
+    for i, (kind, subtype, rate) in enumerate(kinds):
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i) * np.arange(int(0.3 * rate)) / rate)
+        soundfile.write(folder / f"{i}.{kind}", tone.astype(np.float32), rate, format=kind.upper(), subtype=subtype)
+    return folder
+
+
+def test_audio(sounds: Path, tmp_path: Path):
+    files = sorted(sounds.iterdir())
+    passed = 0
+    for seed, rng in cases("audio"):
+        file = rng.choice(files)
+        data = mutate_bytes(rng, file.read_bytes(), within=rng.choice([16, 64, 256, None]))
+        path = tmp_path / f"clip{file.suffix}"
+        path.write_bytes(data)
+        with _failing("audio", seed, (file.name, data[:80])):
+            found = inspect_audio(path)
+            if isinstance(found, DataError):
+                assert str(path) in str(found)
+                with pytest.raises(DataError):
+                    load_audio(path)
+                continue
+            samples = load_audio(path)
+            assert samples.ndim == 1
+            assert samples.dtype == np.float32
+            assert np.isfinite(samples).all()
+            assert 0 < found[0] < 3600
+            passed += 1
+        assert path.read_bytes() == data
+    assert 0 < passed < COUNTS["audio"]
+
+
+def made(folder: Path, clips: list[Path], work: Path, source: Any, what: str, seed: int, shown: Any) -> bool:
+    """Prepare data from `source` as a run does; True if it passed. Whole or not at all, and what the user has stays as it is."""
+    before = contents(folder)
+    out = work / f"{what.replace(' ', '-')}-{seed}"
+    settings = trimlingual.recipe.DataSettings(train=source, select=1, test=1)
+    task = TaskSettings(target_languages=["de"])
+    done = False
+    with _failing(what, seed, shown):
+        produce(out, "data", {}, {}, lambda partial: prepare_data(settings, task, partial, window_s=30.0))
+        splits = load_splits(out)
+        clips_in = [*splits.train.clips, *splits.select.clips, *splits.test.clips]
+        assert all(clip.references["de"].strip() and clip.audio.is_file() for clip in clips_in)
+        done = True
+    assert done == (out / ARTIFACT_FILE).is_file()
+    assert done or not out.exists()
+    assert contents(folder) == before, f"{what}, seed {seed}: the user's folder was changed"
+    return done
+
+
+@pytest.fixture
+def speech(sounds: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A user's folder with six whole clips."""
+    folder = tmp_path / "user"
+    folder.mkdir()
+    files = [path for path in sorted(sounds.iterdir()) if path.suffix != ".mp3"][:6]
+    for path in files:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder, [folder / path.name for path in files]
+
+
+def test_manifests(speech: tuple[Path, list[Path]], tmp_path: Path):
+    folder, clips = speech
+    passed = 0
+    records = [
+        {"audio": clip.name, "references": {"de": f"Satz {i}.", "zh": "句"}, "source": f"sentence {i}", "id": f"c{i}"}
+        for i, clip in enumerate(clips)
+    ]
+    for seed, rng in cases("manifest"):
+        kind = rng.randrange(4)
+        if kind == 0:
+            changed = [mutate_structure(rng, record) if rng.random() < 0.3 else record for record in records]
+            data = "\n".join(json.dumps(record, ensure_ascii=rng.random() < 0.5) for record in changed)
+            encoded = data.encode("utf-8", "surrogatepass")
+        elif kind == 1:
+            odd = [{**record, rng.choice(["audio", "id", "source"]): rng.choice(TEXTS)} for record in records[:2]]
+            encoded = "\n".join(json.dumps(record) for record in [*odd, *records[2:]]).encode()
+        elif kind == 2:
+            line = rng.choice(
+                ["[" * 5000, "1" * 6000, '{"audio":' * 3000, "null", "NaN", '"text"', '{"audio": "a.wav", "audio": 1}']
+            )
+            encoded = "\n".join([*(json.dumps(record) for record in records), line]).encode()
+        else:
+            encoded = mutate_text(rng, "\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+        path = folder / "train.jsonl"
+        path.write_bytes(encoded)
+        passed += made(folder, clips, tmp_path / "runs", ManifestSource(path=str(path)), "manifest", seed, encoded)
+    assert 0 < passed < COUNTS["manifest"]
+
+
+def test_tables(speech: tuple[Path, list[Path]], tmp_path: Path):
+    folder, clips = speech
+    (folder / "clips").mkdir()
+    for clip in clips:
+        (folder / "clips" / clip.name).write_bytes(clip.read_bytes())
+    csv = "file_name,german,english,name\n" + "".join(f'{c.name},"Satz, {c.stem}.",words,n{c.stem}\n' for c in clips)
+    tsv = "path\tsentence\ttranslation\tclient_id\n" + "".join(f"{c.name}\twords\tSatz {c.stem}.\tx\n" for c in clips)
+    passed = 0
+    for seed, rng in cases("tables"):
+        if rng.random() < 0.5:
+            data = mutate_text(rng, csv)
+            (folder / "metadata.csv").write_bytes(data)
+            source: Any = FolderSource(
+                kind="folder", path=str(folder), references={"de": "german"}, source="english", id="name"
+            )
+        else:
+            data = mutate_text(rng, tsv)
+            (folder / "c.tsv").write_bytes(data)
+            source = Covost2Source(
+                kind="covost2", tsv=str(folder / "c.tsv"), common_voice=str(folder), target_language="de"
+            )
+        passed += made(folder, clips, tmp_path / "runs", source, "tables", seed, data)
+    assert 0 < passed < COUNTS["tables"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run: every kind of JSON file that stages leave, with the values that the readers need."""
+    folder = tmp_path_factory.mktemp("run")
+    lineage = Lineage(
+        "builtin:mini",
+        {"decoder": [0, 1, 3], "encoder": [0, 1]},
+        {"decoder": 4, "encoder": 2},
+        ["finetune"],
+        {"train": ["ab"]},
+    )
+
+    def work(partial: Path) -> dict[str, Any]:
+        lineage.save(partial)
+        plan = {
+            "removals": [{"layer": 1, "round": 1, "score": 3.5}],
+            "layers": lineage.layers,
+            "curve": [{"removed": 1}],
+        }
+        write_json(partial / "plan.json", plan)
+        write_json(partial / "result.json", {"name": "base", "split": {"hash": "x"}, "languages": {"de": {}}})
+        (partial / "translations.de.jsonl").write_text(
+            '{"id": "a", "hypothesis": "b"}\n{"id": "c", "hypothesis": "d"}\n'
+        )
+        (partial / "distilled.jsonl").write_text('{"id": "a", "language": "de", "text": "b"}\n')
+        clip = {
+            "id": "a", "audio": "a.wav", "references": {"de": "b"}, "source": None, "duration_s": 1.0, "audio_sha256": "0" * 64,
+        }  # fmt: skip
+        for split in ("train", "select", "test"):
+            (partial / f"{split}.jsonl").write_text(json.dumps(clip) + "\n")
+        return {"steps": 3}
+
+    produce(folder / "stage", "teacher", {"epochs": 1.0}, {"data": "0123"}, work)
+    return folder / "stage"
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "artifact.json": read_artifact,
+    "lineage.json": read_lineage,
+    "plan.json": lambda folder: check_plan(read_plan(folder), read_lineage(folder)),
+    "result.json": read_result,
+    "translations.de.jsonl": lambda folder: read_translations(folder, "de"),
+    "distilled.jsonl": read_distilled,
+    "train.jsonl": load_splits,
+}
+
+
+def test_files_of_a_run_folder(run_folder: Path, tmp_path: Path):
+    whole = {name: (run_folder / name).read_bytes() for name in READERS}
+    for name, reader in READERS.items():
+        reader(run_folder)  # whole files are read
+        assert name in whole
+    for seed, rng in cases("run folder"):
+        name = rng.choice(list(READERS))
+        folder = tmp_path / f"{seed}"
+        folder.mkdir()
+        for other, data in whole.items():
+            (folder / other).write_bytes(data)
+        for split in ("select", "test"):
+            (folder / f"{split}.jsonl").write_bytes(whole["train.jsonl"])
+        if rng.random() < 0.4:
+            lines = whole[name].decode().rstrip("\n").split("\n") if name.endswith("l") else [whole[name].decode()]
+            data = "\n".join(json.dumps(mutate_structure(rng, json.loads(line))) for line in lines).encode()
+        else:
+            data = mutate_bytes(rng, whole[name])
+        (folder / name).write_bytes(data)
+        with _failing("run folder", seed, (name, data)):
+            READERS[name](folder)
+        assert (folder / name).read_bytes() == data
+
+
+def test_command_line(recipes: list[str], run_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """Through `main`: a right answer, or exit code 1 and one error line; no traceback."""
+    monkeypatch.delenv("TRIMLINGUAL_DEBUG", raising=False)
+    mini = next(text for text in recipes if text.startswith("name: mini"))
+    failed = 0
+    for seed, rng in cases("command line"):
+        recipe = tmp_path / "recipe.yaml"
+        damaged = mutate_text(rng, mini)
+        recipe.write_bytes(damaged)
+        plan = tmp_path / "plan.json"
+        plan.write_bytes(mutate_bytes(rng, (run_folder / "plan.json").read_bytes()))
+        run = tmp_path / f"run-{seed}"
+        words = rng.choice(
+            [
+                ["compress", str(recipe), "--dry-run", "--run-dir", str(run)],
+                ["prune", "mini", "--run-dir", str(run), "--model", str(run_folder), "--plan", str(plan)],
+                ["rank", str(recipe), "--run-dir", str(run), "--set", f"rank.metric={rng.choice(TEXTS)}"],
+                ["translate", str(run_folder), str(recipe), "--to", "de"],
+                [
+                    "compress",
+                    "mini",
+                    "--dry-run",
+                    "--set",
+                    f"data.train={{kind: manifest, path: {rng.choice(TEXTS)!r}}}",
+                ],
+                ["report", str(run)],
+            ]
+        )
+        words = [
+            word.replace("\0", "").encode("utf-8", "ignore").decode() for word in words
+        ]  # what a shell can hand over
+        monkeypatch.setattr(sys, "argv", ["trimlingual", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err, (seed, words)
+        code = ended.value.code or 0
+        if code == 1:
+            failed += 1
+            assert shown.err.count("error: ") >= 1, (seed, words, shown.err)
+            assert shown.err.strip().split("\n")[-1].strip()
+        else:
+            assert code in (0, 2), (seed, words, shown.err)
+        assert recipe.read_bytes() == damaged
+        assert not list(tmp_path.glob("run-*/**/artifact.json"))
+    assert failed
