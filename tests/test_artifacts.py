@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -64,15 +66,148 @@ def test_half_work_is_never_an_artefact_and_is_gone_on_with(tmp_path):
     assert (tmp_path / "a" / "half.txt").exists()
 
 
-def test_half_work_of_other_settings_is_thrown_away(tmp_path):
+def test_half_work_of_other_settings_is_kept_until_it_is_given_up(tmp_path):
     def dies(folder):
         (folder / "half.txt").write_text("half")
+        (folder / "scratch" / "checkpoint-40").mkdir(parents=True)
+        append_jsonl(folder / "journal.jsonl", {"i": 1})
+        append_jsonl(folder / "journal.jsonl", {"i": 2})
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        produce(tmp_path / "a", "stage", {"x": 1}, {}, dies)
-    produce(tmp_path / "a", "stage", {"x": 2}, {}, work)
+        produce(tmp_path / "a", "stage", {"x": 1}, {"data": "old"}, dies)
+    with pytest.raises(ArtifactError) as caught:
+        produce(tmp_path / "a", "stage", {"x": 2}, {"data": "new"}, work)
+    for said in (
+        "x: 1 -> 2",
+        "input data changed",
+        "after step 40",
+        "2 lines in journal.jsonl",
+        "0 minutes",
+        "--force",
+    ):
+        assert said in str(caught.value)
+    assert (tmp_path / "a.partial" / "half.txt").exists()
+    produce(tmp_path / "a", "stage", {"x": 2}, {"data": "new"}, work, force=True)
     assert not (tmp_path / "a" / "half.txt").exists()
+
+
+def make(folder, x=1, force=False, stage="stage"):
+    return produce(folder, stage, {"x": x}, {}, work, force=force)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["a", "a.partial"])
+def test_a_folder_of_the_users_is_never_touched(tmp_path, name, force):
+    (tmp_path / name / "deep").mkdir(parents=True)
+    (tmp_path / name / "deep" / "thesis.txt").write_text("three years")
+    with pytest.raises(ArtifactError, match=rf"{name} was not made by this tool .*holds deep"):
+        make(tmp_path / "a", force=force)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        name,
+        f"{name}/deep",
+        f"{name}/deep/thesis.txt",
+    ]
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"name": "of another program"}'])
+def test_another_programs_record_is_no_mark(tmp_path, record):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ARTIFACT_FILE).write_text(record)
+    with pytest.raises(ArtifactError, match=r"artifact\.json"):
+        make(tmp_path / "a", force=True)
+    assert (tmp_path / "a" / ARTIFACT_FILE).read_text() == record
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_or_a_lock_of_the_users_is_refused(tmp_path, force):
+    for name in ("a", "a.partial", ".a.lock"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ArtifactError, match=name):
+            make(tmp_path / "a", force=force)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtifactError, match="is a file"):
+        make(tmp_path / "file" / "a", force=force)
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert make(tmp_path / "a").info == {"answer": 42}
+    (tmp_path / "b.partial").mkdir()
+    assert make(tmp_path / "b").info == {"answer": 42}
+
+
+def test_the_folder_one_stands_in_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for folder in (Path("."), Path(".."), Path("/"), tmp_path):
+        with pytest.raises(ArtifactError, match="the folder this command runs in"):
+            make(folder, force=True)
+
+
+def test_what_was_put_into_or_changed_in_an_artefact_is_not_removed(tmp_path):
+    make(tmp_path / "a")
+    (tmp_path / "a" / "sub").mkdir()
+    (tmp_path / "a" / "sub" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"did not make \(sub/notes\.txt\)"):
+        make(tmp_path / "a", x=2, force=True)
+    make(tmp_path / "a")  # nothing to do, so nothing is in the way
+    (tmp_path / "a" / "sub" / "notes.txt").unlink()
+    (tmp_path / "a" / "result.txt").write_text("done, and edited by hand")
+    with pytest.raises(ArtifactError, match=r"changed since \(result\.txt\)"):
+        make(tmp_path / "a", x=2, force=True)
+    (tmp_path / "a" / "result.txt").write_text("done")
+    assert make(tmp_path / "a", x=2, force=True).settings == {"x": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_linked_folder_stays_linked(tmp_path):
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "big")
+    make(tmp_path / "a")
+    make(tmp_path / "a", x=2, force=True)
+    assert (tmp_path / "a").is_symlink()
+    assert read_artifact(tmp_path / "disk" / "big").settings == {"x": 2}
+
+
+@pytest.mark.parametrize("dying_call", [0, 1, 2, 3])
+def test_a_kill_while_replacing_loses_neither(tmp_path, monkeypatch, dying_call):
+    """Before and after each renaming and removal of the exchange, one of the two is whole, and the next run ends it."""
+    make(tmp_path / "a")
+    calls = []
+
+    def dying(function, matters):
+        def call(*arguments, **keywords):
+            if matters(arguments):
+                calls.append(arguments)
+                if len(calls) == dying_call + 1:
+                    raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        folders = ("a", "a.partial", ".a.replaced")
+        patch.setattr(os, "replace", dying(os.replace, lambda arguments: arguments[0].name in folders))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree, lambda arguments: arguments[0].name in folders))
+        if dying_call < 3:
+            with pytest.raises(KeyboardInterrupt):
+                make(tmp_path / "a", x=2, force=True)
+        else:
+            make(tmp_path / "a", x=2, force=True)
+            assert len(calls) == 3
+    whole = [
+        path for path in tmp_path.iterdir() if (path / ARTIFACT_FILE).is_file() and (path / "result.txt").is_file()
+    ]
+    assert whole
+
+    def never(folder):
+        raise AssertionError("the work was done already")
+
+    assert produce(tmp_path / "a", "stage", {"x": 2}, {}, never, force=dying_call < 2).settings == {"x": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_killed_between_the_last_write_and_the_renaming(tmp_path, monkeypatch):

@@ -1,8 +1,12 @@
 """trimlingual: cut speech-translation models, keep the translation."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-try:
-    __version__ = version("trimlingual")
-except PackageNotFoundError:  # a source tree put on sys.path without installing
-    __version__ = "0+unknown"
+
+def __getattr__(name: str) -> Any:
+    """`__version__` is found when it is first asked for: in a source checkout that takes a call of git."""
+    if name == "__version__":
+        from trimlingual.version import version
+
+        return version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,12 @@
 """What stands on disk: one folder an artefact, `artifact.json` written last, so that its existence means "finished".
 
 A stage works in `<folder>.partial/` and the folder is renamed when it is whole, so a killed run never leaves half an artefact that
-looks like one; a lock keeps a second run out meanwhile. The fingerprint is a hash of the stage's settings and of its inputs'
-fingerprints: equal fingerprint, nothing to do.
+looks like one; a lock keeps a second run out meanwhile. Equal fingerprint (fingerprint.py): nothing to do.
+Folders belong to the user (ownership.py): only what this tool made is ever replaced or removed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -16,23 +15,37 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trimlingual import __version__
-from trimlingual.processes import is_main_process, wait_for_everyone
+from trimlingual.fingerprint import FORMAT, UNREAD, decisive, differences, fingerprint, hash_file, plain
+from trimlingual.ownership import (
+    ARTIFACT_FILE,
+    WORK_FILE,
+    aside_of,
+    describe_work,
+    is_finished,
+    lock_of,
+    partial_of,
+    read_record,
+    real_folder,
+    tool_files,
+    why_not_ours,
+)
+from trimlingual.processes import gather, is_main_process, wait_for_everyone
 
-ARTIFACT_FILE = "artifact.json"
+__all__ = [
+    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "append_jsonl", "find_artifact", "fingerprint",
+    "hash_file", "machine", "produce", "read_artifact", "read_journal", "write_json", "write_text",
+]  # fmt: skip
+
 SCRATCH = (
     "scratch"  # folder inside a .partial one for what only the work itself needs (checkpoints); removed at the end
 )
-WORK_FILE = "work.json"  # in a .partial folder: the fingerprint the work in it belongs to, and who is at it
-# Bump when a stage's output for equal settings changes meaning: old artefacts are then stale instead of silently mixed in.
-FORMAT = 1
 LIBRARIES = (
     "torch",
     "transformers",
@@ -55,14 +68,19 @@ class ArtifactError(ValueError):
 class Artifact:
     """The record beside an artefact's files.
 
-    `inputs` maps a role (teacher, data, plan) to the fingerprint it had; `info` is what the stage wants to be remembered.
+    `settings` are all it was made with, `decisive` those of them that its fingerprint covers; `inputs` maps a role (teacher, data,
+    plan) to the fingerprint it had, `origins` to where on the Hub it came from (`id@commit`); `info` is what the stage wants to be
+    remembered; `files` are the files the tool wrote, with their size in bytes.
     """
 
     stage: str
     fingerprint: str
     settings: dict[str, Any]
     inputs: dict[str, str]
+    decisive: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     created: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
@@ -76,18 +94,10 @@ class Artifact:
         return record
 
 
-def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """SHA-256 (first 16 hex digits) of what determines a stage's output."""
-    payload = json.dumps(
-        {"stage": stage, "settings": settings, "inputs": dict(inputs), "format": FORMAT},
-        sort_keys=True,
-        ensure_ascii=False,
-    )
-    return hashlib.sha256(payload.encode()).hexdigest()[:16]
-
-
 def machine() -> dict[str, Any]:
     """Versions and hardware a number was made with (no host name, no paths)."""
+    from trimlingual import __version__  # asks git in a source checkout, so not before it is needed
+
     versions = {"trimlingual": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -165,7 +175,7 @@ def read_artifact(folder: Path) -> Artifact:
     """Read a finished artefact; ArtifactError says what is wrong and what to do."""
     path = folder / ARTIFACT_FILE
     if not path.is_file():
-        partial = _partial(folder)
+        partial = partial_of(folder)
         if partial.is_dir():
             raise ArtifactError(
                 f"{folder} is not finished (its work stands in {partial.name}); run the stage again to go on"
@@ -173,36 +183,15 @@ def read_artifact(folder: Path) -> Artifact:
         raise ArtifactError(f"{folder} holds no {ARTIFACT_FILE}: it is not an artefact of this tool, or was never made")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Artifact(**record, path=folder)
-    except (ValueError, TypeError) as error:
+        known = {one.name for one in fields(Artifact)}
+        return Artifact(**{key: value for key, value in record.items() if key in known}, path=folder)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
 
 
 def find_artifact(folder: Path) -> Artifact | None:
     """The finished artefact in `folder`, or None."""
     return read_artifact(folder) if (folder / ARTIFACT_FILE).is_file() else None
-
-
-def differences(old: Artifact, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-    """What has changed since `old` was made, as `path: old -> new` lines."""
-    lines = [f"input {k} changed" for k in sorted({*old.inputs, *inputs}) if old.inputs.get(k) != inputs.get(k)]
-    before, after = flatten(old.settings), flatten(settings)
-    for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key):
-            lines.append(f"{key}: {before.get(key, 'unset')!r} -> {after.get(key, 'unset')!r}")
-    if old.format != FORMAT:
-        lines.append(f"artefact format {old.format} -> {FORMAT}")
-    return lines
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted paths."""
-    if isinstance(value, Mapping):
-        flat: dict[str, Any] = {}
-        for key, child in value.items():
-            flat.update(flatten(child, f"{prefix}.{key}" if prefix else str(key)))
-        return flat
-    return {prefix: value}
 
 
 def produce(
@@ -214,52 +203,91 @@ def produce(
     *,
     force: bool = False,
     everyone: bool = False,
+    origins: Mapping[str, str] | None = None,
 ) -> Artifact:
     """Return the artefact in `folder`, making it with `work(partial_folder) -> info` if it is not there.
 
-    Equal fingerprint: nothing is done. Different: ArtifactError, unless `force`, which removes the old one. Work left over from a
-    killed run with the same fingerprint is handed to `work` again, which goes on from it; other leftovers are removed. Of several
+    `settings` may hold sections of a recipe. Equal fingerprint: nothing is done. Different: ArtifactError, unless `force`, which
+    replaces the old one. Work left over from a killed run with the same fingerprint is handed to `work` again, which goes on from it;
+    other leftovers are an ArtifactError too, unless `force`. What this tool did not make is never touched: ArtifactError. Of several
     processes (torchrun, accelerate launch) the main one works and the others wait, unless `everyone` takes part.
     """
-    folder, partial = Path(folder), _partial(Path(folder))
-    plain_settings = json.loads(json.dumps(settings))
-    wanted = fingerprint(stage, plain_settings, inputs)
+    folder = real_folder(Path(folder))
+    partial = partial_of(folder)
+    wanted = fingerprint(stage, settings, inputs)
+    assert wanted != UNREAD, stage  # only --dry-run leaves things unread
+    settled = settle(folder)
+    problems = [problem for problem in gather(_check(folder, stage, settings, inputs, force)) if problem]
+    if problems:
+        raise ArtifactError(problems[0])
     existing = find_artifact(folder)
-    if existing is not None and not force:
-        if existing.fingerprint == wanted:
-            return existing
-        changed = "; ".join(differences(existing, plain_settings, inputs)[:8]) or "other settings"
-        raise ArtifactError(
-            f"{folder} was made with other settings or inputs ({changed}). Use --force to make it again, or another folder."
-        )
+    if existing is not None and existing.fingerprint == wanted and (settled or not force):
+        return existing
     main = is_main_process()
     with _alone(folder):
+        record = {"stage": stage, "settings": plain(settings), "decisive": decisive(settings), "inputs": dict(inputs)}
         if main:
-            _prepare(partial, wanted)
+            _prepare(partial, wanted, record)
         wait_for_everyone()
-        if (partial / ARTIFACT_FILE).is_file():  # killed between the last write and the renaming
-            return _finish(partial, folder)
         started = time.perf_counter()
         earlier = json.loads((partial / WORK_FILE).read_text(encoding="utf-8"))
         info = work(partial) if main or everyone else {}
         wait_for_everyone()
-        artifact = Artifact(
-            stage=stage,
-            fingerprint=wanted,
-            settings=plain_settings,
-            inputs=dict(inputs),
-            info=json.loads(json.dumps(info)),
-            seconds=round(time.perf_counter() - started, 3),
-            created=earlier["created"],
-            machine=machine(),
-        )
         if main:
+            shutil.rmtree(partial / SCRATCH, ignore_errors=True)
+            artifact = Artifact(
+                **record,
+                fingerprint=wanted,
+                origins=dict(origins or {}),
+                info=json.loads(json.dumps(info)),
+                files=tool_files(partial),
+                seconds=round(time.perf_counter() - started, 3),
+                created=earlier["created"],
+                machine=machine(),
+            )
             write_json(partial / ARTIFACT_FILE, artifact.record())
-        return _finish(partial, folder)
+            _finish(partial, folder)
+        wait_for_everyone()
+    return read_artifact(folder)
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+def trespass(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], force: bool) -> str:
+    """Why a stage may not write to `folder` (something there is the user's), or nothing; nothing where it need not write."""
+    try:
+        existing = find_artifact(folder)
+    except ArtifactError as error:
+        return str(error)
+    if existing is not None and not force and fingerprint(stage, settings, inputs) in (existing.fingerprint, UNREAD):
+        return ""
+    return why_not_ours(real_folder(folder), replaces=existing is not None)
+
+
+def unfinished_changes(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """What differs between a stage and the unfinished work beside `folder`; empty if there is none or it is the stage's own."""
+    earlier = read_record(partial_of(folder) / WORK_FILE)
+    if earlier is None or earlier["fingerprint"] == (wanted := fingerprint(stage, settings, inputs)):
+        return []
+    known = differences(earlier, settings, inputs, stage) if "decisive" in earlier else []
+    return known if wanted == UNREAD else known or ["made with other settings"]
+
+
+def _check(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], force: bool) -> str:
+    """What keeps a stage from being made here, or nothing. Touches nothing."""
+    if problem := trespass(folder, stage, settings, inputs, force):
+        return problem
+    existing = find_artifact(folder)
+    if force or (existing is not None and existing.fingerprint == fingerprint(stage, settings, inputs)):
+        return ""
+    if existing is not None:
+        changed = "; ".join(differences(existing.record(), settings, inputs, stage)[:8]) or "other settings"
+        return f"{folder} was made with other settings or inputs ({changed}). Use --force to make it again, or another folder."
+    if changes := unfinished_changes(folder, stage, settings, inputs):
+        partial = partial_of(folder)
+        return (
+            f"{partial} holds unfinished work of other settings or inputs ({'; '.join(changes[:8])}): {describe_work(partial)}. "
+            "Go on with those, use another folder, or give it up with --force."
+        )
+    return ""
 
 
 @contextmanager
@@ -269,12 +297,12 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(lock_of(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ArtifactError(
-            f"another run is making {folder}{_who(_partial(folder) / WORK_FILE)}; wait for it, or stop it and start this one "
+            f"another run is making {folder}{_who(partial_of(folder) / WORK_FILE)}; wait for it, or stop it and start this one "
             "again (processes of a torchrun that was killed may still be running)"
         ) from None
     try:
@@ -286,49 +314,54 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _who(work_file: Path) -> str:
     """Which process a `.partial` folder's work belongs to, if it says."""
-    try:
-        at_work = json.loads(work_file.read_text(encoding="utf-8"))
-        return f" (process {at_work['process']} on {at_work['host']})"
-    except (OSError, ValueError, KeyError):
-        return ""
+    earlier = read_record(work_file) or {}
+    return f" (process {earlier['process']} on {earlier['host']})" if {"process", "host"} <= earlier.keys() else ""
 
 
-def _finish(partial: Path, folder: Path) -> Artifact:
-    """Give a whole `.partial` folder its name."""
-    wait_for_everyone()
-    if is_main_process():
-        shutil.rmtree(partial / SCRATCH, ignore_errors=True)
-        (partial / WORK_FILE).unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    wait_for_everyone()
-    return read_artifact(folder)
+def settle(folder: Path) -> bool:
+    """End what a run that was killed while renaming began: a whole `.partial` folder gets its name, an old one put aside goes.
+
+    Returns whether a whole one was waiting.
+    """
+    folder = real_folder(folder)
+    aside, partial = aside_of(folder), partial_of(folder)
+    waiting = False
+    if is_main_process() and (is_finished(partial) or is_finished(aside)):
+        with _alone(folder):
+            waiting = is_finished(partial) and not why_not_ours(folder, replaces=True)
+            if waiting:
+                _finish(partial, folder)
+            elif is_finished(aside) and not folder.exists():
+                os.replace(aside, folder)
+            if is_finished(aside) and is_finished(folder):
+                shutil.rmtree(aside)
+    return any(gather(waiting))
 
 
-def _prepare(partial: Path, wanted: str) -> None:
-    """Make `partial` ready: kept when its work belongs to the wanted fingerprint, emptied otherwise."""
+def _finish(partial: Path, folder: Path) -> None:
+    """Give a whole `.partial` folder its name. At every moment the old one or the new one is whole on disk."""
+    (partial / WORK_FILE).unlink(missing_ok=True)
+    aside = aside_of(folder)
+    if is_finished(aside):  # put aside by a run that was killed, and no longer needed
+        shutil.rmtree(aside)
+    if is_finished(folder):
+        os.replace(folder, aside)
+    elif folder.is_dir():
+        folder.rmdir()  # empty
+    os.replace(partial, folder)
+    if is_finished(aside):
+        shutil.rmtree(aside)
+
+
+def _prepare(partial: Path, wanted: str, record: Mapping[str, Any]) -> None:
+    """Make `partial` ready: kept when its work belongs to the wanted fingerprint, emptied otherwise (it is ours: `_check`)."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    for marker in (partial / ARTIFACT_FILE, partial / WORK_FILE):
-        try:
-            earlier = json.loads(marker.read_text(encoding="utf-8"))
-            if earlier["fingerprint"] == wanted:
-                created = earlier["created"]
-                break
-        except (OSError, ValueError, KeyError):
-            continue
+    earlier = read_record(partial / WORK_FILE)
+    if earlier is not None and earlier["fingerprint"] == wanted:
+        created = earlier.get("created", created)
     else:
-        if partial.exists():
+        if earlier is not None:
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     at_work = {"process": os.getpid(), "host": platform.node()}
-    write_json(partial / WORK_FILE, {"fingerprint": wanted, "created": created, **at_work})
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    write_json(partial / WORK_FILE, {**record, "fingerprint": wanted, "created": created, "format": FORMAT, **at_work})

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimlingual import __version__, interruptions
+from trimlingual import interruptions
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe, list_recipes, load_recipe
 
@@ -43,6 +43,8 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instea
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from trimlingual import __version__
+
         out.print(f"trimlingual {__version__}")
         raise typer.Exit
 
@@ -171,10 +173,10 @@ def report(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Default: <run>/report.")] = None,
 ) -> None:
     """Write report.json, report.md and report.html from what a run has so far, and show the table."""
-    from trimlingual.report import result_table, write_report
+    from trimlingual.pipeline import write_report
+    from trimlingual.report import result_table
 
     folder = out_dir or run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
     out.print(result_table(write_report(run_dir, folder)))
     say(f"report: {folder / 'report.html'}")
 
@@ -233,7 +235,8 @@ def _brief(info: dict[str, Any]) -> dict[str, Any]:
 
 def _show_plan(recipe: Recipe, run_dir: Path) -> None:
     from trimlingual.estimate import estimate
-    from trimlingual.pipeline import plan
+    from trimlingual.fingerprint import HashCache
+    from trimlingual.pipeline import blocked, plan, reading_notes, version_notes
 
     table = Table(
         "stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=f"{recipe.name} in {run_dir}"
@@ -243,12 +246,18 @@ def _show_plan(recipe: Recipe, run_dir: Path) -> None:
     except OSError as error:  # not cached, no network
         say(f"no estimates: the configuration of {recipe.model.base} could not be read ({str(error).splitlines()[0]})")
         guesses = {}
-    for step in plan(recipe, run_dir):
+    remembered = HashCache(reading=False)
+    steps = plan(recipe, run_dir, remembered)
+    for step in steps:
         disk, memory = guesses.get(step.name, ("", ""))
         status = step.status()
         changes = f" ({'; '.join(step.changes()[:2])})" if status == "stale" else ""
         table.add_row(step.name, str(step.folder), status + changes, disk, memory)
     out.print(table)
+    for problem in blocked(steps, recipe, run_dir):
+        say(f"blocked: {problem}")
+    for note in (*version_notes(steps), *reading_notes(remembered)):
+        say(note)
 
 
 def main() -> None:

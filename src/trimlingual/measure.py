@@ -7,7 +7,6 @@ bytes, shown in decimal megabytes and gigabytes; times are wall-clock seconds.
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -148,6 +147,13 @@ def _high_water_mark() -> int:
                 return int(line.split()[1]) * 1024  # "VmHWM:    123456 kB", kB being 1024 bytes
     except OSError:
         pass
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        import psutil
+
+        info = psutil.Process().memory_info()
+        return getattr(info, "peak_wset", info.rss)  # Windows has the peak; elsewhere what is held now
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -51,8 +51,11 @@ def is_on_hub(base: str) -> bool:
     return not (base.startswith((BUILTIN, RANDOM, ".", "/", "~")) or Path(base).is_dir())
 
 
-def resolve_base(base: str, revision: str | None = None) -> Path:
-    """Folder of a base model: `builtin:mini`, `random:...` (weights drawn when loaded), a local folder, or a Hub id (downloaded)."""
+def resolve_base(base: str, revision: str | None = None, download: bool = True) -> Path:
+    """Folder of a base model: `builtin:mini`, `random:...` (weights drawn when loaded), a local folder, or a Hub id.
+
+    One from the Hub is downloaded, unless `download` is false: then ModelError if it is not there.
+    """
     if base.startswith(RANDOM):
         try:
             return random_base(base)
@@ -72,7 +75,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, local_files_only=not download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model {base!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}). "

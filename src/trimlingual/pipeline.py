@@ -11,12 +11,14 @@ fingerprints of the steps before it), so what a changed recipe invalidates is kn
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import Artifact, ArtifactError, hash_file, write_json
+from trimlingual.artifacts import Artifact, ArtifactError, find_artifact, machine, produce, settle, write_text
+from trimlingual.fingerprint import HashCache, hash_file
+from trimlingual.ownership import ARTIFACT_FILE, WORK_FILE, read_record
 from trimlingual.processes import is_main_process
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe
@@ -37,6 +39,10 @@ from trimlingual.steps import (
     vocab_step,
 )
 
+# Libraries whose versions can change results a little; a finished stage is not stale for them, but it is said.
+MATTERS = (
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flashoptim", "compressed-tensors", "sacrebleu", "numpy",
+)  # fmt: skip
 OPTIONAL_ROLES = ("baseline", "evaluation")  # an evaluation without a comparison and an export without scores are whole
 
 
@@ -44,23 +50,29 @@ def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, An
     """Run the whole recipe in `run_dir`, skipping what is done. Returns the report (the content of report.json).
 
     Raises ArtifactError, naming the stages, when the recipe has changed since `run_dir` was made; with `force` these are made again.
+    So it does, with `force` too, when something of the user's stands where a stage would write.
     """
     steps = plan(recipe, run_dir)
+    _refuse(blocked(steps, recipe, run_dir))
+    for step in steps:
+        settle(step.folder)
     stale = [step for step in steps if step.status() == "stale"]
-    if stale and not force:
+    if not force and not all(step.derived for step in stale):
         lines = [f"  {step.name}: {'; '.join(step.changes()[:4])}" for step in stale]
         raise ArtifactError(
-            f"the recipe or its data changed since {run_dir} was made; it invalidates {len(stale)} finished stage(s):\n"
+            f"the recipe or its data changed since {run_dir} was made; it invalidates {len(stale)} stage(s):\n"
             + "\n".join(lines)
             + "\nUse --force to make these again, or another --run-dir to keep both."
         )
+    for note in version_notes(steps):
+        say(note)
     write_recipe(recipe, run_dir)
     for number, step in enumerate(steps, 1):
         if step.status() == "done":
             say(f"[{number}/{len(steps)}] {step.name}: already done")
             continue
         say(f"[{number}/{len(steps)}] {step.name}")
-        artifact = step.run(force=force)
+        artifact = step.run(force=force or step.derived)
         say(f"[{number}/{len(steps)}] {step.name}: {artifact.seconds:.1f} s")
     return json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
 
@@ -91,6 +103,8 @@ def run_stage(
             if not folder.exists():
                 raise ArtifactError(f"{folder} does not exist (given as the {role} of stage {name!r})")
             inputs[role] = model_ref(folder) if folder.is_dir() else Ref(folder, hash_file(folder)[:16])
+    step = replace(step, inputs=inputs, folder=out or step.folder)
+    _refuse([problem for problem in (step.problem(force),) if problem])
     makers = {other.folder: other for other in steps.values()}
     for role, ref in list(inputs.items()):
         maker = makers.get(ref.path) if ref.path else None
@@ -100,30 +114,51 @@ def run_stage(
             say(f"{maker.name!r} is {maker.status()}: {name!r} goes without it")
             del inputs[role]
         elif maker.name == "data":
+            _refuse(blocked([maker], recipe, run_dir))
             write_recipe(recipe, run_dir)
             maker.run(force=force)
         else:
             raise ArtifactError(
                 f"stage {name!r} needs the {role} in {ref.folder}, which is {maker.status()}; run {maker.name!r} first"
             )
-    step = replace(step, inputs=inputs, folder=out or step.folder)
-    return step.run(force=force)
+    return replace(step, inputs=inputs).run(force=force)
 
 
-def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
-    """The steps of a run, in order. Nothing is run; only the base model's and the data's identities are read."""
+def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Any]:
+    """The report of what a run has so far, in its own folder or in `out`. Returns the content of report.json."""
+    from trimlingual import report
+
+    folder = out or run_dir / "report"
+    existing = find_artifact(folder)
+    if existing and existing.stage != "report":
+        raise ArtifactError(f"{folder} holds what stage {existing.stage!r} made, not a report; choose another folder")
+    found = {str(path.relative_to(run_dir)): find_artifact(path) for path in _stage_folders(run_dir)}
+    inputs = {role: artifact.fingerprint for role, artifact in found.items() if artifact and artifact.stage != "report"}
+    name = report.collect(run_dir)["recipe"]["name"]
+
+    def work(partial: Path) -> dict[str, Any]:
+        report.write_report(run_dir, partial)
+        return {}
+
+    produce(folder, "report", {"recipe": name}, inputs, work, force=True)
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> list[Step]:
+    """The steps of a run, in order. Nothing is run; contents are read (or only looked up in `remembered`) once they are asked for."""
+    remembered = remembered or HashCache()
     steps: dict[str, Step] = {}
 
     def add(step: Step) -> Step:
         steps[step.name] = step
         return step
 
-    base = base_ref(recipe)
-    data = add(data_step(recipe, base, run_dir / "data"))
+    base = base_ref(recipe, remembered)
+    data = add(data_step(recipe, base, run_dir / "data", remembered))
     models: dict[str, Ref] = {"base": base}
     start = base  # what everything below is made from
     if recipe.vocab and recipe.vocab.when == "before":
-        start = models["trimmed"] = add(vocab_step(recipe, base, data.ref, run_dir / "trimmed")).ref
+        start = models["trimmed"] = add(vocab_step(recipe, base, data.ref, run_dir / "trimmed", remembered)).ref
     teacher, student, distilled = start, start, None
     if recipe.finetune:
         step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, run_dir / "teacher")
@@ -142,7 +177,7 @@ def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
             quantize_step(recipe, source, data.ref, distilled, run_dir / "quantized")
         ).ref
     if recipe.vocab and recipe.vocab.when == "after":
-        student = models["trimmed"] = add(vocab_step(recipe, student, data.ref, run_dir / "trimmed")).ref
+        student = models["trimmed"] = add(vocab_step(recipe, student, data.ref, run_dir / "trimmed", remembered)).ref
     evaluated: dict[str, Ref] = {}
     for name in models:  # in the order they are made: what comes after the teacher is compared with it
         if name in recipe.evaluate.models:
@@ -155,8 +190,76 @@ def plan(recipe: Recipe, run_dir: Path) -> list[Step]:
     return list(steps.values())
 
 
+def blocked(steps: Sequence[Step], recipe: Recipe, run_dir: Path) -> list[str]:
+    """All places where a run would write but something of the user's stands; empty if it may run."""
+    problems = [step.problem() for step in steps]
+    path = run_dir / "recipe.json"
+    if path.exists() and not _is_own_recipe(path, recipe):
+        problems.append(
+            f"{path} was not written by this tool, which needs that name; move it away or choose another --run-dir"
+        )
+    return [problem for problem in dict.fromkeys(problems) if problem]
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if len(problems) == 1:
+        raise ArtifactError(problems[0])
+    if problems:
+        raise ArtifactError("\n".join(["nothing was run, because", *(f"  {problem}" for problem in problems)]))
+
+
+def _is_own_recipe(path: Path, recipe: Recipe) -> bool:
+    """Whether recipe.json is as this tool writes it, beside something that it made; or is what it would write."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        as_written = text == _json_text(json.loads(text))
+    except (OSError, ValueError):
+        return False
+    return text == _json_text(recipe.model_dump()) or (as_written and any(_stage_folders(path.parent)))
+
+
+def _stage_folders(run_dir: Path) -> Iterator[Path]:
+    """Folders of a run in which this tool has finished or begun something."""
+    for path in sorted([*run_dir.glob("*/"), *run_dir.glob("evaluations/*/")]):
+        if any(read_record(path / mark) for mark in (ARTIFACT_FILE, WORK_FILE)):
+            yield path
+
+
+def version_notes(steps: Sequence[Step]) -> list[str]:
+    """One line if finished stages were made with other versions of the libraries that matter to results than there are now."""
+    now = machine()["versions"]
+    found: dict[str, list[str]] = {}
+    for step in steps:
+        existing = find_artifact(step.folder) if not step.problem() else None
+        made = existing.machine.get("versions", {}) if existing else {}
+        changed = [
+            f"{name} {made[name]} -> {now.get(name, 'none')}"
+            for name in MATTERS
+            if made.get(name, now.get(name)) != now.get(name)
+        ]
+        if changed:
+            found.setdefault(", ".join(changed), []).append(step.name)
+    said = "; ".join(f"{', '.join(names)} ({changed})" for changed, names in found.items())
+    return [f"made with other versions than are installed now, and kept: {said}"] if said else []
+
+
+def reading_notes(remembered: HashCache) -> list[str]:
+    """What a dry run would have had to read or download to know every stage's status."""
+    notes = []
+    if remembered.absent:
+        notes.append(f"not on this machine, so not compared: {', '.join(dict.fromkeys(remembered.absent))}")
+    if remembered.unread:
+        size = sum(remembered.unread.values()) / 1e9
+        notes.append(f"not read by a dry run, so not compared: {len(remembered.unread)} files, {size:.2f} GB")
+    return notes
+
+
 def write_recipe(recipe: Recipe, run_dir: Path) -> None:
     """Keep the recipe, with its overrides, beside what it made."""
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "recipe.json", recipe.model_dump())
+        write_text(run_dir / "recipe.json", _json_text(recipe.model_dump()))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from trimlingual import languages
 
@@ -17,6 +17,12 @@ Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
 
 FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers has no name for (optimizer.py)
+
+
+# Marks for json_schema_extra of a field; fingerprint.py reads them.
+# A setting that cannot change a result (near-ties in 16 bits aside), or what is known by its content instead: no stage is made again
+# for it. A default that changes needs `{"neutral": <the default the setting was born with>}`; a new setting needs nothing.
+NO_RESULT: dict[str, JsonValue] = {"result": False}
 
 
 class Section(BaseModel):
@@ -28,11 +34,14 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The base model and how its weights are held."""
 
-    base: str = Field(description="`builtin:mini`, a folder, a Hub id, or random:qwen2-audio-7b (a rehearsal)")
-    revision: str | None = None
+    base: str = Field(
+        description="`builtin:mini`, a folder, a Hub id, or random:qwen2-audio-7b (a rehearsal)",
+        json_schema_extra=NO_RESULT,
+    )
+    revision: str | None = Field(default=None, json_schema_extra=NO_RESULT)
     dtype: Dtype = Field(default="bfloat16", description="weights in memory, while computing")
     storage_dtype: Dtype = Field(default="bfloat16", description="weights on disk")
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=NO_RESULT)
 
     @field_validator("device")
     @classmethod
@@ -157,9 +166,13 @@ class VocabSettings(Section):
     )
     references: bool = Field(default=True, description="count the training references in the target languages")
     texts: list[str] = Field(
-        default_factory=list, description="further text to count: UTF-8 files, one sentence a line"
+        default_factory=list,
+        description="further text to count: UTF-8 files, one sentence a line",
+        json_schema_extra=NO_RESULT,
     )
-    held_out: list[str] = Field(default_factory=list, description="text files that the coverage is reported on")
+    held_out: list[str] = Field(
+        default_factory=list, description="text files that the coverage is reported on", json_schema_extra=NO_RESULT
+    )
     min_count: Annotated[int, Field(ge=1)] = Field(default=1, description="a token counted less often is not kept")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="keep the most frequent ones, so many in all"
@@ -223,29 +236,33 @@ class TrainSettings(Section):
     )
     optimizer_args: str | None = Field(default=None, description="as transformers.TrainingArguments.optim_args")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(default=False, json_schema_extra=NO_RESULT)
     checkpoint_from_tokens: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="with gradient_checkpointing: batches of fewer tokens (clips x longest sequence, audio states included) "
         "keep their activations instead of computing them again, which is faster and takes more memory",
+        json_schema_extra=NO_RESULT,
     )
     freeze: list[Literal["audio_tower", "projector", "embeddings", "lm_head"]] = Field(default_factory=list)
     lora: LoraSettings = LoraSettings()
     save_minutes: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         description="between checkpoints; null: by what writing one takes, so that it takes about a twentieth of the time",
+        json_schema_extra=NO_RESULT,
     )
     save_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="a checkpoint after every so many steps too"
+        default=None, description="a checkpoint after every so many steps too", json_schema_extra=NO_RESULT
     )
-    logging_steps: Annotated[int, Field(ge=1)] = 10
-    report_to: list[str] = Field(default_factory=list, description="trackers, e.g. [tensorboard, wandb]")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(default=10, json_schema_extra=NO_RESULT)
+    report_to: list[str] = Field(
+        default_factory=list, description="trackers, e.g. [tensorboard, wandb]", json_schema_extra=NO_RESULT
+    )
     fsdp: bool = Field(
         default=False,
         description="each process holds its share of weights, gradients and optimizer states (FSDP2); full fine-tuning only",
     )
-    deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON")
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON", json_schema_extra=NO_RESULT)
+    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, json_schema_extra=NO_RESULT)
 
     @model_validator(mode="after")
     def _goes_together(self) -> TrainSettings:
@@ -276,7 +293,9 @@ class TrainSettings(Section):
 class DecodeSettings(Section):
     """Greedy decoding, bounded by the audio's length so that a runaway cannot cost more than a few sentences."""
 
-    batch_size: Annotated[int, Field(ge=1)] = Field(default=128, description="at most; fewer where memory asks for it")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        default=128, description="at most; fewer where memory asks for it", json_schema_extra=NO_RESULT
+    )
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     # Bound on new tokens of a clip: min_new_tokens + tokens_per_second x its seconds, at most max_new_tokens.
     tokens_per_second: Annotated[float, Field(gt=0)] = 12.0
@@ -387,13 +406,9 @@ class QuantizeSettings(Section):
 class EvaluateSettings(Section):
     """What is measured on the test split, for every model of the run."""
 
-    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized", "trimmed"]] = [
-        "base",
-        "teacher",
-        "pruned",
-        "recovered",
-        "quantized",
-        "trimmed",
-    ]
+    models: list[Literal["base", "teacher", "pruned", "recovered", "quantized", "trimmed"]] = Field(
+        default=["base", "teacher", "pruned", "recovered", "quantized", "trimmed"],
+        json_schema_extra=NO_RESULT,  # which others are evaluated does not change one's scores
+    )
     bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")

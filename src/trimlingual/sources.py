@@ -346,6 +346,22 @@ def _write_once(folder: Path, stem: str, data: bytes) -> Path:
     return path
 
 
+def source_files(source: Source) -> list[Path]:
+    """Every file that a source's content is made of, but for the listing itself, in a fixed order; none for a set on the Hub.
+
+    Raises DataError if the listing cannot be read. Wrong rows are left out: reading the source names them.
+    """
+    if isinstance(source, HubSource):
+        return sorted(path for path in Path(source.path).rglob("*") if path.is_file())
+    if isinstance(source, FolderSource):
+        rows = _folder_rows(source, [])
+    elif isinstance(source, Covost2Source):
+        rows = _covost2_rows(source, [source.target_language])
+    else:
+        rows = _manifest_rows(_listing(source), [""])
+    return [row.audio for row in rows]
+
+
 def source_fingerprint(source: Source) -> dict[str, Any]:
     """Cheap description of a source's content for stage fingerprints: the hash of the file that lists its clips.
 

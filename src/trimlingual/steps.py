@@ -5,54 +5,32 @@ Imports of the heavy modules stay inside the work, so that --dry-run and --help 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trimlingual.artifacts import (
-    Artifact,
-    differences,
-    find_artifact,
-    fingerprint,
-    hash_file,
-    produce,
-)
-from trimlingual.audio import DataError
+from trimlingual.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.data import load_splits, prepare_data
+from trimlingual.fingerprint import UNREAD, HashCache, differences, fingerprint
 from trimlingual.lineage import Lineage, read_lineage
+from trimlingual.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.progress import LOG_FILE, log_to
-from trimlingual.recipe import Recipe, Source, TrainSettings
-from trimlingual.sources import Clip, source_fingerprint
+from trimlingual.recipe import Recipe, TrainSettings
+from trimlingual.refs import Ref, base_ref, files_ref, model_ref, source_ref
+from trimlingual.sources import Clip
 
 if TYPE_CHECKING:
     from trimlingual.prompts import Example
 
-Status = Literal["done", "unfinished", "missing", "stale"]
+__all__ = [
+    "Ref", "Status", "Step", "base_ref", "data_step", "distill_step", "evaluate_step", "export_step", "finetune_step", "lineage_of",
+    "model_ref", "prune_step", "quantize_step", "rank_step", "report_step", "vocab_step",
+]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Ref:
-    """Something a step reads: where it stands, and the fingerprint that stands for its content.
-
-    A base model on the Hub has no `path`: asking for its `folder` downloads it, which planning and --dry-run never do.
-    """
-
-    path: Path | None
-    fingerprint: str
-    hub: tuple[str, str | None] | None = None  # (id, revision)
-
-    @property
-    def folder(self) -> Path:
-        """The folder, downloaded first if need be."""
-        if self.path is not None:
-            return self.path
-        from trimlingual.models import resolve_base
-
-        assert self.hub is not None
-        return resolve_base(*self.hub)
+# unknown: an input would have to be read first (--dry-run does not); blocked: what stands there is the user's
+Status = Literal["done", "unfinished", "missing", "stale", "unknown", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +43,7 @@ class Step:
     inputs: Mapping[str, Ref]
     work: Callable[[Mapping[str, Ref], Path], dict[str, Any]]
     everyone: bool = False  # every process of a distributed run takes part, not only the main one
+    derived: bool = False  # costs nothing, so it is made again without being asked for
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,17 +60,33 @@ class Step:
         """This step's output as another's input."""
         return Ref(self.folder, self.fingerprint)
 
+    def problem(self, force: bool = False) -> str:
+        """Why it may not be made here (something there is the user's), or nothing."""
+        return trespass(self.folder, self.name, self.settings, _Fingerprints(self.inputs), force)
+
     def status(self) -> Status:
-        """Whether there is something to do."""
-        existing = find_artifact(self.folder)
-        if existing:
+        """Whether there is something to do. Content is read only where something stands that it could be compared with."""
+        if self.problem():
+            return "blocked"
+        if existing := find_artifact(self.folder):
+            if self.fingerprint == UNREAD:
+                return "stale" if self.changes() else "unknown"
             return "done" if existing.fingerprint == self.fingerprint else "stale"
-        return "unfinished" if self.folder.with_name(self.folder.name + ".partial").is_dir() else "missing"
+        if read_record(partial_of(self.folder) / WORK_FILE) is None:
+            return "missing"
+        if self.changes():
+            return "stale"
+        return "unknown" if self.fingerprint == UNREAD else "unfinished"
 
     def changes(self) -> list[str]:
-        """What makes it stale."""
-        existing = find_artifact(self.folder)
-        return differences(existing, self.settings, self.input_fingerprints) if existing else []
+        """What makes it stale; for unfinished work of other settings, also what that holds."""
+        if existing := find_artifact(self.folder):
+            if existing.fingerprint == self.fingerprint:
+                return []
+            found = differences(existing.record(), self.settings, self.input_fingerprints, self.name)
+            return found if self.fingerprint == UNREAD else found or ["other settings"]
+        found = unfinished_changes(self.folder, self.name, self.settings, self.input_fingerprints)
+        return [f"unfinished: {describe_work(partial_of(self.folder))}", *found] if found else []
 
     def run(self, force: bool = False) -> Artifact:
         """Bring the artefact up to date."""
@@ -101,74 +96,53 @@ class Step:
                 return self.work(self.inputs, partial)
 
         return produce(
-            self.folder, self.name, self.settings, self.input_fingerprints, work, force=force, everyone=self.everyone
+            self.folder,
+            self.name,
+            self.settings,
+            self.input_fingerprints,
+            work,
+            force=force,
+            everyone=self.everyone,
+            origins={role: ref.origin for role, ref in self.inputs.items() if ref.origin},
         )
 
 
-def base_ref(recipe: Recipe) -> Ref:
-    """The base model. One on the Hub is known by its id and revision until it is needed."""
-    from trimlingual.models import is_on_hub, resolve_base
+class _Fingerprints(Mapping[str, str]):
+    """Fingerprint by role, found when it is asked for."""
 
-    base, revision = recipe.model.base, recipe.model.revision
-    if is_on_hub(base):
-        return Ref(None, fingerprint("hub", {"base": base, "revision": revision}, {}), (base, revision))
-    return model_ref(resolve_base(base))
+    def __init__(self, inputs: Mapping[str, Ref]) -> None:
+        self._inputs = inputs
 
+    def __getitem__(self, role: str) -> str:
+        return self._inputs[role].fingerprint
 
-def model_ref(folder: Path) -> Ref:
-    """A model folder as an input: the artefact's fingerprint, or a hash of configuration and weights for one made elsewhere.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
 
-    Of weight files above 64 MiB only size, first and last MiB are read.
-    """
-    artifact = find_artifact(folder)
-    if artifact:
-        return Ref(folder, artifact.fingerprint)
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        if size <= 64 << 20:
-            digest.update(hash_file(path).encode())
-        else:
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(-(1 << 20), 2)
-                digest.update(file.read())
-    return Ref(folder, digest.hexdigest()[:16])
+    def __len__(self) -> int:
+        return len(self._inputs)
 
 
-def data_step(recipe: Recipe, base: Ref, out: Path) -> Step:
+def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None = None) -> Step:
     """Read the sources, split them, prove the splits disjoint."""
+    remembered = remembered or HashCache()
     sources = {"train": recipe.data.train, "out_of_domain": recipe.data.out_of_domain}
     sources |= {name: s for name in ("select", "test") if not isinstance(s := getattr(recipe.data, name), int)}
-    settings = {
-        **recipe.data.model_dump(),
-        "target_languages": recipe.task.target_languages,
-        "content": {name: _content(source) for name, source in sources.items() if source},
-    }
+    read = {f"{name} source": source_ref(source, remembered) for name, source in sources.items() if source}
+    settings = {"data": recipe.data, "target_languages": recipe.task.target_languages}
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.models import load_processor, window_s
 
         return prepare_data(recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["base"].folder)))
 
-    return Step("data", out, settings, {"base": base}, work)
+    return Step("data", out, settings, {"base": base, **read}, work)
 
 
-def _content(source: Source) -> dict[str, Any]:
-    """What stands for a source's content; one that is not there yet is planned with, and an error once it is read."""
-    try:
-        return source_fingerprint(source)
-    except DataError:
-        return {"missing": True}
-
-
-def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
+def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: HashCache | None = None) -> Step:
     """Vocabulary trimming, of the base model or of a finished one."""
     settings = recipe.vocab
     assert settings is not None
-    files = {path: Path(path) for path in [*settings.texts, *settings.held_out]}
-    content = {name: hash_file(path) if path.is_file() else "missing" for name, path in files.items()}
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.vocab import counted_texts, trim_vocab
@@ -180,8 +154,13 @@ def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
         texts, held_out = counted_texts(splits, recipe.task.target_languages, settings)
         return trim_vocab(inputs["model"].folder, lineage, texts, held_out, recipe.task, settings, folder)
 
-    wanted = {"vocab": settings.model_dump(), "task": recipe.task.model_dump(), "content": content}
-    return Step("trimmed", out, wanted, _inputs(model=model, data=data if settings.references else None), work)
+    inputs = _inputs(
+        model=model,
+        data=data if settings.references else None,
+        texts=files_ref(settings.texts, remembered),
+        held_out=files_ref(settings.held_out, remembered),
+    )
+    return Step("trimmed", out, {"vocab": settings, "task": recipe.task}, inputs, work)
 
 
 def finetune_step(
@@ -199,7 +178,7 @@ def finetune_step(
             inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, train, recipe.seed, folder
         )
 
-    inputs = _inputs(model=model, data=data, distilled=distilled)
+    inputs = _inputs(model=model, data=data, distilled=distilled, deepspeed=_deepspeed(train))
     return Step(name, out, _settings(recipe, train=train), inputs, work, everyone=True)
 
 
@@ -230,7 +209,8 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
         )
 
     wanted = _settings(recipe, rank=settings, decode=recipe.decode)
-    return Step("rank", out, wanted, {"model": model, "data": data}, work, everyone=True)
+    inputs = _inputs(model=model, data=data, deepspeed=_deepspeed(settings.finetune_each_round))
+    return Step("rank", out, wanted, inputs, work, everyone=True)
 
 
 def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
@@ -242,7 +222,7 @@ def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
         model = inputs["model"]
         return prune(model.folder, lineage_of(model, recipe), inputs["plan"].folder, recipe.model, folder)
 
-    return Step("pruned", out, {"model": recipe.model.model_dump()}, {"model": model, "plan": plan}, work)
+    return Step("pruned", out, {"model": recipe.model}, {"model": model, "plan": plan}, work)
 
 
 def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
@@ -279,7 +259,7 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
         "quantized",
         out,
         _settings(recipe, quantize=settings),
-        _inputs(model=model, data=data, distilled=distilled),
+        _inputs(model=model, data=data, distilled=distilled, deepspeed=_deepspeed(settings.train)),
         work,
         everyone=True,
     )
@@ -300,7 +280,6 @@ def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Re
         )  # fmt: skip
 
     settings = _settings(recipe, evaluate=recipe.evaluate, decode=recipe.decode)
-    settings["evaluate"].pop("models")  # which others are evaluated does not change this one
     return Step(
         f"evaluate {name}", out, settings, _inputs(model=model, data=data, baseline=baseline), work, everyone=True
     )
@@ -330,7 +309,7 @@ def report_step(recipe: Recipe, run_dir: Path, inputs: Sequence[Ref]) -> Step:
         return {}
 
     roles = {str(ref.folder.relative_to(run_dir)): ref for ref in inputs}
-    return Step("report", run_dir / "report", {"recipe": recipe.name}, roles, work)
+    return Step("report", run_dir / "report", {"recipe": recipe.name}, roles, work, derived=True)
 
 
 def lineage_of(model: Ref, recipe: Recipe) -> Lineage:
@@ -340,9 +319,13 @@ def lineage_of(model: Ref, recipe: Recipe) -> Lineage:
 
 def _settings(recipe: Recipe, **sections: Any) -> dict[str, Any]:
     """The part of the recipe that decides a model stage's output."""
-    model = recipe.model.model_dump(exclude={"base", "revision"})  # the base model is an input
-    common = {"model": model, "task": recipe.task.model_dump(), "seed": recipe.seed}
-    return common | {name: section.model_dump() for name, section in sections.items()}
+    given = {name: section for name, section in sections.items() if section is not None}
+    return {"model": recipe.model, "task": recipe.task, "seed": recipe.seed, **given}
+
+
+def _deepspeed(train: TrainSettings | None) -> Ref | None:
+    """DeepSpeed's own settings stand in a file of the user's."""
+    return files_ref([train.deepspeed] if train and train.deepspeed else [])
 
 
 def _inputs(**refs: Ref | None) -> dict[str, Ref]:

@@ -1,0 +1,140 @@
+"""Whose a folder is. Only what this tool made is ever replaced or removed, with or without --force.
+
+A finished artefact is known by its artifact.json, unfinished work (`NAME.partial`) by its work.json. Everything else is the user's,
+and so is a file that somebody put into, or changed in, one of the tool's folders.
+"""
+
+from __future__ import annotations
+
+import calendar
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+ARTIFACT_FILE = "artifact.json"
+WORK_FILE = (
+    "work.json"  # in a .partial folder: the fingerprint the work in it belongs to, its settings, and who is at it
+)
+IGNORED = (".DS_Store", "Thumbs.db", "desktop.ini")  # left in the tool's folders by file managers
+_NAMED = 3  # files named in a message
+
+
+def real_folder(folder: Path) -> Path:
+    """What a link leads to, so that a renaming moves the folder and not the link."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a stage works until its folder is whole."""
+    folder = real_folder(folder)
+    return folder.parent / f"{folder.name}.partial"
+
+
+def aside_of(folder: Path) -> Path:
+    """Where an old artefact stands for the moment in which the new one gets its name."""
+    return folder.parent / f".{folder.name}.replaced"
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that keeps a second run out."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What an artifact.json or work.json of this tool says; None if there is none, or it is not this tool's."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("fingerprint"), str) else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder is a finished artefact of this tool."""
+    record = read_record(folder / ARTIFACT_FILE)
+    return record is not None and "stage" in record
+
+
+def tool_files(folder: Path) -> dict[str, int]:
+    """Every file below `folder` with its size in bytes, but for the tool's own records: what the tool made."""
+    files = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in _files(folder)}
+    return {name: size for name, size in files.items() if name not in (ARTIFACT_FILE, WORK_FILE)}
+
+
+def why_not_ours(folder: Path, *, replaces: bool) -> str:
+    """Why this tool must not write to `folder`, or nothing. With `replaces`, what stands there would be removed."""
+    place = Path(os.path.abspath(folder))
+    here = Path(os.path.abspath("."))
+    if place == here or place in here.parents:
+        return f"{folder} is the folder this command runs in, or one above it; name a folder that is to be made, e.g. ./out"
+    above = next((parent for parent in place.parents if parent.exists()), place)
+    if not above.is_dir():
+        return f"{above} is a file, so {folder} cannot be made; move it away or choose another folder"
+    partial, lock = partial_of(folder), lock_of(folder)
+    if problem := _why_not_writable(folder, ARTIFACT_FILE) or _why_not_writable(partial, WORK_FILE, ARTIFACT_FILE):
+        return problem
+    if lock.exists() and (not lock.is_file() or lock.stat().st_size):  # ours are empty
+        return f"{lock} was not made by this tool, which needs that name; move it away or choose another folder"
+    return _why_kept(folder) if replaces else ""
+
+
+def _why_not_writable(folder: Path, *marks: str) -> str:
+    """Refuses a file, and a folder that holds something but no mark of this tool."""
+    if not folder.exists() or any(read_record(folder / mark) for mark in marks):
+        return ""
+    if not folder.is_dir():
+        return f"{folder} is a file; move it away or choose another folder"
+    held = sorted(path.name for path in folder.iterdir() if path.name != f"{WORK_FILE}.tmp")
+    if not held:
+        return ""
+    return (
+        f"{folder} was not made by this tool and is not empty (it holds {_some(held)}); nothing in it will be touched, with --force "
+        "neither: choose another folder, or move it away"
+    )
+
+
+def _why_kept(folder: Path) -> str:
+    """Refuses an artefact in which there is something that the tool did not write, or that was changed since."""
+    made = (read_record(folder / ARTIFACT_FILE) or {}).get("files")
+    if not isinstance(made, dict):  # of a version that did not list them
+        return ""
+    found = tool_files(folder)
+    foreign = sorted(name for name in found if name not in made and Path(name).name not in IGNORED)
+    changed = sorted(name for name, size in found.items() if name in made and made[name] != size)
+    problems = [f"files that it did not make ({_some(foreign)})"] if foreign else []
+    problems += [f"files that were changed since ({_some(changed)})"] if changed else []
+    if not problems:
+        return ""
+    return (
+        f"{folder} was made by this tool but holds {' and '.join(problems)}, which making it again would remove: move them away, or "
+        "choose another folder"
+    )
+
+
+def describe_work(partial: Path) -> str:
+    """What unfinished work holds: checkpoints, lines of journals, when it was begun and for how long it was worked on."""
+    held = []
+    steps = [path.name.rpartition("-")[2] for path in partial.rglob("checkpoint-*") if path.is_dir()]
+    if numbers := [int(step) for step in steps if step.isdigit()]:
+        held.append(f"a checkpoint after step {max(numbers)}")
+    for journal in sorted(partial.rglob("*.jsonl")):
+        with journal.open("rb") as file:
+            if lines := sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")):
+                held.append(f"{lines} line{'s' * (lines > 1)} in {journal.relative_to(partial).as_posix()}")
+    created = (read_record(partial / WORK_FILE) or {}).get("created")
+    if created:
+        begun = calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
+        last = max((path.lstat().st_mtime for path in _files(partial)), default=begun)
+        held.append(f"begun {created}, last written {max(last - begun, 0) / 60:.0f} minutes later")
+    return ", ".join(held) or "nothing yet"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
