@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import soundfile as sf
-from rich.console import Console
-from rich.progress import track
 
 from trimlingual.artifacts import hash_file
 from trimlingual.audio import DataError, inspect_audio, is_file
 from trimlingual.jsonl import numbered_lines, parse_json
+from trimlingual.progress import progress
 from trimlingual.recipe import (
     BuiltinSource,
     Covost2Source,
@@ -37,7 +36,6 @@ from trimlingual.recipe import (
 
 MINI_DATA = Path(__file__).resolve().parent / "mini" / "data"
 MAX_REPORTED = 20  # problems spelled out in one error
-BAR_FROM = 200  # files; fewer are checked before a progress bar could be read
 
 
 @dataclass(frozen=True)
@@ -126,16 +124,16 @@ def read_source(source: Source, languages: Sequence[str], work_dir: Path) -> lis
 def _verify(rows: _Rows) -> list[Clip]:
     """Decode every file once, on all cores; what is wrong is added to the rows' problems."""
     paths = list(dict.fromkeys(row.audio for row in rows))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # libsndfile decodes outside the interpreter lock
-        results = track(
-            pool.map(inspect_audio, paths),
-            description="Checking audio",
-            total=len(paths),
-            console=Console(stderr=True),
-            transient=True,
-            disable=len(paths) <= BAR_FROM,
-        )
-        found = dict(zip(paths, results))
+    found: dict[Path, Any] = {}
+    # libsndfile decodes outside the interpreter lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("checking audio", len(paths)) as advance:
+        results = pool.map(inspect_audio, paths)
+        try:
+            for path, result in zip(paths, results):
+                found[path] = result
+                advance(1)
+        finally:
+            results.close()  # type: ignore[attr-defined]  # a generator; what has not begun is not waited for
     first: dict[str, str] = {}
     clips = []
     for position, row in enumerate(rows):
