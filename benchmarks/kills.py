@@ -169,7 +169,7 @@ def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 
 
 def make_reference(benchmark: Benchmark) -> None:
-    """The run that is left alone. If the time is up it goes on next time, which counts as well: it is nobody's kill."""
+    """The run that is left alone. If the time is up before it is done it starts from nothing next time."""
     if benchmark.reference is None:
         folder = benchmark.folder / "reference"
         shutil.rmtree(folder, ignore_errors=True)

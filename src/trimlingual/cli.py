@@ -278,9 +278,13 @@ def main() -> None:
     except interruptions.Interrupted as stop:
         say(f"stopped: {stop}; the same command goes on from here")
         sys.exit(stop.exit_code)
-    except (ValueError, OSError, RuntimeError) as error:
-        if interruptions.asked():  # another process of the run was quicker to go
+    except Exception as error:
+        if (
+            interruptions.asked()
+        ):  # another process of the run was quicker to go, or a library took the end for a failure
             sys.exit(interruptions.Interrupted().exit_code)
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            raise
         if os.environ.get("TRIMLINGUAL_DEBUG") or not str(error):
             raise
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
