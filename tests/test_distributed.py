@@ -14,9 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trimlingual import cli
 from trimlingual.artifacts import read_artifact
+from trimlingual.evaluate import read_result, read_translations
 from trimlingual.models import resolve_base
+from trimlingual.pipeline import compress
 from trimlingual.plan import read_plan
+from trimlingual.recipe import load_recipe
 
 from .test_pipeline import SMALL
 
@@ -46,6 +50,14 @@ def kill(launcher: subprocess.Popen) -> None:
 def run(words: list[str]) -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def failing(words: list[str]) -> str:
+    """Standard error of a run that must end by itself, and not well."""
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode != 0
+    assert not done.stdout
+    return done.stderr
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -143,3 +155,105 @@ def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
     after = (tmp_path / "two" / "rank" / "candidates.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in after][: len(before)] == before
     assert len({(r["round"], r["layer"]) for r in map(json.loads, after)}) == len(after)
+
+
+WHOLE = [
+    "task.target_languages=[de]", "model.dtype=float32", "decode.batch_size=2",
+    "finetune.learning_rate=1e-4", "recover.learning_rate=1e-4", "quantize.train.learning_rate=1e-4",
+    "rank.num_layers_to_remove=2", "rank.protected=[2,4,6,8]",
+    *(f"{section}.{setting}" for section in ("finetune", "recover", "quantize.train")
+      for setting in ("max_steps=3", "logging_steps=1")),
+]  # fmt: skip
+TRAINED = {"teacher": "finetune", "recovered": "recover", "quantized": "quantize.train"}
+
+
+def test_two_processes_compress_like_one(manifests, tmp_path):
+    """The whole recipe: same plan, distilled data and translations; losses of the same global batch up to the order of additions."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    batches = {size: [f"{section}.batch_size={size}" for section in TRAINED.values()] for size in (4, 2)}
+    settings = [*WHOLE, *manifests, "model.device=cpu"]
+    compress(load_recipe("mini", [*settings, *batches[4]]), one)
+    words = command(2, "compress", "mini", "--run-dir", str(two), *with_settings([*settings, *batches[2]]))
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()[-1:]) == 1
+    assert done.stdout.count('"report"') == 1
+    for stage in ("data", "pruned", "exported", "report"):
+        assert done.stderr.count(f"  {stage}: the main process works; the other 1 wait") == 1
+    assert read_plan(two / "rank").removals == read_plan(one / "rank").removals
+    for name in ("distilled.jsonl", "translations.jsonl"):
+        assert (two / "distilled" / name).read_bytes() == (one / "distilled" / name).read_bytes()
+    for model in load_recipe("mini", WHOLE).evaluate.models:
+        folders = [folder / "evaluations" / model for folder in (one, two)]
+        assert read_translations(folders[0], "de") == read_translations(folders[1], "de"), model
+        assert [read_result(folder)["speed"]["num_processes"] for folder in folders] == [1, 2]
+    for stage in TRAINED:
+        losses = [[entry["loss"] for entry in read_artifact(folder / stage).info["losses"]] for folder in (one, two)]
+        assert len(losses[0]) == 3
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
+
+
+def test_a_process_dies_and_one_goes_on_for_two(manifests, tmp_path):
+    """`kill -9` of the second process ends the run; a single one takes over what both have translated."""
+    settings = with_settings([*manifests, "decode.batch_size=1"])
+
+    def words(processes: int, name: str) -> list[str]:
+        return command(processes, "evaluate", "mini", "--run-dir", str(tmp_path / name), *settings)
+
+    launcher = start(words(2, "two"))
+    partial = tmp_path / "two" / "evaluations" / "base.partial" / "scratch" / "translated"
+    try:
+        deadline = time.monotonic() + 120
+        while not all((partial / f"{i}.jsonl").is_file() for i in (0, 1)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        second = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1")
+        second.kill()
+        assert launcher.wait(60) != 0
+    finally:
+        if launcher.poll() is None:
+            kill(launcher)
+    before = sum(len((partial / f"{i}.jsonl").read_text(encoding="utf-8").splitlines()) for i in (0, 1))
+    assert 2 <= before < 8, "too late to be killed in the middle"
+    run(words(1, "two"))
+    run(words(1, "one"))
+    one, two = (tmp_path / name / "evaluations" / "base" for name in ("one", "two"))
+    for language in ("de", "zh"):
+        assert read_translations(two, language) == read_translations(one, language)
+    assert read_result(two)["speed"]["num_processes"] == 2
+    assert not (two / "scratch").exists()
+
+
+def test_what_is_wrong_for_all_is_said_once(manifests, tmp_path):
+    """A wrong recipe is every process's error; a missing file only the main one's, while the others wait for it."""
+    said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path), "--set", "decode.batch_size=0"))
+    assert said.count("decode.batch_size") == 1
+    (tmp_path / "test.jsonl").write_text('{"audio": "gone.wav", "de": "x", "zh": "x"}\n', encoding="utf-8")
+    settings = with_settings([*manifests, f"data.test={{kind: manifest, path: '{tmp_path / 'test.jsonl'}'}}"])
+    said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path / "run"), *settings))
+    assert said.count("gone.wav") == 1
+
+
+def test_one_process_that_fails_alone_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("trimlingual.processes.GRACE_S", 0.0)
+
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended, match="1"):
+        cli._fail(ValueError("no such disk"))
+    assert capsys.readouterr().err == "error in process 1 of 2: no such disk\n"
+
+
+@pytest.mark.parametrize("words", [("compress", "mini", "--dry-run"), ("recipes",)])
+def test_what_takes_one_process_is_done_by_one(words, tmp_path):
+    done = subprocess.run(
+        command(2, *words), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mini in runs/mini") == 1

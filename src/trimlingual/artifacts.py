@@ -214,7 +214,7 @@ def produce(
     """
     folder = real_folder(Path(folder))
     partial = partial_of(folder)
-    wanted = fingerprint(stage, settings, inputs)
+    wanted = gather(fingerprint(stage, settings, inputs))[0]  # of several processes the main one decides
     assert wanted != UNREAD, stage  # only --dry-run leaves things unread
     settled = settle(folder)
     problems = [problem for problem in gather(_check(folder, stage, settings, inputs, force)) if problem]

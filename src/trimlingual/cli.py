@@ -7,15 +7,17 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimlingual import interruptions
+from trimlingual import interruptions, processes
+from trimlingual.processes import is_main_process, num_processes, process_index
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe, list_recipes, load_recipe
 
@@ -72,7 +74,8 @@ def compress(
     started = time.perf_counter()
     settings, folder = _load(recipe, run_dir, overrides)
     if dry_run:
-        _show_plan(settings, folder)
+        if _alone("--dry-run"):
+            _show_plan(settings, folder)
         return
     from trimlingual.pipeline import compress as run
     from trimlingual.report import result_table
@@ -192,6 +195,8 @@ def translate(
     """Translate audio files; one line of JSON each."""
     from trimlingual.translate import translate_files
 
+    if not _alone("translate"):
+        return
     settings = load_recipe(recipe)
     for line in translate_files(model, audio, to, settings, device):
         print(json.dumps(line, ensure_ascii=False))
@@ -273,19 +278,39 @@ def main() -> None:
         logging.ERROR
     )  # offers a kernel that has to be downloaded
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, results are told once
     try:
         app()
     except interruptions.Interrupted as stop:
         say(f"stopped: {stop}; the same command goes on from here")
-        sys.exit(stop.exit_code)
+        processes.end(stop.exit_code)
     except Exception as error:
-        if (
-            interruptions.asked()
-        ):  # another process of the run was quicker to go, or a library took the end for a failure
-            sys.exit(interruptions.Interrupted().exit_code)
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):
-            raise
-        if os.environ.get("TRIMLINGUAL_DEBUG") or not str(error):
-            raise
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Say what went wrong, in one line if the user can do something about it. Of several processes one speaks."""
+    try:
+        if interruptions.asked():  # another process was quicker to go, or a library took the end for a failure
+            raise interruptions.Interrupted
+        processes.let_main_process_fail_first()
+    except interruptions.Interrupted as stop:
+        processes.end(stop.exit_code)
+    who = "" if is_main_process() else f" in process {process_index()} of {num_processes()}"
+    if (
+        os.environ.get("TRIMLINGUAL_DEBUG")
+        or not isinstance(error, (ValueError, OSError, RuntimeError))
+        or not str(error)
+    ):
+        traceback.print_exception(error)
+    else:
+        Console(stderr=True).print(f"error{who}: {error}", markup=False, highlight=False, soft_wrap=True)
+    processes.end(1)
+
+
+def _alone(verb: str) -> bool:
+    """Whether this process is to do what one process does; says so where there are more."""
+    if is_main_process() and num_processes() > 1:
+        say(f"{verb}: the main process works; the other {num_processes() - 1} have nothing to do")
+    return is_main_process()

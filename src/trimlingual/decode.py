@@ -234,6 +234,8 @@ def translate_split(
     if known:
         say(f"  {label}: {len(known)} of {len(clips)} clips were translated by an earlier run")
     made = []
+    if num_processes() > 1:
+        label += f" (share of process {process_index() + 1} of {num_processes()})"
     with progress(label, sum(map(len, mine))) as advance:
         for batch in mine:
             with Stopwatch(device) as watch:

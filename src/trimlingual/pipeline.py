@@ -19,7 +19,7 @@ from typing import Any
 from trimlingual.artifacts import Artifact, ArtifactError, find_artifact, machine, produce, settle, write_text
 from trimlingual.fingerprint import HashCache, hash_file
 from trimlingual.ownership import ARTIFACT_FILE, WORK_FILE, read_record
-from trimlingual.processes import is_main_process
+from trimlingual.processes import gather, is_main_process
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe
 from trimlingual.steps import (
@@ -68,7 +68,7 @@ def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, An
         say(note)
     write_recipe(recipe, run_dir)
     for number, step in enumerate(steps, 1):
-        if step.status() == "done":
+        if gather(step.status())[0] == "done":  # of several processes the main one decides
             say(f"[{number}/{len(steps)}] {step.name}: already done")
             continue
         say(f"[{number}/{len(steps)}] {step.name}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 # One process may work for hours while the others wait. A process that dies is noticed by the launcher, which ends the rest.
 PATIENCE = timedelta(days=7)
+GRACE_S = 10.0  # what the main process, should it fail too, and then the launcher, have time to end the others in
 
 
 def num_processes() -> int:
@@ -38,6 +41,25 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * num_processes()
     _group().all_gather_object(values, value)
     return values
+
+
+def let_main_process_fail_first() -> None:
+    """For any other process that has failed, before it says why.
+
+    What is wrong for all of them (the recipe, a folder) the main process says, and the launcher ends the others during this wait.
+    Who comes out of it has failed alone.
+    """
+    if not is_main_process():
+        time.sleep(GRACE_S)
+
+
+def end(code: int) -> NoReturn:
+    """End the process. One of several ends without ado: tidying up could wait for others, and they for the launcher to see it dead."""
+    if num_processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _group() -> Any:

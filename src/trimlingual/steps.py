@@ -16,7 +16,8 @@ from trimlingual.data import load_splits, prepare_data
 from trimlingual.fingerprint import UNREAD, HashCache, differences, fingerprint
 from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.ownership import WORK_FILE, describe_work, partial_of, read_record
-from trimlingual.progress import LOG_FILE, log_to
+from trimlingual.processes import num_processes
+from trimlingual.progress import LOG_FILE, log_to, say
 from trimlingual.recipe import Recipe, TrainSettings
 from trimlingual.refs import Ref, base_ref, files_ref, model_ref, source_ref
 from trimlingual.sources import Clip
@@ -93,6 +94,8 @@ class Step:
 
         def work(partial: Path) -> dict[str, Any]:
             with log_to(partial / LOG_FILE):
+                if num_processes() > 1 and not self.everyone:
+                    say(f"  {self.name}: the main process works; the other {num_processes() - 1} wait")
                 return self.work(self.inputs, partial)
 
         return produce(
