@@ -12,7 +12,7 @@ from trimlingual import sources
 from trimlingual.artifacts import hash_file
 from trimlingual.audio import DataError
 from trimlingual.recipe import BuiltinSource, Covost2Source, FolderSource, HubSource, ManifestSource
-from trimlingual.sources import Clip, read_source, source_fingerprint
+from trimlingual.sources import COMMIT_FILE, Clip, read_source, source_fingerprint
 
 from .made_sources import hub, make_hub_set, make_manifest, write_manifest, write_wav
 
@@ -295,3 +295,13 @@ def test_hub_fingerprints(tmp_path):
     )  # its _fingerprint follows the content; a change may leave every size as it was
     state.write_text(state.read_text()[::-1])
     assert source_fingerprint(hub(tmp_path / "set", "dev")) != before
+
+
+def test_the_commit_of_a_hub_set_is_kept(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    loaded = make_hub_set(tmp_path, "d", 2).cast_column("audio", datasets.Audio(decode=False))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    loaded.info.download_checksums = {f"hf://datasets/someone/set@{commit}/data/dev.parquet": {"num_bytes": 1}}
+    monkeypatch.setattr(sources, "_load_hub_split", lambda source, split: loaded)
+    read_source(hub(tmp_path / "set", "dev"), ["de"], tmp_path / "work")
+    assert (tmp_path / "work" / COMMIT_FILE).read_text() == commit

@@ -21,7 +21,7 @@ from trimlingual.jsonl import read_jsonl, write_jsonl
 from trimlingual.processes import is_main_process
 from trimlingual.recipe import DataSettings, HubSource, Source, TaskSettings
 from trimlingual.records import checked
-from trimlingual.sources import Clip, absolute, read_source
+from trimlingual.sources import COMMIT_FILE, Clip, absolute, read_source
 
 SPLITS = ("train", "select", "test", "out_of_domain")
 MAX_NAMED = 5  # clips named in one line of an error
@@ -93,7 +93,8 @@ def prepare_data(
         role: {"num_clips": len(split.clips), "hours": round(split.hours, 4), "hash": split.hash}
         for role, split in splits.items()
     }
-    return {"splits": described, "num_too_long_dropped": num_too_long}
+    commits = {role: path.read_text() for role in sources if (path := out_dir / role / COMMIT_FILE).is_file()}
+    return {"splits": described, "num_too_long_dropped": num_too_long, "commits": commits}
 
 
 def _name_apart(sources: Mapping[str, Source], clips: dict[str, list[Clip]]) -> None:

@@ -35,6 +35,7 @@ from trimlingual.recipe import (
 )
 
 MINI_DATA = Path(__file__).resolve().parent / "mini" / "data"
+COMMIT_FILE = "commit.txt"  # beside the audio of a Hub set: the commit that it came from
 MAX_REPORTED = 20  # problems spelled out in one error
 
 
@@ -315,7 +316,10 @@ def _hub_rows(source: HubSource, languages: Sequence[str], work_dir: Path) -> _R
     folder = absolute(work_dir / "audio")
     folder.mkdir(parents=True, exist_ok=True)
     for split in source.splits:
-        for index, row in enumerate(_load_hub_split(source, split)):
+        loaded = _load_hub_split(source, split)
+        if commit := hub_set_commit(loaded):
+            (work_dir / COMMIT_FILE).write_text(commit, encoding="utf-8")
+        for index, row in enumerate(loaded):
             where, stem = f"{split}[{index}]", f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', split)}-{index}"
             audio = row[source.audio] or {}
             stored = Path(audio.get("path") or "")
@@ -328,6 +332,14 @@ def _hub_rows(source: HubSource, languages: Sequence[str], work_dir: Path) -> _R
             text = row[source.source] if source.source else None
             rows.add(where, path, texts, text, row[source.id] if source.id else stem)
     return rows
+
+
+def hub_set_commit(loaded: Any) -> str | None:
+    """The commit of the Hub's repository that a `datasets.Dataset` was read from; None for one from elsewhere."""
+    found = {
+        match[1] for name in loaded.info.download_checksums or () if (match := re.search(r"@([0-9a-f]{40})/", name))
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _write_once(folder: Path, stem: str, data: bytes) -> Path:
