@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trimlingual import artifacts
 from trimlingual.artifacts import (
     ARTIFACT_FILE,
     ArtifactError,
@@ -121,7 +122,7 @@ def test_another_programs_record_is_no_mark(tmp_path, record):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_file_or_a_lock_of_the_users_is_refused(tmp_path, force):
-    for name in ("a", "a.partial", ".a.lock"):
+    for name in ("a", "a.partial", ".a.lock", ".a.replaced"):
         (tmp_path / name).write_text("mine")
         with pytest.raises(ArtifactError, match=name):
             make(tmp_path / "a", force=force)
@@ -130,6 +131,30 @@ def test_a_file_or_a_lock_of_the_users_is_refused(tmp_path, force):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="is a file"):
         make(tmp_path / "file" / "a", force=force)
+
+
+def test_a_kill_while_removing_leaves_what_is_still_known_as_the_tools(tmp_path, monkeypatch):
+    def dies(folder):
+        for i in range(3):
+            (folder / f"checkpoint-{i}").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce(tmp_path / "a", "stage", {"x": 1}, {}, dies)
+    rmtree, removed = shutil.rmtree, []
+
+    def slow(path, **keywords):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        rmtree(path, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", slow)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "a", x=2, force=True)
+    assert len(list((tmp_path / "a.partial").iterdir())) == 3
+    assert make(tmp_path / "a", x=2, force=True).files == {"result.txt": 4}
 
 
 def test_an_empty_folder_is_used(tmp_path):
@@ -191,7 +216,7 @@ def test_a_kill_while_replacing_loses_neither(tmp_path, monkeypatch, dying_call)
     with monkeypatch.context() as patch:
         folders = ("a", "a.partial", ".a.replaced")
         patch.setattr(os, "replace", dying(os.replace, lambda arguments: arguments[0].name in folders))
-        patch.setattr(shutil, "rmtree", dying(shutil.rmtree, lambda arguments: arguments[0].name in folders))
+        patch.setattr(artifacts, "remove", dying(artifacts.remove, lambda arguments: True))
         if dying_call < 3:
             with pytest.raises(KeyboardInterrupt):
                 make(tmp_path / "a", x=2, force=True)

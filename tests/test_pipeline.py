@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import trimlingual
+from trimlingual import pipeline
 from trimlingual.artifacts import ArtifactError, read_artifact
 from trimlingual.evaluate import read_translations
 from trimlingual.lineage import LeakError, read_lineage
-from trimlingual.pipeline import compress, plan, run_stage
+from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.recipe import Recipe, load_recipe
 
 # A run that goes through every stage in well under a minute: few clips, few small steps, two layers. The steps are small so that
@@ -127,6 +133,114 @@ def test_hand_written_plan_through_the_verb(recipe, run_dir, tmp_path):
     artifact = run_stage(recipe, run_dir, "pruned", replaced={"plan": path}, out=tmp_path / "out")
     assert artifact.info["removed"]["decoder"] == [2, 7]
     assert read_artifact(tmp_path / "out").info["proof"]["reload_equal"]
+
+
+def test_what_cannot_change_a_result_leaves_everything_done(recipe, run_dir, manifests, tmp_path):
+    """Another number of workers, another device's name, the base model in another folder."""
+    base = shutil.copytree(Path(trimlingual.__file__).parent / "mini" / "model", tmp_path / "moved")
+    changed = load_recipe(
+        "mini",
+        [
+            *SMALL, *manifests, f"model.base={base}", "model.device=cpu", "decode.batch_size=3", "finetune.num_workers=2",
+            "finetune.save_steps=1", "recover.logging_steps=1", "quantize.train.report_to=[tensorboard]",
+        ],
+    )  # fmt: skip
+    assert {step.name: step.status() for step in plan(changed, run_dir)} == {
+        step.name: "done" for step in plan(recipe, run_dir)
+    }
+
+
+def stand_in(folder: Path, *names: str) -> dict[Path, str]:
+    """A user's own files where a run would write."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"the user's {name}")
+    return {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_run_beside_the_users_files_is_refused_whole_before_anything_runs(recipe, tmp_path, force):
+    names = (
+        "data/recording.wav",
+        "exported.partial/notes.txt",
+        "evaluations/teacher/notes.txt",
+        "recipe.json",
+        ".rank.lock",
+    )
+    before = stand_in(tmp_path, *names)
+    with pytest.raises(ArtifactError) as caught:
+        compress(recipe, tmp_path, force=force)
+    for said in (
+        "data was not",
+        "exported.partial was not",
+        "teacher was not",
+        "recipe.json was not",
+        ".rank.lock was not",
+    ):
+        assert said in str(caught.value)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_recipe_of_the_users_in_the_run_folder_is_kept(recipe, tmp_path, run_dir):
+    ours = (run_dir / "recipe.json").read_text()
+    steps = plan(recipe, tmp_path)
+    for text, allowed in ((ours, True), (ours.replace('"seed": 0', '"seed": 7'), False), ("name: mine", False)):
+        (tmp_path / "recipe.json").write_text(text)
+        assert (not blocked(steps, recipe, tmp_path)) == allowed
+    assert not blocked(plan(recipe, run_dir), load_recipe("mini", ["seed=3"]), run_dir)  # beside what the tool made
+
+
+@pytest.mark.parametrize("out", ["mine", "."])
+def test_a_verb_is_refused_before_it_prepares_data(recipe, run_dir, tmp_path, out):
+    before = stand_in(tmp_path, "mine/thesis.txt")
+    with contextlib.chdir(tmp_path), pytest.raises(ArtifactError, match=r"not made by this tool|runs in"):
+        run_stage(recipe, tmp_path / "r", "teacher", out=Path(out), force=True)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_report_is_the_tools_own_or_it_is_not_replaced(recipe, run_dir, tmp_path):
+    before = stand_in(tmp_path, "mine/thesis.txt")
+    with pytest.raises(ArtifactError, match="not made by this tool"):
+        write_report(run_dir, tmp_path / "mine")
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(ArtifactError, match="stage 'teacher' made"):
+        write_report(run_dir, run_dir / "teacher")
+    for _ in range(2):
+        assert len(write_report(run_dir, tmp_path / "report")["models"]) == 5
+    write_report(run_dir)
+    assert {step.status() for step in plan(recipe, run_dir)} == {"done"}
+
+
+def test_other_versions_of_libraries_are_said_and_nothing_is_stale(recipe, run_dir, monkeypatch):
+    steps = plan(recipe, run_dir)
+    assert version_notes(steps) == []
+    now = pipeline.machine()
+    now["versions"]["transformers"] = "6.0"
+    monkeypatch.setattr(pipeline, "machine", lambda: now)
+    (line,) = version_notes(steps)
+    assert "-> 6.0" in line
+    assert "teacher" in line
+    assert {step.status() for step in steps} == {"done"}
+
+
+def test_unfinished_work_of_other_settings_is_named_and_kept(recipe, run_dir, manifests, tmp_path):
+    shutil.copytree(run_dir / "data", tmp_path / "data")
+    (tmp_path / "recipe.json").write_text((run_dir / "recipe.json").read_text())
+    teacher = next(step for step in plan(recipe, tmp_path) if step.name == "teacher")
+
+    def dies(inputs, folder):
+        (folder / "scratch" / "checkpoint-3").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(teacher, work=dies).run()
+    assert next(step for step in plan(recipe, tmp_path) if step.name == "teacher").status() == "unfinished"
+    changed = load_recipe("mini", [*SMALL, *manifests, "finetune.batch_size=2"])
+    with pytest.raises(
+        ArtifactError, match=r"teacher: unfinished: a checkpoint after step 3, .*train\.batch_size: 4 -> 2"
+    ):
+        compress(changed, tmp_path)
+    assert (tmp_path / "teacher.partial" / "scratch" / "checkpoint-3").is_dir()
 
 
 # Where each stage is killed: the file that shows it is in the middle of its work.
@@ -242,6 +356,23 @@ def test_dry_run_shows_stages_status_and_estimates(run_dir, manifests):
     assert "done" in rows["teacher"]
     assert "stale" in rows["rank"]
     assert "MB" in rows["quantized"]
+
+
+def test_dry_run_reads_nothing_and_names_what_is_the_users(run_dir, manifests, tmp_path):
+    stand_in(tmp_path / "run", "data/recording.wav")
+    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--dry-run", "--run-dir"]
+    overrides = [argument for override in [*SMALL, *manifests] for argument in ("--set", override)]
+    environment = {**os.environ, "COLUMNS": "250", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    shown = subprocess.run(
+        [*command, str(tmp_path / "run"), *overrides], capture_output=True, text=True, env=environment
+    )
+    assert "blocked" in shown.stdout
+    assert "data was not made by this tool and is not empty (it holds recording.wav)" in shown.stderr
+    shown = subprocess.run([*command, str(run_dir), *overrides], capture_output=True, text=True, env=environment)
+    rows = {line.split("│")[1].strip(): line for line in shown.stdout.splitlines() if line.count("│") > 3}
+    assert "unknown" in rows["teacher"]
+    assert re.search(r"not read by a dry run, so not compared: \d+ files, 0\.\d\d GB", shown.stderr)
+    assert not list((tmp_path / "cache").rglob("*.json"))
 
 
 def test_errors_are_one_message_without_traceback(tmp_path):

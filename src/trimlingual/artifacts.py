@@ -33,6 +33,7 @@ from trimlingual.ownership import (
     partial_of,
     read_record,
     real_folder,
+    remove,
     tool_files,
     why_not_ours,
 )
@@ -268,7 +269,7 @@ def unfinished_changes(folder: Path, stage: str, settings: Mapping[str, Any], in
     if earlier is None or earlier["fingerprint"] == (wanted := fingerprint(stage, settings, inputs)):
         return []
     known = differences(earlier, settings, inputs, stage) if "decisive" in earlier else []
-    return known if wanted == UNREAD else known or ["made with other settings"]
+    return known if wanted == UNREAD else known or ["made with other settings, or by an earlier version"]
 
 
 def _check(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], force: bool) -> str:
@@ -334,7 +335,7 @@ def settle(folder: Path) -> bool:
             elif is_finished(aside) and not folder.exists():
                 os.replace(aside, folder)
             if is_finished(aside) and is_finished(folder):
-                shutil.rmtree(aside)
+                remove(aside)
     return any(gather(waiting))
 
 
@@ -343,14 +344,14 @@ def _finish(partial: Path, folder: Path) -> None:
     (partial / WORK_FILE).unlink(missing_ok=True)
     aside = aside_of(folder)
     if is_finished(aside):  # put aside by a run that was killed, and no longer needed
-        shutil.rmtree(aside)
+        remove(aside)
     if is_finished(folder):
         os.replace(folder, aside)
     elif folder.is_dir():
         folder.rmdir()  # empty
     os.replace(partial, folder)
     if is_finished(aside):
-        shutil.rmtree(aside)
+        remove(aside)
 
 
 def _prepare(partial: Path, wanted: str, record: Mapping[str, Any]) -> None:
@@ -361,7 +362,7 @@ def _prepare(partial: Path, wanted: str, record: Mapping[str, Any]) -> None:
         created = earlier.get("created", created)
     else:
         if earlier is not None:
-            shutil.rmtree(partial)
+            remove(partial)
         partial.mkdir(parents=True, exist_ok=True)
     at_work = {"process": os.getpid(), "host": platform.node()}
     write_json(partial / WORK_FILE, {**record, "fingerprint": wanted, "created": created, "format": FORMAT, **at_work})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import calendar
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def is_finished(folder: Path) -> bool:
     return record is not None and "stage" in record
 
 
+def remove(folder: Path) -> None:
+    """Remove one of the tool's folders, its mark last: what is left by a kill is still known as the tool's."""
+    marks = [folder / name for name in (ARTIFACT_FILE, WORK_FILE)]
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path not in marks:
+            path.unlink()
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def tool_files(folder: Path) -> dict[str, int]:
     """Every file below `folder` with its size in bytes, but for the tool's own records: what the tool made."""
     files = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in _files(folder)}
@@ -73,8 +87,13 @@ def why_not_ours(folder: Path, *, replaces: bool) -> str:
     if not above.is_dir():
         return f"{above} is a file, so {folder} cannot be made; move it away or choose another folder"
     partial, lock = partial_of(folder), lock_of(folder)
-    if problem := _why_not_writable(folder, ARTIFACT_FILE) or _why_not_writable(partial, WORK_FILE, ARTIFACT_FILE):
-        return problem
+    for path, marks in (
+        (folder, (ARTIFACT_FILE,)),
+        (partial, (WORK_FILE, ARTIFACT_FILE)),
+        (aside_of(folder), (ARTIFACT_FILE,)),
+    ):
+        if problem := _why_not_writable(path, *marks):
+            return problem
     if lock.exists() and (not lock.is_file() or lock.stat().st_size):  # ours are empty
         return f"{lock} was not made by this tool, which needs that name; move it away or choose another folder"
     return _why_kept(folder) if replaces else ""

@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--espeak-root", help="folder with libespeak-ng.so and espeak-ng-data; default: the system's")
     parser.add_argument("--flite-root", help="folder with libflite*.so; default: the system's")
     args = parser.parse_args()
+    if args.out.resolve() != DATA.resolve() and args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out} is not empty: name a folder that is to be made")
     engines = Engines(args.espeak_root, args.flite_root)
     sentences = split_sentences()
     total = 0
