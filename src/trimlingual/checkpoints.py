@@ -67,7 +67,8 @@ class Checkpoints(TrainerCallback):
             self._starts = came["starts"] + 1
         if came or self.resumed:
             lost = came.get("step", step) - step
-            again = f"{lost} steps since that checkpoint are done again" if lost > 0 else "no step was lost"
+            steps, are = ("steps", "are") if lost > 1 else ("step", "is")
+            again = f"{lost} {steps} since that checkpoint {are} done again" if lost > 0 else "no step was lost"
             say(f"  training goes on at step {step} of {total}; {again}")
         self._advance = self._stack.enter_context(progress("training, step", total, stops=False))
         self._advance(step, earlier=True)
