@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from trimlingual.bpe import Kept, VocabError, choose, read_bpe, trimmed_tokenizer
+from trimlingual.bpe import Kept, VocabError, choose, is_word, of_scripts, read_bpe, script, trimmed_tokenizer
 from trimlingual.mini.sentences import everyday
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -192,6 +192,78 @@ def test_filled_up_with_real_tokens_until_the_vocabulary_ends(real):
     small = tokenizer_of([("a", "b")])
     _, everything = trim(small, ["ab"], multiple=64)
     assert len(everything.ids) == 257
+
+
+def scripts(real, ids) -> Counter:
+    return Counter(script(real.id_to_token(id)) for id in ids)
+
+
+def test_a_budget_is_filled_with_the_scripts_that_were_counted(real, sentences):
+    """Half of the vocabulary is German and English. Few German sentences, and Latin tokens make up the rest, no Chinese one."""
+    texts, unseen = sentences["de"][:20], sentences["de"][1500:]
+    _, small = trim(real, texts)
+    trimmed, kept = trim(real, texts, max_tokens=2048, multiple=64)
+    assert len(kept.ids) == len(set(kept.ids)) == 2048
+    assert set(small.ids) < set(kept.ids)
+    added = scripts(real, set(kept.ids) - set(small.ids))
+    assert set(added) <= {"LATIN", "common"}
+    assert added["LATIN"] > 10 * added["common"]
+    assert not any([check(real, trimmed, kept, text) for text in sentences["zh"][:100]])
+    by_order = sorted({*small.ids, *sorted(json.loads(real.to_str())["model"]["vocab"].values())[:2048]})
+    plain = Kept(by_order, 0, 0, 0)
+    share = [check(real, trimmed, kept, text) for text in unseen]
+    without = [set(real.encode(text, add_special_tokens=False).ids) <= set(plain.ids) for text in unseen]
+    assert sum(share) > sum(without)
+
+
+def test_scripts_are_added_in_the_proportion_in_which_they_were_counted(real, sentences):
+    both = [*sentences["zh"][:60], *sentences["de"][:5]]
+    counts = Counter(id for text in both for id in real.encode(text, add_special_tokens=False).ids)
+    seen, order = scripts(real, counts), of_scripts(read_bpe(json.loads(real.to_str())), counts)
+    first = scripts(real, order[:600])
+    for name in ("CJK", "LATIN"):
+        assert first[name] / 600 == pytest.approx(seen[name] / seen.total(), abs=0.03)
+    han = [id for id in order if script(real.id_to_token(id)) == "CJK"]
+    words = [is_word(real.id_to_token(id)) for id in han]
+    assert han == [*sorted(han[: sum(words)]), *sorted(han[sum(words) :])]
+    assert words == sorted(words, reverse=True)
+
+
+def test_a_budget_beyond_the_scripts_is_filled_all_the_same(real, sentences):
+    num_han = scripts(real, range(real.get_vocab_size()))["CJK"]
+    _, kept = trim(real, sentences["zh"][:50], max_tokens=5120, multiple=64)
+    assert len(kept.ids) == 5120
+    assert scripts(real, kept.ids)["CJK"] == num_han
+    _, everything = trim(real, sentences["zh"][:50], max_tokens=64_000, multiple=64)
+    assert len(everything.ids) == real.get_vocab_size()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Ġgrößer", "LATIN"), ("grÃ¶ÃŁer", "LATIN"), ("çļĦ", "CJK"), ("Ġ(", "common"), ("123", "common"), ("çļ", None)],
+)
+def test_script_of_a_token(text, expected):
+    if text == "Ġgrößer":  # as a word, to be spelled in bytes
+        text = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" größer")[0][0]
+    assert script(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" Haus", True),
+        ("größer", True),
+        ("狗", True),
+        ("नमस्ते", True),
+        ("getElement", False),
+        ("(self", False),
+        ("DER", False),
+        (" ", False),
+    ],
+)
+def test_words_and_names_from_code(text, expected):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert is_word(byte_level.pre_tokenize_str(text)[0][0]) is expected
 
 
 def test_post_processor_is_renumbered(real):

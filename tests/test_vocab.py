@@ -131,6 +131,15 @@ def test_shards_and_what_is_beside_the_weights(make_model, processor, tmp_path):
     assert AutoProcessor.from_pretrained(cut).chat_template == processor.chat_template
 
 
+def test_max_tokens_is_the_number_of_rows(model_dir, tmp_path):
+    info = trim(
+        model_dir, tmp_path / "cut", texts=TEXTS[:1], settings=VocabSettings(max_tokens=416, pad_to_multiple=32)
+    )
+    assert info["rows"]["after"] == 416
+    assert load_model(tmp_path / "cut", "float32", CPU).lm_head.weight.shape[0] == 416
+    check_same_model(model_dir, tmp_path / "cut")
+
+
 def test_padding_rows_of_the_embedding_go(make_model, processor, tmp_path):
     model = make_model(layers=2)
     model.resize_token_embeddings(len(processor.tokenizer) + 40, mean_resizing=False)

@@ -10,13 +10,15 @@ other text is still spelled without loss, in more tokens.
 
 from __future__ import annotations
 
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 
 
 class VocabError(ValueError):
@@ -59,8 +61,7 @@ class Bpe:
 
 @dataclass(frozen=True)
 class Kept:
-    """Which tokens stay: `ids[new]` is the old id. `num_used` were counted, `num_on_the_way` close the merges, `num_filled` fill
-    up to the multiple."""
+    """Which tokens stay: `ids[new]` is the old id. `num_used` were counted, `num_on_the_way` close the merges, `num_filled` fill up."""
 
     ids: list[int]
     num_used: int
@@ -106,15 +107,22 @@ def choose(
 ) -> Kept:
     """The tokens to keep: bytes, added tokens, `required`, and those counted `min_count` times, closed under their merges.
 
-    With `max_tokens` the most frequent ones that fit. The number is then brought to the next `multiple` with further real tokens,
-    counted ones first, then by merge order; it stays below only when the vocabulary ends. Raises VocabError when what must stay
-    is more than `max_tokens`.
+    With `max_tokens` so many in all: the most frequent ones that fit, then tokens of the scripts that were counted (`of_scripts`).
+    Without, the number is brought to the next `multiple`. Either way the rest are real tokens, counted ones first, then by merge order;
+    it stays below only when the vocabulary ends. Raises VocabError when what must stay is more than `max_tokens`.
     """
     token_of = {old: token for token, old in bpe.ids.items()}
     kept: set[int] = set()
 
     def closure(old: int) -> set[int]:
         return {old, *(bpe.vocab[part] for part in bpe.merge_tree(token_of[old]) if part in bpe.vocab)} - kept
+
+    def fill(wanted: Iterable[int], target: int) -> None:
+        for old in wanted:
+            if len(kept) == target:
+                break
+            if old not in kept and len(kept) + len(more := closure(old)) <= target:
+                kept.update(more)
 
     for old in {*bpe.byte_ids(), *bpe.added.values(), *required}:
         kept |= closure(old)
@@ -124,19 +132,12 @@ def choose(
         )
     wanted = sorted((old for old in counts if old in token_of), key=lambda old: (-counts[old], old))
     used = [old for old in wanted if counts[old] >= min_count]
-    for old in used:
-        more = closure(old)
-        if max_tokens is None or len(kept) + len(more) <= max_tokens:
-            kept |= more
-    num_closed, target = len(kept), -(-len(kept) // multiple) * multiple
-    for old in [*wanted, *sorted(bpe.vocab.values())]:
-        if len(kept) == target:
-            break
-        if old in kept:
-            continue
-        more = closure(old)
-        if len(kept) + len(more) <= target:
-            kept |= more
+    fill(used, max_tokens or len(token_of))
+    num_closed = len(kept)
+    target = max_tokens or -(-num_closed // multiple) * multiple
+    fill(wanted, target)
+    fill(of_scripts(bpe, wanted), target)
+    fill(sorted(bpe.vocab.values()), target)
     # Tokens outside the BPE come last: that is where the library gives them ids when it loads them.
     inside = set(bpe.vocab.values())
     num_used = sum(old in kept for old in used)
@@ -146,6 +147,46 @@ def choose(
         num_on_the_way=num_closed - len({*used} & kept | {*bpe.byte_ids(), *bpe.added.values(), *required}),
         num_filled=len(kept) - num_closed,
     )
+
+
+def of_scripts(bpe: Bpe, counted: Iterable[int]) -> list[int]:
+    """Ids of all tokens of the scripts that `counted` ones are of, in an order to add them in.
+
+    Within a script words and their parts come first, names from program code after them. Both by merge order, that is by how common
+    they were when the vocabulary was learned. From script to script in the proportion in which they were counted (different tokens):
+    for Chinese text with a few Latin names mostly Han is added.
+    """
+    token_of = {old: token for token, old in bpe.vocab.items()}
+    script_of = {old: script(token) for old, token in token_of.items()}
+    shares = Counter(script_of.get(old) for old in counted)
+    del shares[None]
+    places: list[tuple[float, int]] = []
+    number: Counter[str | None] = Counter()
+    for old in sorted(script_of, key=lambda old: (not is_word(token_of[old]), old)):
+        if share := shares[name := script_of[old]]:
+            number[name] += 1
+            places.append((number[name] / share, old))
+    return [old for _, old in sorted(places)]
+
+
+_spell = decoders.ByteLevel()
+
+
+def script(token: str) -> str | None:
+    """The script or scripts of a token's letters, "common" without letters, None for a part of a character.
+
+    A script is the first word of its letters' Unicode names: LATIN, CJK, HIRAGANA.
+    """
+    text = _spell.decode([token])
+    if "\ufffd" in text:
+        return None
+    return " ".join(sorted({unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()})) or "common"
+
+
+def is_word(token: str) -> bool:
+    """Whether a token is a word or a part of one: letters (and marks on them), a space before, no capital but the first."""
+    text = _spell.decode([token]).removeprefix(" ")
+    return bool(text) and all(unicodedata.category(c)[0] in "LM" for c in text) and text[1:] == text[1:].lower()
 
 
 def trimmed_tokenizer(tokenizer: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

@@ -175,7 +175,8 @@ class VocabSettings(Section):
     )
     min_count: Annotated[int, Field(ge=1)] = Field(default=1, description="a token counted less often is not kept")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="keep the most frequent ones, so many in all"
+        default=None,
+        description="rows in all: the most frequent tokens, filled up with others of the scripts that were counted",
     )
     pad_to_multiple: Annotated[int, Field(ge=1)] = Field(
         default=64, description="rows are brought to a multiple of this with further real tokens"
