@@ -282,6 +282,15 @@ def test_a_replaced_clip_or_listing_makes_the_data_stale(tmp_path):
     assert prints(override)["data"] not in (before["data"], replaced["data"])
 
 
+def test_planning_reads_nothing_where_nothing_stands(tmp_path):
+    """So that what is wrong is said before 16 GB are downloaded or read."""
+    dry = HashCache(tmp_path / "cache", reading=False)
+    steps = plan(load_recipe("mini", ["model.base=someone/model"]), tmp_path / "run", dry)
+    assert {step.status() for step in steps} == {"missing"}
+    assert not dry.unread
+    assert not dry.absent
+
+
 # --- the Hub
 
 

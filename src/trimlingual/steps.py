@@ -59,7 +59,7 @@ class Step:
     @property
     def ref(self) -> Ref:
         """This step's output as another's input."""
-        return Ref(self.folder, self.fingerprint)
+        return Ref(self.folder, lambda: self.fingerprint)
 
     def problem(self, force: bool = False) -> str:
         """Why it may not be made here (something there is the user's), or nothing."""
