@@ -324,3 +324,33 @@ def test_drafts_that_are_never_right_are_left_out(model_dir, easy, task, decode_
             (c["layer"], c["score"]) for c in plan.candidates
         ]
         drafted.clear()
+
+
+@pytest.mark.parametrize("metric", ["chrfpp", "loss"])
+def test_the_unpruned_models_pass_goes_on_where_it_was_killed(
+    model_dir, split, task, decode_settings, tmp_path, monkeypatch, metric
+):
+    """Killed in its third part: the first two are not done again, and the record is as if never killed."""
+    settings = RankSettings(num_layers_to_remove=1, metric=metric)
+    straight = run(model_dir, split, task, decode_settings, settings, tmp_path / "straight")
+    monkeypatch.setattr(candidates, "CPU_BATCH", 2)
+    name = "_losses" if metric == "loss" else "_translate"
+    work, parts = getattr(candidates.Scorer, name), []
+
+    def dies(self, candidate, part, *rest):
+        if candidate is None:
+            parts.append(tuple(part))
+            if parts[2:] == [tuple(part)]:
+                raise KeyboardInterrupt
+        return work(self, candidate, part, *rest)
+
+    monkeypatch.setattr(candidates.Scorer, name, dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(model_dir, split, task, decode_settings, settings, tmp_path / "killed")
+    killed, before = len(parts), set(parts[:2])
+    resumed = run(model_dir, split, task, decode_settings, settings, tmp_path / "killed")
+    if metric == "loss":  # in two languages: a part is whole once both are there
+        before = {parts[0]}
+    assert not before & set(parts[killed:])
+    assert resumed.removals == straight.removals
+    assert resumed.baseline_scores == pytest.approx(straight.baseline_scores, abs=1e-6)

@@ -11,14 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from trimlingual.artifacts import append_jsonl, read_journal
 from trimlingual.bounds import best_possible, settled_counts
 from trimlingual.data import Split
-from trimlingual.decode import embed_prompt, encode_clips, greedy, max_new_tokens, split_on_oom
+from trimlingual.decode import CPU_BATCH, embed_prompt, encode_clips, greedy, max_new_tokens, split_on_oom
 from trimlingual.drafts import NO_DRAFT, Trace, losses, losses_without, trace, translate_without
 from trimlingual.layers import drop_layers_, without_layers
 from trimlingual.lineage import Lineage
@@ -280,15 +282,26 @@ class Scorer:
             for draft, row in zip(drafts, rows):
                 self._accepted += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, row)))
 
-    def parent_tally(self) -> Tally:
-        """The round's parent on all clips."""
+    def parent_tally(self, journal: Path | None = None) -> Tally:
+        """The round's parent on all clips. Parts go to `journal` as they are made, and those that stand there are not made again."""
         tally = Tally(self)
-        for block in self.blocks:
-            for language, metric in self.metrics.items():
-                if metric == "loss":
-                    tally.losses.setdefault(language, {}).update(self._losses(None, block, language))
-            if self.translated:
-                tally.add(self._translate(None, block))
+        known = {tuple(record["clips"]): record for record in (read_journal(journal) if journal else ())}
+        size = CPU_BATCH if self._stepper.decoder.device.type == "cpu" else len(self.select.clips)
+        for part in (block[start : start + size] for block in self.blocks for start in range(0, len(block), size)):
+            record = known.get(tuple(part))
+            if record is None:
+                by_loss = [language for language, metric in self.metrics.items() if metric == "loss"]
+                record = {
+                    "clips": list(part),
+                    "tokens": self._translate(None, part) if self.translated else {},
+                    "losses": {language: self._losses(None, part, language) for language in by_loss},
+                }
+                if journal:
+                    append_jsonl(journal, record)
+            for language, sums in record["losses"].items():
+                tally.losses.setdefault(language, {}).update({int(clip): tuple(pair) for clip, pair in sums.items()})
+            if record["tokens"]:
+                tally.add({int(clip): rows for clip, rows in record["tokens"].items()})
         return tally
 
     def group_size(self) -> int:

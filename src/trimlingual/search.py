@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import append_jsonl, read_journal
+from trimlingual.artifacts import SCRATCH, append_jsonl, read_journal
 from trimlingual.candidates import Candidate, Scorer, Tally
 from trimlingual.lineage import Lineage
 from trimlingual.metrics import SentenceStatistics, paired_bootstrap_difference
@@ -132,8 +132,11 @@ class Search:
         """The unpruned model's record; everybody goes on from the main process's translations."""
         key = _key(0, None, len(self.scorer.select.clips))
         if key not in self.known:
-            started = time.perf_counter()
-            record = _record(0, None, self.scorer.parent_tally(), True, started) if is_main_process() else None
+            started, record = time.perf_counter(), None
+            if is_main_process():
+                scratch = self.journal.parent / SCRATCH
+                scratch.mkdir(exist_ok=True)
+                record = _record(0, None, self.scorer.parent_tally(scratch / "unpruned.jsonl"), True, started)
             self._keep(gather(record)[0])
         return self.known[key]
 
