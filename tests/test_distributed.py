@@ -158,25 +158,37 @@ def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
 
 
 WHOLE = [
-    "task.target_languages=[de]", "model.dtype=float32", "decode.batch_size=2",
+    "task.target_languages=[de]", "model.dtype=float32", "decode.batch_size=2", "evaluate.models=[teacher, pruned, quantized]",
     "finetune.learning_rate=1e-4", "recover.learning_rate=1e-4", "quantize.train.learning_rate=1e-4",
     "rank.num_layers_to_remove=2", "rank.protected=[2,4,6,8]",
     *(f"{section}.{setting}" for section in ("finetune", "recover", "quantize.train")
-      for setting in ("max_steps=3", "logging_steps=1")),
+      for setting in ("max_steps=2", "logging_steps=1")),
 ]  # fmt: skip
 TRAINED = {"teacher": "finetune", "recovered": "recover", "quantized": "quantize.train"}
 
 
-def test_two_processes_compress_like_one(manifests, tmp_path):
+@pytest.fixture
+def few_clips(manifests, tmp_path) -> list[str]:
+    """The manifests with 8, 3 and 4 clips."""
+    overrides = []
+    for manifest, count in zip(manifests, (8, 3, 4), strict=True):
+        split, path = manifest.partition("=")[0], Path(manifest.split("'")[1])
+        lines = path.read_text(encoding="utf-8").split("\n")[:count]
+        (tmp_path / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        overrides.append(f"{split}={{kind: manifest, path: '{tmp_path / path.name}'}}")
+    return overrides
+
+
+@pytest.mark.slow
+def test_two_processes_compress_like_one(few_clips, tmp_path):
     """The whole recipe: same plan, distilled data and translations; losses of the same global batch up to the order of additions."""
     one, two = tmp_path / "one", tmp_path / "two"
     batches = {size: [f"{section}.batch_size={size}" for section in TRAINED.values()] for size in (4, 2)}
-    settings = [*WHOLE, *manifests, "model.device=cpu"]
+    settings = [*WHOLE, *few_clips, "model.device=cpu"]
     compress(load_recipe("mini", [*settings, *batches[4]]), one)
     words = command(2, "compress", "mini", "--run-dir", str(two), *with_settings([*settings, *batches[2]]))
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()[-1:]) == 1
     assert done.stdout.count('"report"') == 1
     for stage in ("data", "pruned", "exported", "report"):
         assert done.stderr.count(f"  {stage}: the main process works; the other 1 wait") == 1
@@ -189,7 +201,7 @@ def test_two_processes_compress_like_one(manifests, tmp_path):
         assert [read_result(folder)["speed"]["num_processes"] for folder in folders] == [1, 2]
     for stage in TRAINED:
         losses = [[entry["loss"] for entry in read_artifact(folder / stage).info["losses"]] for folder in (one, two)]
-        assert len(losses[0]) == 3
+        assert len(losses[0]) == 2
         assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
 
 
