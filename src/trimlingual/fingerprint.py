@@ -20,8 +20,11 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel
 
+from trimlingual.progress import say
+
 # Bump when a stage's output for equal settings changes meaning: old artefacts are then stale instead of silently mixed in.
 FORMAT = 2
+TELL_FROM = 2e9  # bytes whose reading takes long enough to be told
 UNREAD = "unread"  # stands for a content that --dry-run would have to read; whatever depends on it is unknown
 
 
@@ -165,6 +168,8 @@ class HashCache:
                 self._known.pop(folder, None)
                 found |= self._remembered(folder, present)  # another process may have read them meanwhile
                 left = [name for name in present if name not in found]
+                if (size := sum(present[name][0] for name in left)) > TELL_FROM:
+                    say(f"reading {len(left)} files in {folder}, {size / 1e9:.1f} GB, once to know them again")
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter lock
                     read = dict(zip(left, pool.map(lambda name: hash_file(folder / name), left)))
                 self._remember(folder, {name: [*present[name], value] for name, value in read.items()})
@@ -191,7 +196,7 @@ class HashCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             return FileLock(self._file(folder).with_suffix(".lock")).acquire()
-        except OSError:  # a home that cannot be written
+        except (OSError, NotImplementedError):  # a home that cannot be written, or a disk without locks
             return nullcontext()
 
     def named(self, name: str) -> str | None:
