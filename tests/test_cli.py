@@ -96,9 +96,10 @@ def test_translate_prints_one_json_line_a_file(tmp_path):
 
 
 def test_dry_run_of_a_hub_recipe_downloads_nothing(tmp_path):
-    """Without network or data: the stages are shown, and that there is no estimate."""
+    """Without network or data: the stages are shown, and what is missing."""
     done = run(app, ["compress", "qwen2-audio-en-de", "--dry-run", "--run-dir", str(tmp_path)], env={"COLUMNS": "200"})
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 1, done.output
+    assert "problem: data.out_of_domain: data/covost_v2.en_de.tsv does not exist" in done.output
     for stage in ("data", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported"):
         assert stage in done.stdout
     assert "missing" in done.stdout
@@ -109,6 +110,7 @@ def test_estimates_at_the_true_size(monkeypatch):
     from transformers import Qwen2AudioConfig
 
     from trimlingual import estimate
+    from trimlingual.estimate import gb
     from trimlingual.recipe import load_recipe
 
     text = {
@@ -119,22 +121,24 @@ def test_estimates_at_the_true_size(monkeypatch):
         "vocab_size": 156032,
     }
     text |= {"num_attention_heads": 32, "num_key_value_heads": 32}
-    monkeypatch.setattr(estimate, "_config", lambda recipe: Qwen2AudioConfig(text_config=text))
+    monkeypatch.setattr(estimate, "config_of", lambda recipe: Qwen2AudioConfig(text_config=text))
     rows = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora"))
     # Weights and gradients of 2 bytes, a byte more of each weight, two states of 1 and their scales.
-    assert rows["teacher"] == ("~16.79 GB", "~59.83 GB")
+    assert (gb(rows["teacher"].disk), rows["teacher"].memory_text) == ("~16.79 GB", "~59.83 GB")
+    assert gb(rows["teacher"].while_running / 2) == "~51.43 GB"
     # The same without what is more, but states of the token embedding of 4.
     bitsandbytes = load_recipe("qwen2-audio-en-de-qlora", ["finetune.optimizer=adamw_bnb_8bit"])
-    assert estimate.estimate(bitsandbytes)["teacher"] == ("~16.79 GB", "~54.22 GB")
+    assert estimate.estimate(bitsandbytes)["teacher"].memory_text == "~54.22 GB"
     # Weights, gradients and states in float32.
     divided = ["finetune.fsdp=true", "finetune.optimizer=adamw_torch_fused", "finetune.mixed_precision=bf16"]
     rows_divided = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", divided))
-    assert rows_divided["teacher"] == ("~16.79 GB", "~134.35 GB over all GPUs")
-    assert rows["quantized"][0] in ("~6.23 GB", "~6.24 GB", "~6.25 GB")
+    assert rows_divided["teacher"].memory_text == "~134.35 GB over all GPUs"
+    assert gb(rows_divided["teacher"].while_running / 2) == "~100.77 GB"
+    assert gb(rows["quantized"].disk) in ("~6.23 GB", "~6.24 GB", "~6.25 GB")
     small = ["quantize.scheme=int4", "quantize.eight_bit=[embeddings, lm_head]"]
     for when, teacher in (("before", "~15.02 GB"), ("after", "~16.79 GB")):
         rows = estimate.estimate(
             load_recipe("qwen2-audio-en-de", [*small, f"vocab={{max_tokens: 48000, when: {when}}}"])
         )
-        assert rows["exported"][0] == "~3.24 GB"  # 3,241,882,247 bytes in benchmarks/results/full_size_7b.json
-        assert rows["teacher"][0] == teacher
+        assert rows["exported"].disk_text == "~3.24 GB"  # 3,241,882,247 bytes in benchmarks/results/full_size_7b.json
+        assert gb(rows["teacher"].disk) == teacher

@@ -239,30 +239,31 @@ def _brief(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_plan(recipe: Recipe, run_dir: Path) -> None:
-    from trimlingual.estimate import estimate
+    from trimlingual.estimate import Estimate, disk_peak, gb
     from trimlingual.fingerprint import HashCache
     from trimlingual.pipeline import blocked, plan, reading_notes, version_notes
+    from trimlingual.preflight import check
 
     table = Table(
         "stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=f"{recipe.name} in {run_dir}"
     )
-    try:
-        guesses = estimate(recipe)
-    except OSError as error:  # not cached, no network
-        say(f"no estimates: the configuration of {recipe.model.base} could not be read ({str(error).splitlines()[0]})")
-        guesses = {}
     remembered = HashCache(reading=False)
     steps = plan(recipe, run_dir, remembered)
+    not_done = [step for step in steps if step.status() != "done"]
+    found = check(recipe, run_dir, not_done, blocked(steps, recipe, run_dir))
     for step in steps:
-        disk, memory = guesses.get(step.name, ("", ""))
-        status = step.status()
+        guess, status = found.estimates.get(step.name, Estimate()), step.status()
         changes = f" ({'; '.join(step.changes()[:2])})" if status == "stale" else ""
-        table.add_row(step.name, str(step.folder), status + changes, disk, memory)
+        table.add_row(step.name, str(step.folder), status + changes, guess.disk_text, guess.memory_text)
     out.print(table)
-    for problem in blocked(steps, recipe, run_dir):
-        say(f"blocked: {problem}")
-    for note in (*version_notes(steps), *reading_notes(remembered)):
-        say(note)
+    if peak := disk_peak(found.estimates, [step.name for step in not_done]):
+        say(f"disk: the run folder grows by {gb(peak)} at most (an estimate)")
+    for note in (*found.notes, *version_notes(steps), *reading_notes(remembered)):
+        say(f"note: {note}")
+    for problem in found.problems:
+        say(f"problem: {problem}")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def main() -> None:

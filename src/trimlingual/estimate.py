@@ -1,7 +1,10 @@
-"""Disk and memory a run will want, by arithmetic, for `compress --dry-run`. Estimates: marked so wherever they are shown."""
+"""Disk and memory a run will want, by arithmetic, for `compress --dry-run` and the check before a run. Estimates: marked so wherever
+they are shown."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
@@ -12,47 +15,100 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 SCALE_BYTES = 2  # of int4's groups and of 8-bit rows
 ADAM_STATES = 2
+CHECKPOINTS = 2  # so that one is whole while the other is written
 
 
-def estimate(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """(disk, memory) as text by stage name. Memory counts weights, gradients and optimiser states, not activations."""
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a stage wants. Memory counts weights, gradients and optimiser states, not activations."""
+
+    disk: float = 0  # what stays
+    memory: float = 0  # 0: not estimated
+    while_running: float = 0  # on disk beside it until it ends: two checkpoints
+    temporary: float = 0  # in the temporary folder
+    divided: bool = False  # memory is that of all GPUs together
+
+    @property
+    def disk_text(self) -> str:
+        """`~16.79 GB + ~102.84 GB while it runs`."""
+        more = self.while_running + self.temporary
+        return " + ".join([gb(self.disk)] * bool(self.disk) + [f"{gb(more)} while it runs"] * bool(more))
+
+    @property
+    def memory_text(self) -> str:
+        """`~134.35 GB over all GPUs`."""
+        return gb(self.memory) + " over all GPUs" * self.divided if self.memory else ""
+
+
+def disk_peak(estimates: Mapping[str, Estimate], stages: Sequence[str]) -> float:
+    """The most that the run folder grows by while `stages` are made in this order."""
+    peak = standing = 0.0
+    for one in (estimates.get(stage, Estimate()) for stage in stages):
+        peak = max(peak, standing + one.disk + one.while_running)
+        standing += one.disk
+    return peak
+
+
+def estimate(recipe: Recipe) -> dict[str, Estimate]:
+    """What each stage wants, by its name; stages that want little are left out. Needs the base model's configuration."""
     sizes = part_sizes(recipe)
     trimmed = _trimmed(sizes, recipe)
     if recipe.vocab and recipe.vocab.when == "before":
         sizes = trimmed
-    full, table = sum(sizes.values()), sizes["embeddings"]
+    full = sum(sizes.values())
     layers = sizes["decoder"] + sizes["decoder_other"]
-    count = _num_decoder_layers(recipe)
     removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" else 0
-    pruned = full - layers * removed // count
+    gone = removed / num_decoder_layers(recipe)
+    pruned = full - round(layers * gone)
     held, stored = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
-    rows = {
-        "trimmed": (gb(sum(trimmed.values()) * stored), ""),
-        "rank": ("", gb(full * held)),
-        "distilled": ("", gb(full * held)),
-    }
+    rows = {"distilled": Estimate(memory=full * held), "pruned": Estimate(pruned * stored, 2 * pruned * held)}
+    if recipe.vocab:
+        rows["trimmed"] = Estimate(sum(trimmed.values()) * stored)
+    if recipe.rank:
+        each_round = recipe.rank.finetune_each_round
+        trained = _training(sizes, 0, held, stored, each_round) if each_round else Estimate()
+        rows["rank"] = Estimate(memory=max(full * held, trained.memory), while_running=trained.while_running)
     if recipe.finetune:
-        rows["teacher"] = (gb(full * stored), _training_memory(full, table, held, recipe.finetune))
-    rows["pruned"] = (gb(pruned * stored), gb(2 * pruned * held))
+        rows["teacher"] = _training(sizes, 0, held, stored, recipe.finetune)
     if recipe.recover:
-        rows["recovered"] = (gb(pruned * stored), _training_memory(pruned, table, held, recipe.recover))
+        rows["recovered"] = _training(sizes, gone, held, stored, recipe.recover)
+    shipped, left = pruned * stored, (pruned - full + sum(trimmed.values())) * stored
     if recipe.quantize:
-        size = full if recipe.quantize.start in ("base", "teacher") else pruned
-        gone = 0 if size == full else removed
-        disk = _quantized_bytes(sizes, recipe.quantize, stored, gone / count)
-        trained = recipe.quantize.model_copy(
-            update={"scheme": "nf4", "eight_bit": []}
-        )  # what the adapter is trained on
-        memory = _quantized_bytes(sizes, trained, held, gone / count)
-        memory += _adapter_bytes(sizes, recipe.quantize, gone / count)
-        rows["quantized"] = rows["exported"] = (gb(disk), gb(memory))
-        left = _quantized_bytes(trimmed, recipe.quantize, stored, gone / count)
-    else:
-        rows["exported"] = (gb(pruned * stored), "")
-        left = (pruned - full + sum(trimmed.values())) * stored
+        at_start = 0 if recipe.quantize.start in ("base", "teacher") else gone
+        rows["quantized"] = _quantization(recipe, sizes, at_start, held, stored)
+        shipped, left = rows["quantized"].disk, _quantized_bytes(trimmed, recipe.quantize, stored, at_start)
     if recipe.vocab and recipe.vocab.when == "after":
-        rows["trimmed"] = rows["exported"] = (gb(left), "")
+        rows["trimmed"], shipped = Estimate(left), left
+    rows["exported"] = Estimate(shipped)
     return rows
+
+
+def _training(sizes: dict[str, int], gone: float, held: int, stored: int, train: TrainSettings) -> Estimate:
+    """A training section's stage, of a model that `gone` of the decoder's layers have left."""
+    num = sum(sizes.values()) - round((sizes["decoder"] + sizes["decoder_other"]) * gone)
+    table = sizes["embeddings"]
+    if train.fsdp and train.mixed_precision != "no":
+        held = BYTES["float32"]  # mixed precision computes in fewer bits, the weights stay whole
+    checkpoint = _checkpoint_bytes(num, table, held, train)
+    if train.method == "lora":
+        checkpoint = _adapter_num(sizes, train, gone) * BYTES["float32"] * (1 + ADAM_STATES)
+    memory = _training_bytes(num, table, held, train)
+    return Estimate(num * stored, memory, CHECKPOINTS * checkpoint, divided=train.fsdp)
+
+
+def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, held: int, stored: int) -> Estimate:
+    settings = recipe.quantize
+    assert settings is not None
+    trained = settings.model_copy(update={"scheme": "nf4", "eight_bit": []})  # what the adapter is trained on
+    adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
+    memory = _quantized_bytes(sizes, trained, held, gone) + adapter * (2 + ADAM_STATES)
+    drawn = settings.start == "base" and recipe.model.base.startswith("random:")  # written to be read as 4-bit
+    return Estimate(
+        _quantized_bytes(sizes, settings, stored, gone),
+        memory,
+        CHECKPOINTS * adapter * (1 + ADAM_STATES),
+        BYTES["bfloat16"] * sum(sizes.values()) if drawn else 0,
+    )
 
 
 def part_sizes(recipe: Recipe) -> dict[str, int]:
@@ -68,7 +124,7 @@ def part_sizes(recipe: Recipe) -> dict[str, int]:
     from trimlingual.models import PARTS, layer_list, part_of, text_decoder
 
     with torch.device("meta"):
-        model = Qwen2AudioForConditionalGeneration(_config(recipe))
+        model = Qwen2AudioForConditionalGeneration(config_of(recipe))
     sizes = dict.fromkeys(PARTS, 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -78,11 +134,12 @@ def part_sizes(recipe: Recipe) -> dict[str, int]:
     return sizes | {"other": sum(p.numel() for p in model.parameters()) - sum(sizes.values())}
 
 
-def _num_decoder_layers(recipe: Recipe) -> int:
-    return _config(recipe).text_config.num_hidden_layers
+def num_decoder_layers(recipe: Recipe) -> int:
+    """Layers of the base model's decoder."""
+    return config_of(recipe).text_config.num_hidden_layers
 
 
-def _config(recipe: Recipe) -> Any:
+def config_of(recipe: Recipe) -> Any:
     """The base model's configuration; of one on the Hub only that file is fetched."""
     from transformers import AutoConfig
 
@@ -90,16 +147,18 @@ def _config(recipe: Recipe) -> Any:
 
     base = recipe.model.base
     if is_on_hub(base):
-        return AutoConfig.from_pretrained(base, revision=recipe.model.revision)
+        try:
+            return AutoConfig.from_pretrained(base, revision=recipe.model.revision, local_files_only=True)
+        except OSError:
+            return AutoConfig.from_pretrained(base, revision=recipe.model.revision)
     return AutoConfig.from_pretrained(resolve_base(base))
 
 
-def _training_memory(num: int, table: int, held: int, train: TrainSettings) -> str:
-    """As text. Under FSDP that of all GPUs together, with float32 weights where mixed precision computes in fewer bits."""
-    if not train.fsdp:
-        return gb(_training_bytes(num, table, held, train))
-    held = held if train.mixed_precision == "no" else BYTES["float32"]
-    return gb(_training_bytes(num, table, held, train)) + " over all GPUs"
+def _checkpoint_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:
+    """Weights and two Adam states; FlashOptim stores the byte more of each weight as two."""
+    if train.optimizer == FLASH_ADAMW:
+        return num * (held + 2 + ADAM_STATES * (1 + 2 / 32))
+    return _training_bytes(num, table, held, train) - num * held  # no gradients
 
 
 def _training_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:
@@ -121,7 +180,7 @@ def _trimmed(sizes: dict[str, int], recipe: Recipe) -> dict[str, int]:
     """Sizes with the vocabulary's rows that the recipe leaves; as they are where only counting will tell how many."""
     if not recipe.vocab or recipe.vocab.max_tokens is None:
         return sizes
-    share = min(1.0, recipe.vocab.max_tokens / _config(recipe).text_config.vocab_size)
+    share = min(1.0, recipe.vocab.max_tokens / config_of(recipe).text_config.vocab_size)
     return sizes | {part: round(sizes[part] * share) for part in ("embeddings", "lm_head")}
 
 
@@ -135,10 +194,9 @@ def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored: 
     return sum(number * left[part] * each[part] for part, number in sizes.items())
 
 
-def _adapter_bytes(sizes: dict[str, int], settings: QuantizeSettings, gone: float) -> float:
-    """Adapter in float32 with gradient and two Adam states; about 2.5 % of the weights at r = 64 (the paper: 2.41 %)."""
-    adapted = 0.025 * settings.train.lora.r / 64 * (sizes["decoder"] * (1 - gone) + sizes["audio_tower"])
-    return adapted * 4 * (2 + ADAM_STATES)
+def _adapter_num(sizes: dict[str, int], train: TrainSettings, gone: float) -> float:
+    """Weights of an adapter, which are float32: about 2.5 % of the model's at r = 64 (the paper: 2.41 %)."""
+    return 0.025 * train.lora.r / 64 * (sizes["decoder"] * (1 - gone) + sizes["audio_tower"])
 
 
 def gb(num_bytes: Any) -> str:

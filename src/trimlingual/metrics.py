@@ -250,6 +250,24 @@ def _scorer(metric: str, language: str) -> Any:
         ) from error
 
 
+def bleu_problem(language: str) -> str | None:
+    """What stops BLEU from being computed in a language: its tokenizer is not installed."""
+    try:
+        _scorer("bleu", language)
+    except MetricError as error:
+        return str(error)
+    return None
+
+
+def comet_problem() -> str | None:
+    """What stops COMET: its command is not found."""
+    try:
+        _comet_command(None)
+    except MetricError as error:
+        return str(error)
+    return None
+
+
 def _check_metric(metric: str) -> None:
     if metric not in METRICS:
         raise MetricError(f"metric {metric!r} is unknown; choose one of {', '.join(METRICS)}")

@@ -51,10 +51,10 @@ def is_on_hub(base: str) -> bool:
     return not (base.startswith((BUILTIN, RANDOM, ".", "/", "~")) or Path(base).is_dir())
 
 
-def resolve_base(base: str, revision: str | None = None, download: bool = True) -> Path:
+def resolve_base(base: str, revision: str | None = None, download: bool = True, weights: bool = True) -> Path:
     """Folder of a base model: `builtin:mini`, `random:...` (weights drawn when loaded), a local folder, or a Hub id.
 
-    One from the Hub is downloaded, unless `download` is false: then ModelError if it is not there.
+    One from the Hub is downloaded (all but the weights, if `weights` is false); ModelError if it is not there and `download` is false.
     """
     if base.startswith(RANDOM):
         try:
@@ -74,7 +74,7 @@ def resolve_base(base: str, revision: str | None = None, download: bool = True) 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, local_files_only=not download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

@@ -19,6 +19,7 @@ from typing import Any
 from trimlingual.artifacts import Artifact, ArtifactError, find_artifact, machine, produce, settle, write_text
 from trimlingual.fingerprint import HashCache, hash_file
 from trimlingual.ownership import ARTIFACT_FILE, WORK_FILE, read_record
+from trimlingual.preflight import Findings, check
 from trimlingual.processes import gather, is_main_process
 from trimlingual.progress import say
 from trimlingual.recipe import Recipe
@@ -53,7 +54,8 @@ def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, An
     So it does, with `force` too, when something of the user's stands where a stage would write.
     """
     steps = plan(recipe, run_dir)
-    _refuse(blocked(steps, recipe, run_dir))
+    not_done = [step for step in steps if step.status() != "done"]
+    check(recipe, run_dir, not_done, blocked(steps, recipe, run_dir)).refuse()
     for step in steps:
         settle(step.folder)
     stale = [step for step in steps if step.status() == "stale"]
@@ -104,8 +106,10 @@ def run_stage(
                 raise ArtifactError(f"{folder} does not exist (given as the {role} of stage {name!r})")
             inputs[role] = model_ref(folder) if folder.is_dir() else Ref(folder, hash_file(folder)[:16])
     step = replace(step, inputs=inputs, folder=out or step.folder)
-    _refuse([problem for problem in (step.problem(force),) if problem])
     makers = {other.folder: other for other in steps.values()}
+    read = [maker for ref in inputs.values() if (maker := makers.get(ref.path)) and maker.name == "data"]
+    not_done = [each for each in (*read, step) if each.status() != "done"]
+    check(recipe, run_dir, not_done, [problem for problem in (step.problem(force),) if problem]).refuse()
     for role, ref in list(inputs.items()):
         maker = makers.get(ref.path) if ref.path else None
         if maker is None or maker.status() == "done":
@@ -114,7 +118,7 @@ def run_stage(
             say(f"{maker.name!r} is {maker.status()}: {name!r} goes without it")
             del inputs[role]
         elif maker.name == "data":
-            _refuse(blocked([maker], recipe, run_dir))
+            Findings(blocked([maker], recipe, run_dir)).refuse()
             write_recipe(recipe, run_dir)
             maker.run(force=force)
         else:
@@ -199,13 +203,6 @@ def blocked(steps: Sequence[Step], recipe: Recipe, run_dir: Path) -> list[str]:
             f"{path} was not written by this tool, which needs that name; move it away or choose another --run-dir"
         )
     return [problem for problem in dict.fromkeys(problems) if problem]
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if len(problems) == 1:
-        raise ArtifactError(problems[0])
-    if problems:
-        raise ArtifactError("\n".join(["nothing was run, because", *(f"  {problem}" for problem in problems)]))
 
 
 def _is_own_recipe(path: Path, recipe: Recipe) -> bool:

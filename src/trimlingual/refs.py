@@ -105,6 +105,56 @@ class HubRef(Ref):
         return resolve_base(self.name, self.revision)
 
 
+@dataclass(frozen=True)
+class HubProcessorRef(HubRef):
+    """The processor of a base model on the Hub, for which no weights are fetched."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files that say what the model hears."""
+        key, here = f"hub-processor:{self.name}@{self.revision}", self._here()
+        if here is None and (content := self.remembered.named(key)):
+            return content
+        if here is None and not self.remembered.reading:
+            self.remembered.absent.append(f"the processor of {self.name}")
+            return UNREAD
+        content = hash_files(_window_files(here or self._download()), self.remembered)
+        if content != UNREAD:
+            self.remembered.remember_named(key, content)
+        return content
+
+    @property
+    def folder(self) -> Path:
+        """The folder, with the processor's files in it and perhaps no others."""
+        return self._here() or self._download()
+
+    def _here(self) -> Path | None:
+        from trimlingual.models import ModelError, resolve_base
+
+        try:
+            folder = resolve_base(self.name, self.revision, download=False, weights=False)
+        except ModelError:
+            return None
+        return folder if _window_files(folder) else None
+
+    def _download(self) -> Path:
+        from trimlingual.models import resolve_base
+
+        return resolve_base(self.name, self.revision, weights=False)
+
+
+def _window_files(folder: Path) -> list[Path]:
+    """What says how long a clip the model hears whole."""
+    return [path for name in ("preprocessor_config.json", "processor_config.json") if (path := folder / name).is_file()]
+
+
+def processor_ref(base: Ref) -> Ref:
+    """The base model's processor as an input of its own: other weights leave the data as they are."""
+    if isinstance(base, HubRef):
+        return HubProcessorRef(None, "", base.name, base.revision, base.remembered)
+    return Ref(base.path, lambda: hash_files(_window_files(base.folder), HashCache()))
+
+
 def base_ref(recipe: Recipe, remembered: HashCache | None = None) -> Ref:
     """The base model, known by its content."""
     from trimlingual.models import is_on_hub, resolve_base

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -37,6 +38,7 @@ from trimlingual.recipe import (
 MINI_DATA = Path(__file__).resolve().parent / "mini" / "data"
 COMMIT_FILE = "commit.txt"  # beside the audio of a Hub set: the commit that it came from
 MAX_REPORTED = 20  # problems spelled out in one error
+MAX_LISTED = 3  # in one line of the check before a run
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,7 @@ def read_source(source: Source, languages: Sequence[str], work_dir: Path) -> lis
 
     Audio that comes as bytes (Hub sets) is written under `work_dir/audio`. One DataError has all of its problems.
     """
-    if isinstance(source, HubSource):
-        rows = _hub_rows(source, languages, work_dir)
-    elif isinstance(source, FolderSource):
-        rows = _folder_rows(source, languages)
-    elif isinstance(source, Covost2Source):
-        rows = _covost2_rows(source, languages)
-    else:
-        rows = _manifest_rows(_listing(source), languages)
+    rows = _hub_rows(source, languages, work_dir) if isinstance(source, HubSource) else _listed_rows(source, languages)
     clips = _verify(rows)
     if rows.problems:
         lines = [f"  {what}" for _, what in sorted(rows.problems, key=lambda problem: problem[0])]
@@ -120,6 +115,62 @@ def read_source(source: Source, languages: Sequence[str], work_dir: Path) -> lis
     if not clips:
         raise DataError(f"{rows.origin} holds no clips; it needs at least 1")
     return clips
+
+
+def listing_problems(source: Source, languages: Sequence[str], sources_wanted: bool = False) -> list[str]:
+    """What is wrong with a source as far as can be told without decoding audio or downloading anything; empty if nothing is.
+
+    Its listing, columns, references in every language and audio files; with `sources_wanted` also the source texts. Of a set on the
+    Hub only what the recipe says about its columns is known, of one in a folder its columns too.
+    """
+    try:
+        if isinstance(source, HubSource):
+            _columns(source, languages)
+            if sources_wanted and not source.source:
+                return [f"{source.path} names no column with the source text (`source`)"]
+            has = _stored_columns(source)
+            missing = [] if has is None else [column for column in _wanted_columns(source) if column not in has]
+            columns = ", ".join(missing)
+            return [f"{source.path} has no column {columns} (it has {', '.join(has or ())})"] if missing else []
+        rows = _listed_rows(source, languages)
+    except DataError as error:
+        return [str(error)]
+    if not rows and not rows.problems:
+        return [f"{rows.origin} holds no clips; it needs at least 1"]
+    empty = [language for language in languages if rows and not any(row.references.get(language) for row in rows)]
+    if empty:
+        return [f"{rows.origin} has no reference in {', '.join(map(repr, empty))} in any of its {len(rows)} clips"]
+    found = [what for _, what in rows.problems]
+    found += [f"{row.where}: {row.audio} does not exist" for row in rows if not is_file(row.audio)]
+    if sources_wanted:
+        found += [f"{row.where}: no source text" for row in rows if not row.source]
+    more = f"; ... and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+    return [f"{rows.origin}: {'; '.join(found[:MAX_LISTED])}{more}"] if found else []
+
+
+def _listed_rows(source: Source, languages: Sequence[str]) -> _Rows:
+    """Rows of a source whose clips one local file lists."""
+    if isinstance(source, FolderSource):
+        return _folder_rows(source, languages)
+    if isinstance(source, Covost2Source):
+        return _covost2_rows(source, languages)
+    return _manifest_rows(_listing(source), languages)
+
+
+def _wanted_columns(source: HubSource) -> list[str]:
+    return [source.audio, *source.references.values(), *(column for column in (source.source, source.id) if column)]
+
+
+def _stored_columns(source: HubSource) -> list[str] | None:
+    """Columns of a data set that `save_to_disk` wrote to a folder, from its JSON; None where that is not at hand."""
+    paths = [Path(source.path, name) for name in ("dataset_info.json", f"{source.splits[0]}/dataset_info.json")]
+    for path in paths:
+        if path.is_file():
+            try:
+                return list(json.loads(path.read_text(encoding="utf-8"))["features"])
+            except (ValueError, KeyError, TypeError):
+                return None
+    return None
 
 
 def _verify(rows: _Rows) -> list[Clip]:
@@ -298,7 +349,7 @@ def _load_hub_split(source: HubSource, split: str) -> Any:
             f"split {split!r} of {source.path} (name {source.name}, revision {source.revision}) cannot be loaded: "
             f"{error}; correct path, name, splits or revision in the recipe, or check the network"
         ) from error
-    wanted = [source.audio, *source.references.values(), *(column for column in (source.source, source.id) if column)]
+    wanted = _wanted_columns(source)
     missing = [column for column in wanted if column not in loaded.column_names]
     if missing:
         has = ", ".join(loaded.column_names)

@@ -19,7 +19,7 @@ from trimlingual.ownership import WORK_FILE, describe_work, partial_of, read_rec
 from trimlingual.processes import num_processes
 from trimlingual.progress import LOG_FILE, log_to, say
 from trimlingual.recipe import Recipe, TrainSettings
-from trimlingual.refs import Ref, base_ref, files_ref, model_ref, source_ref
+from trimlingual.refs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
 from trimlingual.sources import Clip
 
 if TYPE_CHECKING:
@@ -137,9 +137,11 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.models import load_processor, window_s
 
-        return prepare_data(recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["base"].folder)))
+        return prepare_data(
+            recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["processor"].folder))
+        )
 
-    return Step("data", out, settings, {"base": base, **read}, work)
+    return Step("data", out, settings, {"processor": processor_ref(base), **read}, work)
 
 
 def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: HashCache | None = None) -> Step:

@@ -1,0 +1,164 @@
+"""The check before anything runs: whatever can be known not to work is said at once, before hours are spent on what comes first.
+
+Shared by `compress`, by every single verb (for its own stage and inputs) and by `--dry-run`. It reads listings, configurations and
+headers; no weights are loaded, no audio is decoded and nothing but a configuration is fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimlingual.artifacts import ArtifactError
+from trimlingual.audio import DataError
+from trimlingual.estimate import Estimate, config_of, estimate
+from trimlingual.languages import language
+from trimlingual.metrics import bleu_problem, comet_problem
+from trimlingual.progress import say
+from trimlingual.recipe import Recipe
+from trimlingual.resources import device_problems, disk_problems, memory_notes, quantization_problems, training_problems
+
+if TYPE_CHECKING:
+    from trimlingual.steps import Step
+
+
+class PreflightError(ArtifactError):
+    """What was asked for cannot work; the message lists every reason. Nothing was run."""
+
+
+@dataclass
+class Findings:
+    """`problems` stop a run; `notes` do not. `estimates` by stage, empty where the base model's configuration is not at hand."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+    def refuse(self) -> None:
+        """Raise PreflightError if there is a problem, else say the notes."""
+        if len(self.problems) == 1:
+            raise PreflightError(self.problems[0])
+        if self.problems:
+            raise PreflightError("\n  ".join(["nothing was run, because", *self.problems]))
+        for note in self.notes:
+            say(f"note: {note}")
+
+
+def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequence[str] = ()) -> Findings:
+    """Everything that can be known of `steps`, which are still to be made, in their order; `problems` are known already."""
+    found = Findings(list(problems))
+    names = [step.name for step in steps]
+    if not names:
+        return found
+    config: Any = None
+    try:
+        config = config_of(recipe)
+        found.estimates = estimate(recipe)
+    except OSError as error:  # not cached, no network
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        found.notes.append(
+            f"not checked, nor estimated: the configuration of {recipe.model.base} cannot be read ({reason})"
+        )
+    except (ValueError, AttributeError) as error:
+        found.problems.append(f"model.base {recipe.model.base}: {error}")
+    for problem in chain(
+        _languages(recipe, names), _models(steps), _sources(recipe, names), _comet(recipe, run_dir, names), device_problems(recipe),
+        training_problems(recipe, names), quantization_problems(recipe, names, config), _layers(recipe, names, config),
+        disk_problems(run_dir, names, found.estimates),
+    ):  # fmt: skip
+        if problem not in found.problems:
+            found.problems.append(problem)
+    if not any(problem.startswith("model.device") for problem in found.problems):
+        found.notes += memory_notes(recipe, names, found.estimates)
+    found.notes += _metric_notes(recipe, names)
+    return found
+
+
+def _languages(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+    """BLEU's tokenizers, which every evaluation needs, and a search by BLEU."""
+    evaluated = any(name.startswith("evaluate ") for name in names)
+    for code in recipe.task.target_languages:
+        searched = "rank" in names and recipe.rank and recipe.rank.metric_for(code) == "bleu"
+        if (evaluated or searched) and (problem := bleu_problem(code)):
+            yield problem
+
+
+def _metric_notes(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+    for code in recipe.task.target_languages if recipe.rank and "rank" in names else ():
+        if recipe.rank and recipe.rank.metric_for(code) == "chrfpp" and not language(code).spaced:
+            yield f"rank.metric is chrfpp for {code!r}, whose words are not spaced: chrf is its main metric"
+
+
+def _models(steps: Sequence[Step]) -> Iterator[str]:
+    """The model folders that are read and not made in this run."""
+    from trimlingual.model_folders import folder_problems
+
+    made = {step.folder for step in steps}
+    for step in steps:
+        for role in ("model", "teacher", "processor"):
+            ref = step.inputs.get(role)
+            if ref and ref.path and ref.path not in made and ref.path.is_dir():
+                yield from folder_problems(ref.path, step.name)
+
+
+def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+    """Listings, columns, references in every language, audio files; the texts that tokens are counted on."""
+    from trimlingual.sources import listing_problems
+
+    if "data" in names:
+        for role in ("train", "select", "test", "out_of_domain"):
+            source = getattr(recipe.data, role)
+            if source is not None and not isinstance(source, int):
+                for problem in listing_problems(source, recipe.task.target_languages):
+                    yield f"data.{role}: {problem}"
+    if "trimmed" in names and recipe.vocab:
+        for path in [*recipe.vocab.texts, *recipe.vocab.held_out]:
+            if not Path(path).is_file():
+                yield f"vocab: {path} does not exist"
+
+
+def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]:
+    """COMET's environment, and the source texts that it reads."""
+    from trimlingual.data import load_splits
+    from trimlingual.sources import listing_problems
+
+    if not recipe.evaluate.comet or not any(name.startswith("evaluate ") for name in names):
+        return
+    if problem := comet_problem():
+        yield problem
+    if "data" not in names:
+        try:
+            missing = sum(not clip.source for clip in load_splits(run_dir / "data").test.clips)
+        except DataError:
+            return  # the stage says it
+        if missing:
+            yield f"evaluate.comet: {missing} test clips have no source text, which COMET reads"
+        return
+    source = recipe.data.test if not isinstance(recipe.data.test, int) else recipe.data.train
+    if not listing_problems(source, recipe.task.target_languages):
+        for problem in listing_problems(source, recipe.task.target_languages, sources_wanted=True):
+            yield f"evaluate.comet reads source texts: {problem}"
+
+
+def _layers(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:
+    """Whether so many layers can go."""
+    rank = recipe.rank
+    if rank is None or "rank" not in names or config is None:
+        return
+    counts = {"decoder": config.text_config.num_hidden_layers, "encoder": config.audio_config.encoder_layers}
+    towers = [tower for tower in counts if rank.towers in (tower, "both")]
+    free = sum(max(0, counts[tower] - rank.protect_first - rank.protect_last) for tower in towers)
+    free -= len({i for i in rank.protected if rank.protect_first <= i < counts["decoder"] - rank.protect_last}) * (
+        "decoder" in towers
+    )
+    if rank.num_layers_to_remove > free:
+        layers = " and ".join(f"{counts[tower]} {tower}" for tower in towers)
+        yield (
+            f"rank.num_layers_to_remove is {rank.num_layers_to_remove}, but of {layers} layers "
+            f"only {free} are not protected"
+        )
+    if beyond := [index for index in rank.protected if not 0 <= index < counts["decoder"]]:
+        yield f"rank.protected names layers {beyond}; the decoder has 0 to {counts['decoder'] - 1}"

@@ -1,0 +1,157 @@
+"""What a run needs of the machine: a device, libraries, disk and memory. Part of the check before anything runs (preflight.py)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from trimlingual.estimate import Estimate, disk_peak, gb
+from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
+
+# Libraries of the trackers that transformers can report to, where they differ from the tracker's name.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "dagshub": ("dagshub",),
+    "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",), "dvclive": ("dvclive",), "flyte": ("flytekit",),
+    "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",), "trackio": ("trackio",), "wandb": ("wandb",),
+}  # fmt: skip
+
+
+def device_problems(recipe: Recipe) -> Iterator[str]:
+    """Whether the device is there."""
+    kind, _, index = recipe.model.device.partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    import torch
+
+    there = {
+        "cuda": torch.cuda.device_count,
+        "mps": lambda: int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count,
+    }
+    count = there[kind]()
+    if int(index or 0) >= count:
+        yield f"model.device is {recipe.model.device}, but PyTorch {torch.__version__} finds {count} {kind} device(s) on this machine"
+
+
+def training_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+    """What the training sections need installed."""
+    for path, train in _training_sections(recipe, names):
+        yield from (f"{path}.{problem}" for problem in _training(recipe, train))
+
+
+def _training_sections(recipe: Recipe, names: Sequence[str]) -> list[tuple[str, TrainSettings]]:
+    each_round = recipe.rank.finetune_each_round if recipe.rank else None
+    quantized = recipe.quantize.train if recipe.quantize else None
+    sections = {
+        "teacher": ("finetune", recipe.finetune), "recovered": ("recover", recipe.recover),
+        "rank": ("rank.finetune_each_round", each_round), "quantized": ("quantize.train", quantized),
+    }  # fmt: skip
+    return [(path, train) for stage, (path, train) in sections.items() if stage in names and train]
+
+
+def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:
+    if train.optimizer == FLASH_ADAMW:
+        if find_spec("flashoptim") is None:
+            yield "optimizer: flash_adamw needs FlashOptim: pip install 'trimlingual[flash]'; or set adamw_bnb_8bit"
+        elif _device_kind(recipe) != "cuda":
+            yield "optimizer: flash_adamw needs a CUDA GPU, and none is used; set adamw_torch"
+    else:
+        from transformers.training_args import OptimizerNames
+
+        if train.optimizer not in (known := [name.value for name in OptimizerNames]):
+            yield f"optimizer: {train.optimizer!r} is unknown; it is {FLASH_ADAMW} or one of {', '.join(known)}"
+    if train.deepspeed:
+        if find_spec("deepspeed") is None:
+            yield "deepspeed: it is not installed; pip install deepspeed"
+        if not Path(train.deepspeed).is_file():
+            yield f"deepspeed: {train.deepspeed} does not exist"
+    for tracker in train.report_to:
+        libraries = TRACKERS.get(tracker)
+        if libraries is None and tracker not in ("all", "none"):
+            yield f"report_to: {tracker!r} is unknown; it is one of {', '.join(TRACKERS)}"
+        elif libraries and not any(find_spec(name) for name in libraries):
+            yield f"report_to: {tracker} is not installed; pip install {libraries[0]}"
+
+
+def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:
+    """The library of the 4-bit format, and widths that its groups divide."""
+    settings = recipe.quantize
+    if settings is None or "quantized" not in names:
+        return
+    if find_spec("bitsandbytes") is None:
+        yield "quantize: bitsandbytes is not installed; pip install bitsandbytes"
+    if settings.scheme == "int4" and find_spec("compressed_tensors") is None:
+        yield "quantize.scheme int4 needs compressed-tensors: pip install 'trimlingual[int4]'"
+    if config is not None:
+        yield from _group_problems(settings, _widths(config), on_cpu=_device_kind(recipe) == "cpu")
+
+
+def _widths(config: Any) -> dict[str, set[int]]:
+    """Input widths of the linear layers of each part."""
+    text, audio = config.text_config, config.audio_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {
+        "decoder": {text.hidden_size, text.intermediate_size, head * text.num_attention_heads},
+        "audio_tower": {audio.d_model, audio.encoder_ffn_dim},
+        "projector": {audio.d_model},
+        "lm_head": {text.hidden_size},
+    }
+
+
+def _group_problems(settings: QuantizeSettings, widths: dict[str, set[int]], on_cpu: bool) -> Iterator[str]:
+    for part in settings.parts:
+        if settings.scheme == "int4" and (
+            odd := [width for width in sorted(widths[part]) if width % settings.group_size]
+        ):
+            fits = [size for size in (128, 64, 32) if not any(width % size for width in widths[part])]
+            advice = f"choose {' or '.join(map(str, fits))}" if fits else f"leave {part} out of quantize.parts"
+            yield f"quantize.group_size {settings.group_size} does not divide widths {odd} of the {part}; {advice}"
+        if on_cpu and (odd := [width for width in sorted(widths[part]) if width % 64]):
+            yield f"4-bit training on a CPU needs widths divisible by 64, and the {part} has {odd}; leave it out of quantize.parts"
+
+
+def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
+    """Free space of the run's file system and of the temporary folder's, against the peak."""
+    wanted: dict[int, tuple[Path, float]] = {}
+    temporary = max((estimates.get(stage, Estimate()).temporary for stage in stages), default=0.0)
+    for folder, size in ((run_dir, disk_peak(estimates, stages)), (Path(tempfile.gettempdir()), temporary)):
+        folder = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        first, before = wanted.get(folder.stat().st_dev, (folder, 0.0))
+        wanted[folder.stat().st_dev] = (first, before + size)
+    for folder, size in wanted.values():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            yield (
+                f"disk: {folder} has {gb(free)} free, but the run wants {gb(size)} there at its peak (checkpoints counted); "
+                "free some, choose another --run-dir (or TMPDIR), or train by LoRA"
+            )
+
+
+def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
+    """Stages that want more than the device has, before activations."""
+    kind = _device_kind(recipe)
+    if not any(estimates.get(name, Estimate()).memory > 1e9 for name in names):
+        return  # less than any machine has
+    if kind == "cuda":
+        import torch
+
+        size = torch.cuda.get_device_properties(torch.device(recipe.model.device.replace("auto", "cuda"))).total_memory
+    else:
+        import psutil
+
+        size = psutil.virtual_memory().total
+    for name, one in estimates.items():
+        if name in names and one.memory > size and not one.divided:
+            yield f"stage {name} wants {gb(one.memory)} of memory before activations (an estimate); the device has {gb(size)}"
+
+
+def _device_kind(recipe: Recipe) -> str:
+    if recipe.model.device != "auto":
+        return recipe.model.device.partition(":")[0]
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
