@@ -20,6 +20,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -126,11 +127,18 @@ class Bench:
         """A recipe's settings for one timed epoch."""
         steps = WARM_UP + len(self.examples) // BATCH
         return train.model_copy(
-            update={"max_steps": steps, "batch_size": BATCH, "num_workers": self.args.workers, **changes}
+            update={
+                "max_steps": steps,
+                "batch_size": BATCH,
+                "num_workers": self.args.workers,
+                "save_minutes": 1e6,
+                **changes,
+            }  # no checkpoint but the last: others would count as training
         )
 
     def ours(self, model: Any, settings: TrainSettings, num_steps: int | None = None) -> dict[str, Any]:
         """One epoch (or `num_steps`) as the package trains; the model is as it was afterwards, but for its weights."""
+        shutil.rmtree(self.folder / "work", ignore_errors=True)  # audio states of another model
         started = time.perf_counter()
         trained, trainer = make_trainer(
             model, self.processor, self.clips, self.examples, TASK, settings, 0, self.folder / "work"

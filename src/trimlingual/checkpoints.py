@@ -45,12 +45,13 @@ class Checkpoints(TrainerCallback):
         self._cost = _guess(trainer.model) / FIRST_GUESS  # seconds that writing a checkpoint takes
         self._starts = 1  # starts from where this one goes on
         self._note = ""
+        self._stack = ExitStack()  # closed when training ends, whether it comes to its end or not
 
     @contextmanager
     def told(self) -> Iterator[None]:
         """Around `trainer.train()`; ends in Interrupted, after the save, if the run was asked to stop."""
         with interruptions.deferred():
-            with ExitStack() as self._stack:
+            with self._stack:
                 yield
             state = self.trainer.state
             if self.interrupted:
@@ -86,6 +87,9 @@ class Checkpoints(TrainerCallback):
         self._remember(self._from, state.global_step)
         self._began = self.clock()
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stack.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
