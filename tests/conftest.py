@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,30 @@ TEXTS = [
     "Der Hund sieht den kleinen Ball.", "Wir trainieren das Modell.", "Das ist gut.", "Die Ergebnisse sind besser.",
     "狗看见小球。", "我们训练模型。", "这很好。", "结果更好。",
 ]  # fmt: skip
+
+
+_warn = warnings.warn
+
+
+def _strict(message: Any, category: Any = None, stacklevel: int = 1, *args: Any, **kwargs: Any) -> None:
+    """`warnings.warn`, but an error where a deprecated call stands in this package, whatever line the library blames."""
+    kind = type(message) if isinstance(message, Warning) else category or UserWarning
+    if issubclass(kind, (DeprecationWarning, FutureWarning)):
+        frame: Any = sys._getframe(1)
+        library = _package(frame)
+        while frame is not None and _package(frame) == library:
+            frame = frame.f_back
+        if frame is not None and _package(frame) == "trimlingual":
+            raise kind(f"{frame.f_globals['__name__']}, line {frame.f_lineno}: {message}")
+    _warn(message, category, stacklevel + 1, *args, **kwargs)
+
+
+def _package(frame: Any) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def pytest_configure() -> None:
+    warnings.warn = _strict
 
 
 @pytest.fixture(scope="session")

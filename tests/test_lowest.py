@@ -41,3 +41,12 @@ def test_a_deprecated_call_of_ours_is_an_error_and_one_among_libraries_is_not(ca
     warnings.warn_explicit("of a library's own", category, "file.py", 1, module="transformers.trainer")
     with pytest.raises(category):
         warnings.warn_explicit("of ours", category, "file.py", 1, module="trimlingual.models")
+
+
+def test_so_is_one_that_the_library_blames_on_itself():
+    library, ours = {"__name__": "library.deep"}, {"__name__": "trimlingual.models"}
+    exec("import warnings\ndef old():\n    warnings.warn('gone in v6', FutureWarning)", library)
+    exec("def call(old):\n    old()", ours)
+    with pytest.raises(FutureWarning, match=r"trimlingual\.models, line 2: gone in v6"):
+        ours["call"](library["old"])
+    library["old"]()  # not ours

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from trimlingual.fingerprint import FORMAT, UNREAD, decisive, differences, fingerprint, hash_file, plain
 from trimlingual.ownership import (
@@ -185,8 +186,9 @@ def read_artifact(folder: Path) -> Artifact:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         known = {one.name for one in fields(Artifact)}
-        return Artifact(**{key: value for key, value in record.items() if key in known}, path=folder)
-    except (ValueError, TypeError, AttributeError) as error:
+        values = {key: value for key, value in record.items() if key in known}
+        return TypeAdapter(Artifact).validate_python({**values, "path": folder})
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
 
 

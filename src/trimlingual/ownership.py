@@ -47,7 +47,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """What an artifact.json or work.json of this tool says; None if there is none, or it is not this tool's."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("fingerprint"), str) else None
 
