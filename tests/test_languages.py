@@ -13,7 +13,7 @@ from trimlingual.answers import is_wrong_language, strict, wrong_languages
 from trimlingual.languages import LANGUAGES, alike, count_scripts, language, language_name, primary
 from trimlingual.metrics import MetricError, corpus_score
 from trimlingual.recipe import RecipeError, parse_recipe
-from trimlingual.sources import MINI_DATA
+from trimlingual.rows import MINI_DATA
 
 from .test_recipe import MINIMAL
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from trimlingual import sources
+from trimlingual import hub as hub_module
+from trimlingual import rows
 from trimlingual.artifacts import hash_file
-from trimlingual.audio import DataError
+from trimlingual.audio import DataError, inspect_audio
+from trimlingual.hub import COMMIT_FILE
 from trimlingual.recipe import BuiltinSource, Covost2Source, FolderSource, HubSource, ManifestSource
-from trimlingual.sources import COMMIT_FILE, Clip, read_source, source_fingerprint
+from trimlingual.sources import Clip, read_source, source_fingerprint
 
 from .made_sources import hub, make_hub_set, make_manifest, write_manifest, write_wav
 
@@ -43,7 +45,7 @@ def test_manifest_is_read_as_written(tmp_path):
     assert first.references == {"de": "\u00fcber\u2028Nacht"}
     assert first.source == "over night"
     assert first.duration_s == 0.25
-    assert first.audio_sha256 == hash_file(first.audio)
+    assert first.audio_sha256 == inspect_audio(first.audio).samples_sha256
     assert (second.id, second.audio, second.source) == ("second", two, None)
     assert second.references == {"de": "Zwei"}
 
@@ -125,7 +127,7 @@ def test_an_empty_or_missing_manifest_is_an_error(tmp_path):
 
 def test_the_built_in_speech_is_a_manifest_beside_the_package(tmp_path, monkeypatch):
     make_manifest(tmp_path, "everyday", 2)
-    monkeypatch.setattr(sources, "MINI_DATA", tmp_path)
+    monkeypatch.setattr(rows, "MINI_DATA", tmp_path)
     found = read_source(BuiltinSource(kind="builtin", split="everyday"), ["de"], tmp_path)
     assert [c.id for c in found] == ["everyday-0", "everyday-1"]
 
@@ -257,14 +259,18 @@ def test_hub_problems(tmp_path):
     with pytest.raises(DataError, match=r"no column text_xx \(it has "):
         read_source(hub(tmp_path / "set", "dev", source="text_xx"), ["de"], tmp_path)
     rows = {"audio": [{"bytes": b"junk", "path": None}, None], "text_de": ["Ja", None]}
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "bad")
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "texts")
+    with pytest.raises(DataError, match=r"has 1 problem\(s\):\n  dev\[1\]: reference for 'de' is missing"):
+        read_source(hub(tmp_path / "texts", "dev"), ["de"], tmp_path / "early")
+    assert not (tmp_path / "early").exists()  # texts come before audio
+    datasets.Dataset.from_dict({**rows, "text_de": ["Ja", "Nein"]}).save_to_disk(tmp_path / "bad")
     with pytest.raises(DataError, match=r"has 2 problem\(s\)") as caught:
         read_source(hub(tmp_path / "bad", "dev"), ["de"], tmp_path / "work")
     assert "dev[0]: " in str(caught.value)
     assert "not audio" in str(caught.value)
-    assert "dev[1]: no audio" in str(caught.value)
+    assert "dev[1]: column 'audio': no audio" in str(caught.value)
     datasets.Dataset.from_dict({"audio": [[0.1, 0.2]], "text_de": ["Ja"]}).save_to_disk(tmp_path / "arrays")
-    with pytest.raises(DataError, match="not audio files"):
+    with pytest.raises(DataError, match="samples alone do not tell their rate"):
         read_source(hub(tmp_path / "arrays", "dev"), ["de"], tmp_path)
 
 
@@ -302,6 +308,6 @@ def test_the_commit_of_a_hub_set_is_kept(tmp_path, monkeypatch):
     loaded = make_hub_set(tmp_path, "d", 2).cast_column("audio", datasets.Audio(decode=False))
     commit = "0123456789abcdef0123456789abcdef01234567"
     loaded.info.download_checksums = {f"hf://datasets/someone/set@{commit}/data/dev.parquet": {"num_bytes": 1}}
-    monkeypatch.setattr(sources, "_load_hub_split", lambda source, split: loaded)
+    monkeypatch.setattr(hub_module, "_load_split", lambda source, split: loaded)
     read_source(hub(tmp_path / "set", "dev"), ["de"], tmp_path / "work")
     assert (tmp_path / "work" / COMMIT_FILE).read_text() == commit

@@ -1,7 +1,7 @@
 """The data of a run: sources read, clips fitted to the model's window, held out, and the splits proved disjoint.
 
-`prepare_data` writes one JSONL file for each split and `load_splits` reads them back. No clip, by its id or by the hash
-of its file, may stand in two splits, and none is dropped without being counted.
+`prepare_data` writes one JSONL file for each split and `load_splits` reads them back. No clip, by its id or by
+what is heard in it, may stand in two splits (disjoint.py), and none is dropped without being counted.
 """
 
 from __future__ import annotations
@@ -9,22 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from trimlingual.audio import DataError
+import numpy as np
+
+from trimlingual.audio import DataError, Recording
+from trimlingual.disjoint import (
+    check_disjoint,
+    drop_equal_sources,
+    equal_source_warnings,
+    equal_sources,
+    repeated,
+    same_audio,
+    some,
+)
+from trimlingual.hub import COMMIT_FILE
 from trimlingual.jsonl import read_jsonl, write_jsonl
 from trimlingual.processes import is_main_process
+from trimlingual.progress import say
 from trimlingual.recipe import DataSettings, HubSource, Source, TaskSettings
 from trimlingual.records import checked
-from trimlingual.sources import COMMIT_FILE, Clip, absolute, read_source
+from trimlingual.rows import MAX_REPORTED, absolute
+from trimlingual.sources import Clip, read_recordings
 
 SPLITS = ("train", "select", "test", "out_of_domain")
-MAX_NAMED = 5  # clips named in one line of an error
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,9 @@ def prepare_data(
 ) -> dict[str, Any]:
     """Read the sources, check and split them, write `out_dir/{train,select,test[,out_of_domain]}.jsonl`.
 
-    `window_s` is the longest audio the model hears (None: no bound). Returns each split's number of clips, hours and
-    hash, and how many clips of each source were dropped for length. Raises DataError. In a distributed run only the
-    main process works, the others return {}.
+    `window_s` is the longest audio the model hears (None: no bound). Returns each split's number of clips, hours and hash, how many
+    clips of each were dropped and why, and warnings, which are also said. Raises DataError. In a distributed run only the main
+    process works, the others return {}.
     """
     if not is_main_process():
         return {}
@@ -81,12 +92,29 @@ def prepare_data(
     out_dir.mkdir(parents=True, exist_ok=True)
     held = {role: getattr(settings, role) for role in SPLITS}
     sources = {role: source for role, source in held.items() if source is not None and not isinstance(source, int)}
-    clips = {role: read_source(source, task.target_languages, out_dir / role) for role, source in sources.items()}
+    clips: dict[str, list[Clip]] = {}
+    recordings: dict[Path, Recording] = {}
+    for role, source in sources.items():
+        clips[role], heard = read_recordings(source, task.target_languages, out_dir / role)
+        recordings |= heard
     _name_apart(sources, clips)
-    num_too_long = _fit_window(clips, window_s, settings.too_long)
-    _hold_out(settings, clips)
-    splits = {role: Split(role, tuple(clips[role])) for role in SPLITS if role in clips}
-    check_disjoint(splits)
+    if settings.hold_out == "train_test_split":  # over all rows, as published
+        _hold_out_rows(settings, clips)
+    dropped = {
+        "num_unusable_dropped": _drop_unusable(clips, recordings, settings.unusable),
+        "num_too_long_dropped": _fit_window(clips, window_s, settings.too_long),
+    }
+    if settings.hold_out == "by_id":
+        _hold_out_ids(settings, clips)
+    clips = {role: clips[role] for role in SPLITS if role in clips}
+    same = same_audio(clips, recordings)
+    check_disjoint(clips, same)
+    if settings.equal_sources == "drop":
+        dropped["num_equal_sources_dropped"] = drop_equal_sources(clips)
+    splits = {role: Split(role, tuple(found)) for role, found in clips.items()}
+    warnings = [*repeated(same), *equal_source_warnings(equal_sources(clips)), *_suspicious(clips, recordings)]
+    for warning in warnings:
+        say(f"warning: {warning}")
     for role, split in splits.items():
         write_jsonl(out_dir / f"{role}.jsonl", (clip.record(out_dir) for clip in split.clips))
     described = {
@@ -94,7 +122,7 @@ def prepare_data(
         for role, split in splits.items()
     }
     commits = {role: path.read_text() for role in sources if (path := out_dir / role / COMMIT_FILE).is_file()}
-    return {"splits": described, "num_too_long_dropped": num_too_long, "commits": commits}
+    return {"splits": described, **dropped, "warnings": warnings, "commits": commits}
 
 
 def _name_apart(sources: Mapping[str, Source], clips: dict[str, list[Clip]]) -> None:
@@ -110,6 +138,46 @@ def _name_apart(sources: Mapping[str, Source], clips: dict[str, list[Clip]]) -> 
         taken |= {clip.id for clip in clips[role]}
 
 
+def _drop_unusable(clips: dict[str, list[Clip]], recordings: Mapping[Path, Recording], unusable: str) -> dict[str, int]:
+    """Refuse clips without speech to hear, or take them out in place; returns how many went, by split."""
+    num_dropped = {}
+    named = []
+    for role, found in clips.items():
+        bad = [clip for clip in found if recordings[clip.audio].unusable]
+        named += [f"{role} {clip.id!r} ({clip.audio}): {recordings[clip.audio].unusable}" for clip in bad]
+        num_dropped[role] = len(bad)
+        clips[role] = [clip for clip in found if not recordings[clip.audio].unusable]
+    if named and unusable == "error":
+        raise DataError(
+            "\n".join(
+                [
+                    f"{len(named)} clip(s) hold nothing to learn from or to score:",
+                    *(f"  {line}" for line in named[:MAX_REPORTED]),
+                    *([f"  ... and {len(named) - MAX_REPORTED} more"] if len(named) > MAX_REPORTED else []),
+                    "Record them again or take them out; data.unusable: drop leaves them out and counts them.",
+                ]
+            )
+        )
+    _none_empty(clips, "unusable (silent, too short, or with channels that cancel); record them again")
+    return num_dropped
+
+
+def _suspicious(clips: Mapping[str, Sequence[Clip]], recordings: Mapping[Path, Recording]) -> list[str]:
+    """A warning for each split with clips that may not sound as they should."""
+    warnings = []
+    for role, found in clips.items():
+        named = [f"{clip.id!r} {what}" for clip in found if (what := recordings[clip.audio].suspicious)]
+        if named:
+            warnings.append(f"{len(named)} clip(s) of {role} may be damaged: {some(named)}")
+    return warnings
+
+
+def _none_empty(clips: Mapping[str, Sequence[Clip]], what: str) -> None:
+    for role, found in clips.items():
+        if not found:
+            raise DataError(f"all clips of data.{role} are {what}")
+
+
 def _fit_window(clips: dict[str, list[Clip]], window_s: float | None, too_long: str) -> dict[str, int]:
     """Refuse clips longer than the model's window, or take them out in place; returns how many went, by source."""
     if window_s is None:
@@ -122,61 +190,48 @@ def _fit_window(clips: dict[str, list[Clip]], window_s: float | None, too_long: 
         raise DataError(
             f"{len(every)} clip(s) are longer than the model's window of {window_s:g} s ({where}), so their end "
             f"would not be heard. The longest is {longest.id!r} with {longest.duration_s:.1f} s; first ids: "
-            f"{_some([repr(clip.id) for clip in every])}. Set data.too_long: drop to leave them out, or split them."
+            f"{some([repr(clip.id) for clip in every])}. Set data.too_long: drop to leave them out, or split them."
         )
     for role, found in clips.items():
         clips[role] = [clip for clip in found if clip.duration_s <= window_s]
-        if not clips[role]:
-            raise DataError(
-                f"all clips of data.{role} are longer than the model's window of {window_s:g} s; split them"
-            )
+    _none_empty(clips, f"longer than the model's window of {window_s:g} s; split them")
     return {role: len(found) for role, found in longer.items()}
 
 
-def _hold_out(settings: DataSettings, clips: dict[str, list[Clip]]) -> None:
+def _hold_out_ids(settings: DataSettings, clips: dict[str, list[Clip]]) -> None:
     """Take `test`, then `select`, out of `train` in place where they are numbers; the source's order is no matter."""
-    wanted = {role: num for role in ("test", "select") if isinstance(num := getattr(settings, role), int)}
+    wanted = _held_out(settings, len(clips["train"]))
     if not wanted:
         return
     pool = sorted(clips["train"], key=lambda clip: clip.id)
-    if sum(wanted.values()) >= len(pool):
-        asked = " and ".join(f"data.{role} {num}" for role, num in wanted.items())
-        raise DataError(
-            f"data.train has {len(pool)} usable clips but {asked} are to be held out of it, which leaves "
-            f"{len(pool) - sum(wanted.values())} for training, at least 1 is needed; hold out fewer or add data"
-        )
     random.Random(settings.split_seed).shuffle(pool)
     for role, num in wanted.items():
         clips[role], pool = sorted(pool[:num], key=lambda clip: clip.id), pool[num:]
     clips["train"] = sorted(pool, key=lambda clip: clip.id)
 
 
-def check_disjoint(splits: Mapping[str, Split]) -> None:
-    """Raise DataError if an id stands twice in a split or two splits share an id or recording; names ids and files."""
-    problems = []
-    for name, split in splits.items():
-        twice = [f"{id!r} ({num} times)" for id, num in Counter(clip.id for clip in split.clips).items() if num > 1]
-        if twice:
-            problems.append(f"{name} holds {len(twice)} id(s) more than once: {_some(twice)}")
-    for (a, first), (b, second) in combinations(splits.items(), 2):
-        by_id = {clip.id: clip for clip in first.clips}
-        by_audio = {clip.audio_sha256: clip for clip in first.clips}
-        ids = [(by_id[clip.id], clip) for clip in second.clips if clip.id in by_id]
-        audio = [(by_audio[clip.audio_sha256], clip) for clip in second.clips if clip.audio_sha256 in by_audio]
-        for what, pairs in (("id(s)", ids), ("recording(s)", audio)):
-            if pairs:
-                shared = [f"{x.id!r} ({x.audio}) = {y.id!r} ({y.audio})" for x, y in pairs]
-                problems.append(f"{a} and {b} share {len(shared)} {what}: {_some(shared)}")
-    if problems:
-        advice = (
-            "Take these clips out of one of the splits; where only ids are equal, rename them (`id` in the source)."
+def _hold_out_rows(settings: DataSettings, clips: dict[str, list[Clip]]) -> None:
+    """As `datasets`' train_test_split(test_size=test, seed=split_seed); `select` is what comes next in the same permutation."""
+    rows = clips["train"]
+    wanted = _held_out(settings, len(rows))
+    if not wanted:
+        return
+    order = np.random.default_rng(settings.split_seed).permutation(len(rows))
+    for role, num in wanted.items():
+        clips[role], order = [rows[row] for row in sorted(order[:num])], order[num:]
+    clips["train"] = [rows[row] for row in sorted(order)]
+
+
+def _held_out(settings: DataSettings, num_clips: int) -> dict[str, int]:
+    """How many clips `test` and `select` take out of `train`; DataError if none would be left."""
+    wanted = {role: num for role in ("test", "select") if isinstance(num := getattr(settings, role), int)}
+    if wanted and sum(wanted.values()) >= num_clips:
+        asked = " and ".join(f"data.{role} {num}" for role, num in wanted.items())
+        raise DataError(
+            f"data.train has {num_clips} usable clips but {asked} are to be held out of it, which leaves "
+            f"{num_clips - sum(wanted.values())} for training, at least 1 is needed; hold out fewer or add data"
         )
-        raise DataError("\n".join(["The splits are not disjoint:", *(f"  {problem}" for problem in problems), advice]))
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f", ... and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
+    return wanted
 
 
 def load_splits(folder: Path) -> DataSplits:

@@ -155,7 +155,19 @@ class DataSettings(Section):
         description="all: each clip has a reference in every target language; any: it is used in the languages it has",
     )
     split_seed: int = 0
+    hold_out: Literal["by_id", "train_test_split"] = Field(
+        default="by_id",
+        description="how numbers are drawn. by_id: a shuffle of the ids, whatever the order of the rows; train_test_split: "
+        "numpy's permutation of the rows, which is that function of `datasets`, and how the paper drew its 100 test clips",
+    )
     too_long: Literal["error", "drop"] = "error"
+    unusable: Literal["error", "drop"] = Field(
+        default="error", description="clips that are silent, shorter than 0.1 s, or stereo whose channels cancel"
+    )
+    equal_sources: Literal["warn", "drop"] = Field(
+        default="warn",
+        description="training clips whose source text is one of select or test, case and punctuation aside; drop: not trained on",
+    )
 
 
 class VocabSettings(Section):
