@@ -148,3 +148,21 @@ def test_a_strict_score_counts_wrong_answers_as_nothing():
 def test_the_table_needs_nothing_heavy():
     code = "import sys, trimlingual.languages, trimlingual.sections; print(sorted({'torch', 'numpy', 'py3langid'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_evaluation_counts_answers_in_the_wrong_language():
+    from pathlib import Path
+
+    from trimlingual.decode import Translation
+    from trimlingual.evaluate import _score
+    from trimlingual.recipe import EvaluateSettings
+    from trimlingual.sources import Clip
+
+    said = ["Das Modell ist sehr klein und schnell.", "The model is very small and quick to run."]
+    clips = [Clip(str(i), Path("x"), {"de": said[0]}, None, 1.0, "0") for i in range(2)]
+    rows = [Translation(str(i), "de", text, 9, False) for i, text in enumerate(said)]
+    scores = _score("de", rows, clips, EvaluateSettings(), None)
+    assert scores["wrong_language"] == {"count": 1, "share": 0.5}
+    assert scores["strict"]["metric"] == "chrfpp"
+    assert scores["strict"]["signature"] == scores["chrfpp"]["signature"]
+    assert scores["strict"]["value"] < scores["chrfpp"]["value"]

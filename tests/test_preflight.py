@@ -234,6 +234,7 @@ def test_a_dry_run_lists_the_problems_and_fails(tmp_path):
     ]
     done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert done.exit_code == 1
+    assert str(done.exception) == "this run would not start: 1 problem(s)"
     assert f"problem: model.device is {CUDA_WIDE}" in done.output
     assert "while it runs" in done.output
     assert not (tmp_path / "run").exists()

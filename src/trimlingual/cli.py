@@ -263,7 +263,7 @@ def _show_plan(recipe: Recipe, run_dir: Path) -> None:
     for problem in found.problems:
         say(f"problem: {problem}")
     if found.problems:
-        raise typer.Exit(1)
+        raise ValueError(f"this run would not start: {len(found.problems)} problem(s)")
 
 
 def main() -> None:

@@ -100,8 +100,9 @@ def _models(steps: Sequence[Step]) -> Iterator[str]:
     for step in steps:
         for role in ("model", "teacher", "processor"):
             ref = step.inputs.get(role)
-            if ref and ref.path and ref.path not in made and ref.path.is_dir():
-                yield from folder_problems(ref.path, step.name)
+            folder = ref.local if ref else None
+            if folder and folder not in made and folder.is_dir():
+                yield from folder_problems(folder, step.name)
 
 
 def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:

@@ -39,6 +39,11 @@ class Ref:
         return self.path
 
     @property
+    def local(self) -> Path | None:
+        """The folder, if it is on this machine."""
+        return self.path
+
+    @property
     def origin(self) -> str | None:
         """`id@commit` of what came from the Hub."""
         return None
@@ -83,6 +88,11 @@ class HubRef(Ref):
                     "the commit in the run's artifact.json (`origins`), or start again to see what the new one makes stale."
                 )
         return here
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, if it is on this machine."""
+        return self._here()
 
     @property
     def origin(self) -> str | None:
