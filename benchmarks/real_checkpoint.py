@@ -83,7 +83,7 @@ class Kit:
         self.out.mkdir(parents=True, exist_ok=True)
         asked = {
             "model": named(options.model), "data": named(options.data), "languages": options.languages, "steps": options.steps,
-            "clips": options.clips,
+            "clips": options.clips, "max_new_tokens": options.max_new_tokens,
         }  # fmt: skip
         self.path = self.out / RESULT
         if self.path.is_file():
@@ -325,7 +325,12 @@ class Kit:
         greedy = {key: generation.get(key) for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
         plain = not generation.get("do_sample") and greedy["repetition_penalty"] in (None, 1.0)
         self.line("the folder's generation is greedy", True, plain, plain)
-        self.line("proof of the export", "at least 0.95 of the recorded translations", artifact.info.get("proof"), None)
+        self.line(
+            "what the export recorded, its proof included",
+            "at least 0.95 of the recorded translations",
+            artifact.info,
+            None,
+        )
 
     def recipe(self, language: str) -> tuple[Recipe, Path]:
         """The paper's system B, shortened: one round of search, so many steps, no distilled and no out-of-domain data."""
