@@ -7,7 +7,7 @@ import pytest
 import soundfile as sf
 
 from trimlingual import audio
-from trimlingual.audio import DataError, load_audio
+from trimlingual.audio import DataError, describe_audio, load_audio
 
 
 def sine(seconds: float = 0.5, rate: int = 16_000, hertz: float = 440.0) -> np.ndarray:
@@ -115,3 +115,61 @@ def test_a_stream_recorded_to_a_pipe_is_not_taken_for_a_truncated_one(tmp_path):
     content[at : at + 4] = content[4:8] = b"\xff\xff\xff\xff"  # what ffmpeg writes when it cannot seek back
     path.write_bytes(content)
     assert len(load_audio(path)) == len(sine())
+
+
+def test_float_samples_on_the_scale_of_integers_are_refused(tmp_path):
+    path = tmp_path / "a.wav"
+    sf.write(path, sine() * 2, 16_000, subtype="FLOAT")  # mastering overs
+    assert np.abs(load_audio(path)).max() == pytest.approx(1.0, abs=0.01)
+    sf.write(path, sine() * 32_768, 16_000, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"scale of integers .* divide them by 32768"):
+        load_audio(path)
+
+
+def stereo(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.stack([left, right], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "unusable", "suspicious"),
+    [
+        (sine(), None, None),
+        (sine(hertz=50.0) * 2, None, None),  # peak at full scale, but round
+        (stereo(sine(), 0.5 * sine(hertz=300)), None, None),
+        (np.zeros(16_000), "silent", None),
+        (sine() * 1e-3, "silent", None),
+        (sine(0.05), "too short", None),
+        (np.array([0.1]), "too short", None),
+        (stereo(sine(), -sine()), "opposite-phase", None),
+        (stereo(sine(), -0.95 * sine()), "opposite-phase", None),
+        (np.clip(sine() * 3, -1, 1), None, "clipped"),
+        (np.clip(sine() * 3, -1, 32767 / 32768), None, "clipped"),
+    ],
+)
+def test_what_cannot_be_heard_or_is_cut_off_is_told(tmp_path, samples, unusable, suspicious):
+    sf.write(tmp_path / "a.wav", samples, 16_000)
+    found = describe_audio(tmp_path / "a.wav")
+    assert (found.unusable or "").startswith(unusable or "")
+    assert bool(found.unusable) == bool(unusable)
+    assert (found.suspicious or "").startswith(suspicious or "")
+    assert bool(found.suspicious) == bool(suspicious)
+
+
+def test_equal_samples_have_one_hash_whatever_the_file(tmp_path, monkeypatch):
+    samples = np.rint(sine(1.0) * 30_000).astype(np.int16)
+    padded = np.concatenate([np.zeros(700, np.int16), samples, np.zeros(900, np.int16)])
+    kept = {}
+    for name, content in {
+        "a.wav": samples,
+        "b.flac": samples,
+        "c.aiff": stereo(samples, samples),
+        "d.wav": padded,
+    }.items():
+        sf.write(tmp_path / name, content, 16_000)
+        kept[name] = describe_audio(tmp_path / name).samples_sha256
+    assert len(set(kept.values())) == 1
+    monkeypatch.setattr(audio, "READ_FRAMES", 300)
+    assert describe_audio(tmp_path / "d.wav").samples_sha256 == kept["a.wav"]
+    samples[5_000] += 1
+    sf.write(tmp_path / "a.wav", samples, 16_000)
+    assert describe_audio(tmp_path / "a.wav").samples_sha256 != kept["a.wav"]

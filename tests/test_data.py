@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile as sf
+from scipy.signal import resample_poly
 
 from trimlingual.audio import DataError, load_audio
-from trimlingual.data import Split, load_splits, prepare_data
+from trimlingual.data import Split, _hold_out_rows, load_splits, prepare_data
 from trimlingual.disjoint import check_disjoint, same_audio
-from trimlingual.recipe import DataSettings, TaskSettings
+from trimlingual.recipe import DataSettings, ManifestSource, TaskSettings, load_recipe
+from trimlingual.rows import MINI_DATA
 from trimlingual.sources import Clip
 
-from .made_sources import hub, make_hub_set, make_manifest, write_wav
+from .made_sources import hub, make_hub_set, make_manifest, write_manifest, write_wav
 
 GERMAN = TaskSettings(target_languages=["de"])
 
@@ -195,3 +200,142 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     settings = DataSettings(train=make_manifest(tmp_path, "m", 4), select=1, test=1)
     assert prepare_data(settings, GERMAN, tmp_path / "out", window_s=None) == {}
     assert not (tmp_path / "out").exists()
+
+
+# --- what is heard
+
+
+SPEECH = sorted((MINI_DATA / "audio").rglob("*.ogg"))[:20] or sorted(MINI_DATA.rglob("*.ogg"))[:20]
+
+
+def speech_manifest(folder: Path, name: str, files: list[Path], **more: Any) -> ManifestSource:
+    lines = [
+        {"audio": str(file), "reference": f"{name} {index}", "id": f"{name}-{index}", **more}
+        for index, file in enumerate(files)
+    ]
+    return ManifestSource(path=str(write_manifest(folder / f"{name}.jsonl", lines)))
+
+
+@pytest.mark.parametrize("how", ["flac", "mp3", "opus", "quieter", "8 kHz", "start cut off"])
+def test_a_copy_in_another_form_is_the_same_recording(tmp_path, how):
+    samples, rate = sf.read(SPEECH[0])
+    path = tmp_path / {"flac": "a.flac", "mp3": "a.mp3", "opus": "a.ogg"}.get(how, "a.wav")
+    if how == "quieter":
+        samples = samples * 0.3
+    if how == "8 kHz":
+        samples, rate = resample_poly(samples, 1, 2), rate // 2
+    sf.write(
+        path, samples[1037:] if how == "start cut off" else samples, rate, subtype="OPUS" if how == "opus" else None
+    )
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", SPEECH[:8]),
+        select=speech_manifest(tmp_path, "select", SPEECH[8:12]),
+        test=speech_manifest(tmp_path, "test", [*SPEECH[12:], path]),
+    )
+    with pytest.raises(DataError, match=r"train and test share 1 recording\(s\): 'train-0' .* = 'test-8'"):
+        prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+
+
+def test_a_recording_twice_in_a_split_is_said(tmp_path):
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", SPEECH[:4]),
+        select=speech_manifest(tmp_path, "select", [SPEECH[4], SPEECH[5], SPEECH[4]]),
+        test=speech_manifest(tmp_path, "test", SPEECH[6:8]),
+    )
+    (warning,) = prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)["warnings"]
+    assert warning == "select holds 1 recording(s) again, which count twice: 'select-0' = 'select-2'"
+
+
+def test_unusable_clips_are_refused_or_dropped_and_counted(tmp_path):
+    sf.write(tmp_path / "silent.wav", np.zeros(16_000), 16_000)
+    sf.write(tmp_path / "short.wav", np.full(100, 0.5), 16_000)
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", [*SPEECH[:4], tmp_path / "silent.wav"]),
+        select=speech_manifest(tmp_path, "select", SPEECH[4:6]),
+        test=speech_manifest(tmp_path, "test", [tmp_path / "short.wav", SPEECH[6]]),
+    )
+    with pytest.raises(DataError, match=r"^2 clip\(s\) hold nothing") as caught:
+        prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+    for says in ("train 'train-4'", "silent", "test 'test-0'", "too short", "data.unusable: drop"):
+        assert says in str(caught.value)
+    dropping = settings.model_copy(update={"unusable": "drop"})
+    info = prepare_data(dropping, GERMAN, tmp_path / "out", window_s=None)
+    assert info["num_unusable_dropped"] == {"train": 1, "select": 0, "test": 1}
+    assert load_splits(tmp_path / "out").test.ids == {"test-1"}
+
+
+def test_clipped_clips_are_said_and_kept(tmp_path):
+    samples, rate = sf.read(SPEECH[0])
+    sf.write(tmp_path / "loud.wav", np.clip(samples * 50, -1, 1), rate)
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", [tmp_path / "loud.wav", SPEECH[1]]),
+        select=speech_manifest(tmp_path, "select", SPEECH[4:6]),
+        test=speech_manifest(tmp_path, "test", SPEECH[6:8]),
+    )
+    info = prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+    assert info["splits"]["train"]["num_clips"] == 2
+    assert "1 clip(s) of train may be damaged: 'train-0' clipped" in info["warnings"][0]
+
+
+def test_equal_source_sentences_are_said_or_dropped_from_training(tmp_path):
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", SPEECH[:2], source="Good morning, Mary!"),
+        select=speech_manifest(tmp_path, "select", SPEECH[2:4], source="Another one."),
+        test=speech_manifest(tmp_path, "test", SPEECH[4:5], source="good  morning \uff2dary"),
+        out_of_domain=speech_manifest(tmp_path, "ood", SPEECH[5:7]),
+    )
+    info = prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+    assert "train and test share 1 source sentence(s)" in info["warnings"][0]
+    assert "num_equal_sources_dropped" not in info
+    dropping = settings.model_copy(update={"equal_sources": "drop"})
+    with pytest.raises(DataError, match=r"every clip of data\.train has a source sentence"):
+        prepare_data(dropping, GERMAN, tmp_path / "out", window_s=None)
+    both = json.loads(Path(settings.train.path).read_text().split("\n")[1])
+    lines = [
+        {**both, "audio": str(SPEECH[0]), "source": "GOOD MORNING MARY", "id": "x"},
+        {**both, "source": "Good evening."},
+    ]
+    write_manifest(Path(settings.train.path), lines)
+    info = prepare_data(dropping, GERMAN, tmp_path / "out", window_s=None)
+    assert info["num_equal_sources_dropped"] == {"train": 1, "out_of_domain": 0}
+    assert (info["splits"]["train"]["num_clips"], info["warnings"]) == (1, [])
+
+
+# --- the paper's split
+
+
+def test_rows_are_held_out_as_train_test_split_does():
+    datasets = pytest.importorskip("datasets")
+    rows = [clip(f"{index}", str(index)) for index in range(884)]
+    one = ManifestSource(path="unused")
+    settings = DataSettings(train=one, test=100, select=100, hold_out="train_test_split")
+    clips = {"train": list(rows)}
+    _hold_out_rows(settings, clips)
+    published = datasets.Dataset.from_dict({"row": range(884)}).train_test_split(test_size=100, seed=0)
+    drawn = np.random.default_rng(0).permutation(884)
+    assert {int(c.id) for c in clips["test"]} == set(published["test"]["row"]) == set(drawn[:100].tolist())
+    assert {int(c.id) for c in clips["select"]} == set(published["train"]["row"][:100]) == set(drawn[100:200].tolist())
+    assert len(clips["train"]) == 684
+    assert all(found == sorted(found, key=lambda c: int(c.id)) for found in clips.values())
+
+
+def test_what_is_dropped_does_not_change_which_rows_are_held_out(tmp_path):
+    made = make_manifest(tmp_path, "m", 12, seconds=0.2)
+    settings = DataSettings(train=made, test=3, select=3, hold_out="train_test_split", too_long="drop")
+    prepare_data(settings, GERMAN, tmp_path / "all", window_s=1.0)
+    before = load_splits(tmp_path / "all")
+    write_wav(tmp_path / "audio" / f"{before.test.clips[0].id}.wav", 77, seconds=1.5)
+    info = prepare_data(settings, GERMAN, tmp_path / "fewer", window_s=1.0)
+    after = load_splits(tmp_path / "fewer")
+    assert info["num_too_long_dropped"] == {"train": 0, "test": 1, "select": 0}
+    assert after.test.ids == before.test.ids - {before.test.clips[0].id}
+    assert (after.select.ids, after.train.ids) == (before.select.ids, before.train.ids)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "recipes").glob("qwen2-audio-*.yaml")), ids=lambda p: p.stem
+)
+def test_the_recipes_hold_out_the_published_clips(path):
+    data = load_recipe(str(path)).data
+    assert (data.hold_out, data.test, data.select, data.split_seed) == ("train_test_split", 100, 100, 0)
+    assert data.train.splits == ["dev", "eval"]

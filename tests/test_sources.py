@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile as sf
 
 from trimlingual import hub as hub_module
 from trimlingual import rows
@@ -272,6 +275,91 @@ def test_hub_problems(tmp_path):
     datasets.Dataset.from_dict({"audio": [[0.1, 0.2]], "text_de": ["Ja"]}).save_to_disk(tmp_path / "arrays")
     with pytest.raises(DataError, match="samples alone do not tell their rate"):
         read_source(hub(tmp_path / "arrays", "dev"), ["de"], tmp_path)
+
+
+def test_hub_set_of_samples_and_nested_texts(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    samples = [0.1, -0.2, 0.3] * 1000
+    rows = {
+        "audio": [{"array": samples, "sampling_rate": 8_000}, {"array": [samples, samples], "sampling_rate": 8_000}],
+        "translation": [{"en": "One", "de": "Eins"}, {"en": "Two", "de": "Zwei"}],
+    }
+    rows["audio"][1] = {"array": samples[::-1], "sampling_rate": 8_000}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    source = hub(tmp_path / "set", "dev", source="translation.en")
+    for column in ("translation.de", "translation"):
+        first, second = read_source(source.model_copy(update={"references": {"de": column}}), ["de"], tmp_path / "work")
+        assert (first.references, first.source, first.duration_s) == ({"de": "Eins"}, "One", 3000 / 8000)
+        assert second.references == {"de": "Zwei"}
+    np.testing.assert_array_equal(sf.read(first.audio, dtype="float32")[0], np.float32(samples))
+    before = first.audio.stat().st_mtime_ns
+    assert read_source(source.model_copy(update={"references": {"de": "translation"}}), ["de"], tmp_path / "work")
+    assert first.audio.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"no column text\.de"):
+        read_source(source.model_copy(update={"references": {"de": "text.de"}}), ["de"], tmp_path)
+    with pytest.raises(DataError, match=r"dev\[0\]: reference for 'de' is missing"):
+        read_source(source.model_copy(update={"references": {"de": "translation.fr"}}), ["de"], tmp_path)
+
+
+def test_samples_that_cannot_be_audio_are_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "audio": [
+            {"array": [], "sampling_rate": 8_000},
+            {"array": [0.1], "sampling_rate": 0},
+            {"array": [2000.0] * 9, "sampling_rate": 8},
+        ],
+        "text_de": ["Ja"] * 3,
+    }
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"has 3 problem\(s\)") as caught:
+        read_source(hub(tmp_path / "set", "dev"), ["de"], tmp_path / "work")
+    for says in (
+        "dev[0]: column 'audio': array is",
+        "dev[1]: column 'audio': sampling_rate is 0",
+        "dev[2]:",
+        "scale of integers",
+    ):
+        assert says in str(caught.value)
+
+
+def test_folder_with_metadata_jsonl(tmp_path):
+    write_wav(tmp_path / "a.wav", 1)
+    rows = [{"file_name": "a.wav", "translation": {"de": "Ja"}, "n": 7}]
+    write_manifest(tmp_path / "metadata.jsonl", rows)
+    source = FolderSource(kind="folder", path=str(tmp_path), references={"de": "translation.de"}, id="n")
+    (found,) = read_source(source, ["de"], tmp_path)
+    assert (found.id, found.references) == ("7", {"de": "Ja"})
+    write_manifest(tmp_path / "metadata.jsonl", [*rows, "{", [1], {"de": "Ja"}])
+    with pytest.raises(DataError, match=r"has 3 problem\(s\)"):
+        read_source(source, ["de"], tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name\n")
+    with pytest.raises(DataError, match=r"holds metadata\.csv and metadata\.jsonl"):
+        read_source(source, ["de"], tmp_path)
+
+
+def test_covost2_rows_of_its_first_version_belong_to_train(tmp_path):
+    source = make_covost2(tmp_path)
+    path = Path(source.tsv)
+    path.write_text(path.read_text().replace("\ttrain\n", "\ttrain_covost\n", 1))
+    assert [c.id[-1] for c in read_source(source.model_copy(update={"split": "train"}), ["de"], tmp_path)] == [
+        "0",
+        "2",
+        "4",
+    ]
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_names_from_other_systems_are_found(tmp_path, written, stored):
+    name = unicodedata.normalize(stored, "gr\u00fc\u00dfe")
+    write_wav(tmp_path / name / f"{name}.wav", 1)
+    asked = unicodedata.normalize(written, "gr\u00fc\u00dfe")
+    for path in (f"{asked}/{asked}.wav", f"{asked}\\{asked}.wav", f".\\{asked}/{asked}.wav"):
+        (found,) = read_lines(tmp_path, [{"audio": path, "reference": "Ja"}])
+        assert found.audio.is_file()
+    write_wav(tmp_path / "back\\slash.wav", 2)  # a name of its own on this system
+    assert read_lines(tmp_path, [{"audio": "back\\slash.wav", "reference": "Ja"}])[0].audio.name == "back\\slash.wav"
 
 
 # --- fingerprints
