@@ -1,12 +1,30 @@
-"""Token-level distillation: the loss is the divergence it says, and the teacher's tokens are the ones it gives."""
+"""Token-level distillation: the loss is the divergence it says, and what is stored is what the teacher gives."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from trimlingual.token_distillation import TeacherTokens, _read, _write, divergence, mixed_loss
+from trimlingual.audio import load_audio
+from trimlingual.finetune import finetune
+from trimlingual.loss import answer_forward, divergence
+from trimlingual.models import load_model, load_processor, pick_device, save_model
+from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.recipe import TokenDistillation, TrainSettings
+from trimlingual.selection import Guide
+from trimlingual.token_distillation import read_examples, teacher_tokens
+
+
+@pytest.fixture
+def examples(split):
+    return [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
+
+
+@pytest.fixture
+def collator(processor, task, split):
+    return Collator(Prompter(processor, task), lambda index: load_audio(split.clips[index].audio))
 
 
 def test_divergence_over_all_tokens_is_kl() -> None:
@@ -38,18 +56,58 @@ def test_a_certain_teacher_gives_finite_loss_and_gradient() -> None:
     assert logits.grad.isfinite().all()
 
 
-def test_weights_mix_the_two_losses() -> None:
-    logits, targets = torch.randn(6, 30), torch.randint(0, 30, (6,))
-    log_probs, ids = torch.randn(6, 30).log_softmax(-1).topk(8)
-    hard = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    soft = divergence(logits, ids, log_probs, 1.0)
-    torch.testing.assert_close(mixed_loss(logits, targets, ids, log_probs, 0.0, 1.0), hard)
-    torch.testing.assert_close(mixed_loss(logits, targets, ids, log_probs, 0.25, 1.0), 0.75 * hard + 0.25 * soft)
+def test_loss_of_the_teacher_itself_is_the_hard_part_alone(model_dir, examples, collator, tmp_path: Path) -> None:
+    model = load_model(model_dir, "float32", pick_device("cpu"))
+    settings = TokenDistillation(weight=0.25, top_k=10**6)
+    stored = teacher_tokens(lambda: model, collator, examples, settings, tmp_path / "t.safetensors")
+    collator.teacher = stored
+    batch = collator(examples[:3])
+    batch.pop("ids")
+    mixed = answer_forward(model, settings)(**batch)["loss"]
+    del batch["teacher_ids"], batch["teacher_log_probs"]
+    torch.testing.assert_close(mixed, 0.75 * answer_forward(model)(**batch)["loss"], rtol=1e-3, atol=1e-3)
 
 
-def test_store_gives_back_what_was_put_in(tmp_path: Path) -> None:
-    tokens = [TeacherTokens(torch.randint(0, 9, (n, 3)).int(), torch.randn(n, 3).half()) for n in (2, 5, 1)]
-    _write(tmp_path / "t.safetensors", tokens)
-    for one, other in zip(tokens, _read(tmp_path / "t.safetensors", 3), strict=True):
-        assert torch.equal(one.ids, other.ids)
-        assert torch.equal(one.log_probs, other.log_probs)
+def test_store_is_read_again_without_the_teacher(model_dir, examples, collator, tmp_path: Path) -> None:
+    model = load_model(model_dir, "float32", pick_device("cpu"))
+    store = tmp_path / "work" / "t.safetensors"
+    first = teacher_tokens(lambda: model, collator, examples, TokenDistillation(top_k=4), store)
+    again = teacher_tokens(lambda: pytest.fail("loaded"), collator, examples, TokenDistillation(top_k=4), store)
+    plain = read_examples(model, collator, examples, 4, 1.0)
+    for example, (ids, log_probs) in zip(examples, plain, strict=True):
+        for stored in (first[example], again[example]):
+            assert torch.equal(stored[0], ids)
+            assert torch.equal(stored[1], log_probs)
+        assert len(ids) == len(collator.prompter.answer_ids(example.text))
+    with pytest.raises(ValueError, match="not 2"):
+        teacher_tokens(lambda: model, collator, examples[:2], TokenDistillation(top_k=4), store)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_student_comes_nearer_to_its_teacher(
+    make_model, model_dir, lineage, split, examples, task, model_settings, collator, tmp_path: Path, method
+) -> None:
+    settings = TrainSettings(
+        method=method,
+        max_steps=12,
+        batch_size=4,
+        learning_rate=3e-3,
+        freeze=["audio_tower"],
+        token_distillation=TokenDistillation(weight=1.0),
+    )
+    teacher_dir = tmp_path / "teacher"
+    save_model(make_model(layers=2, seed=1), load_processor(model_dir), teacher_dir, "float32")
+    guide = Guide(teacher_dir=teacher_dir)
+    args = (model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path / "out")
+    finetune(*args, guide)
+    device = pick_device("cpu")
+    stored = read_examples(load_model(teacher_dir, "float32", device), collator, examples, 64, 1.0)
+    collator.teacher = dict(zip(examples, stored))
+    batch = collator(examples)
+    batch.pop("ids")
+    only = TokenDistillation(weight=1.0)
+    before, after = (
+        answer_forward(load_model(folder, "float32", device), only)(**batch)["loss"].item()
+        for folder in (model_dir, tmp_path / "out")
+    )
+    assert after < 0.9 * before

@@ -9,7 +9,7 @@ the batch's ids, when the loss is not finite.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ from trimlingual.optimizer import TrainingError, flash_adamw
 from trimlingual.processes import is_main_process, num_processes
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import FLASH_ADAMW, ModelSettings, TaskSettings, TrainSettings
+from trimlingual.selection import UNGUIDED, Guide, KeepBest
 from trimlingual.sources import Clip
 from trimlingual.stored_audio import stored_states
+from trimlingual.token_distillation import TeacherTokens, teacher_tokens
 
 NEVER = 10**9  # steps
 
@@ -144,15 +146,17 @@ def finetune(
     settings: TrainSettings,
     seed: int,
     out_dir: Path,
+    guide: Guide = UNGUIDED,
 ) -> dict[str, Any]:
     """Train the model in `model_dir` and save it to `out_dir`, with its lineage; goes on from a checkpoint found there.
 
     Returns what the artefact remembers: steps, examples, the loss curve. With `method: lora` the adapter is saved beside
     (`adapter/`) and merged into the saved weights.
     """
-    model = load_model(model_dir, model_settings.dtype, pick_device(model_settings.device))
     processor = load_processor(model_dir)
-    info = train_(model, processor, clips, examples, task, settings, seed, out_dir / SCRATCH)
+    teacher = read_teacher(processor, clips, examples, task, model_settings, settings, guide, out_dir / SCRATCH)
+    model = load_model(model_dir, model_settings.dtype, pick_device(model_settings.device))
+    info = train_(model, processor, clips, examples, task, settings, seed, out_dir / SCRATCH, guide, teacher)
     if settings.method == "lora":
         adapted, model = info.pop("adapted"), None
         if is_main_process():
@@ -161,8 +165,33 @@ def finetune(
     weights = info.pop("weights", None)
     if is_main_process():
         save_model(model, processor, out_dir, model_settings.storage_dtype, weights)
-        lineage.with_seen("train", {clip.audio_sha256 for clip in clips}).save(out_dir)
+        lineage = lineage.with_seen("train", {clip.audio_sha256 for clip in clips})
+        if guide.select and settings.selection_checks:
+            lineage = lineage.with_seen("select", guide.select.audio_hashes)
+        lineage.save(out_dir)
     return info
+
+
+def read_teacher(
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    settings: TrainSettings,
+    guide: Guide,
+    work_dir: Path,
+) -> dict[Example, TeacherTokens] | None:
+    """What the recipe's token-level distillation learns from; the teacher has left the GPU again when this returns."""
+    if not settings.token_distillation:
+        return None
+    assert guide.teacher_dir is not None
+    device = pick_device(model_settings.device)
+    load_teacher = partial(load_model, guide.teacher_dir, model_settings.dtype, device)
+    collator = Collator(Prompter(processor, task), partial(_load_clip, clips))
+    return teacher_tokens(
+        load_teacher, collator, examples, settings.token_distillation, work_dir / "teacher.safetensors"
+    )
 
 
 def train_(
@@ -174,18 +203,25 @@ def train_(
     settings: TrainSettings,
     seed: int,
     work_dir: Path,
+    guide: Guide = UNGUIDED,
+    teacher: Mapping[Example, TeacherTokens] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place; checkpoints in `work_dir`. With `method: lora` the info holds the PEFT model under `adapted`.
 
     Where each process held its share of the weights (FSDP, DeepSpeed), `model` is of no use any more, and the info holds the whole
     weights under `weights`, in the main process. Raises TrainingError when the loss is not finite.
     """
-    trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir)
+    trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir, teacher)
+    best = None
+    if settings.selection_checks and guide.select:
+        best = KeepBest(model, trained, processor, task, guide, settings.selection_checks, work_dir)
+        trainer.callback_handler.callbacks.insert(0, best)  # before Checkpoints: what is saved has been looked at
     try:
         with explained_disk_full(work_dir), trainer.checkpoints.told():
             trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
     finally:
         del model.forward  # the class's own again
+    selection = best.finish() if best else None
     trained.eval()
     steps = trainer.state.global_step
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
@@ -199,6 +235,8 @@ def train_(
         "losses": losses,
         "num_trainable": sum(p.numel() for p in trained.parameters() if p.requires_grad),
     }
+    if selection:
+        info["selection"] = selection
     if trained is not model:
         info["adapted"] = trained
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -215,6 +253,7 @@ def make_trainer(
     settings: TrainSettings,
     seed: int,
     work_dir: Path,
+    teacher: Mapping[Example, TeacherTokens] | None = None,
 ) -> tuple[Any, _TranslationTrainer]:
     """What is trained (`model`, or the PEFT model around it) and a Trainer ready to start.
 
@@ -240,12 +279,12 @@ def make_trainer(
     trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
         True  # answer_forward divides by num_items_in_batch itself
     )
-    model.forward = answer_forward(model)
+    model.forward = answer_forward(model, settings.token_distillation if teacher else None)
     trainer = _TranslationTrainer(
         model=trained,
         args=training_arguments(settings, seed, work_dir, model),
         train_dataset=_Examples(examples),
-        data_collator=Collator(prompter, partial(_load_clip, clips), states),
+        data_collator=Collator(prompter, partial(_load_clip, clips), states, teacher=teacher),
         optimizer_cls_and_kwargs=optimizer,
     )
     if trainer.is_fsdp_enabled and (trained is not model or optimizer):  # by accelerate's configuration, not the recipe

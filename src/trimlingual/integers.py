@@ -8,6 +8,7 @@ time of the unpacked model; vLLM computes on the packed weights. The only file t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,16 @@ class PackingError(ValueError):
 
 
 def save_packed(
-    model: Any, processor: Any, folder: Path, settings: QuantizeSettings, storage_dtype: Dtype
+    model: Any,
+    processor: Any,
+    folder: Path,
+    settings: QuantizeSettings,
+    storage_dtype: Dtype,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
     """Pack `model` in place, save it and unpack it again, so that what is in memory is what `folder` loads as.
+
+    `scales` (out, in / group_size) are those of modules whose weights stand on their steps already (rounding.py).
 
     Everything that is not packed is rounded to `storage_dtype`. Returns how many modules have 4 and 8 bits. Raises PackingError when
     the library is missing or `group_size` does not divide a layer's width.
@@ -51,7 +59,7 @@ def save_packed(
         parameter.data = parameter.data.to(DTYPES[storage_dtype])
     config = packing_config(settings)
     wanted = modules_to_pack(model, settings)
-    _apply(model, config, wanted)
+    _apply(model, config, wanted, scales or {})
     with explained_disk_full(folder):
         pack = compressor(quantization_config=config)
         with alone():
@@ -106,7 +114,7 @@ def _eight_bit_names(settings: QuantizeSettings) -> list[str]:
 
 
 @torch.no_grad()
-def _apply(model: Any, config: Any, wanted: dict[str, int]) -> None:
+def _apply(model: Any, config: Any, wanted: dict[str, int], scales: Mapping[str, Tensor]) -> None:
     """Attach the scheme to each module, with its scales, and round its weights to what they will be read as."""
     from compressed_tensors.quantization import apply_quantization_config
 
@@ -120,7 +128,10 @@ def _apply(model: Any, config: Any, wanted: dict[str, int]) -> None:
     for name, number in wanted.items():
         module = model.get_submodule(name)
         group = module.quantization_scheme.weights.group_size or module.weight.shape[1]
-        scale, rounded = round_to_integers(module.weight, number, group)
+        if name in scales:
+            scale, rounded = scales[name], module.weight.data
+        else:
+            scale, rounded = round_to_integers(module.weight, number, group)
         module.weight_scale.data.copy_(scale)
         module.weight_zero_point.data.zero_()
         module.weight.data.copy_(rounded)
@@ -142,9 +153,7 @@ def round_to_integers(weight: Tensor, num_bits: int, group_size: int) -> tuple[T
     for start in range(0, len(weight), step):
         rows = weight[start : start + step]
         groups = rows.float().reshape(-1, group_size)
-        scale = (
-            _best_scale(groups, dtype) if num_bits == 4 else _stored(groups.abs().amax(1, keepdim=True) / 127, dtype)
-        )
+        scale = best_scale(groups, dtype) if num_bits == 4 else _stored(groups.abs().amax(1, keepdim=True) / 127, dtype)
         limit = 2 ** (num_bits - 1)
         integers = (groups / scale).round().clamp(-limit, limit - 1)
         scales[start : start + step] = scale.reshape(len(rows), -1)
@@ -152,7 +161,7 @@ def round_to_integers(weight: Tensor, num_bits: int, group_size: int) -> tuple[T
     return scales, values
 
 
-def _best_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
+def best_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale (G, 1) with the least squared error for each row of `groups` (G, group_size)."""
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     best, least = _stored(-largest / 8, dtype), torch.full_like(largest, float("inf"))

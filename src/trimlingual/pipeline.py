@@ -165,7 +165,7 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
         start = models["trimmed"] = add(vocab_step(recipe, base, data.ref, run_dir / "trimmed", remembered)).ref
     teacher, student, distilled = start, start, None
     if recipe.finetune:
-        step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, run_dir / "teacher")
+        step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, None, run_dir / "teacher")
         teacher = student = models["teacher"] = add(step).ref
     if recipe.rank:
         ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank"))
@@ -173,12 +173,14 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
     if recipe.distill:
         distilled = add(distill_step(recipe, teacher, data.ref, run_dir / "distilled")).ref
     if recipe.recover:
-        step = finetune_step("recovered", recipe, recipe.recover, student, data.ref, distilled, run_dir / "recovered")
+        step = finetune_step(
+            "recovered", recipe, recipe.recover, student, data.ref, distilled, teacher, run_dir / "recovered"
+        )
         student = models["recovered"] = add(step).ref
     if recipe.quantize:
         source = start if recipe.quantize.start == "base" else models[recipe.quantize.start]
         student = models["quantized"] = add(
-            quantize_step(recipe, source, data.ref, distilled, run_dir / "quantized")
+            quantize_step(recipe, source, data.ref, distilled, teacher, run_dir / "quantized")
         ).ref
     if recipe.vocab and recipe.vocab.when == "after":
         student = models["trimmed"] = add(vocab_step(recipe, student, data.ref, run_dir / "trimmed", remembered)).ref

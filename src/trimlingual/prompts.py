@@ -5,7 +5,7 @@ A prompt is the chat template's text with one audio placeholder, which stands fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +122,15 @@ class Collator:
         load: Callable[[int], np.ndarray],
         states: Sequence[Tensor] | None = None,
         whole_window: bool = False,
+        teacher: Mapping[Example, tuple[Tensor, Tensor]] | None = None,
     ):
         self.prompter = prompter
         self.load = load
         self.states = states
         self.whole_window = whole_window
+        self.teacher = (
+            teacher  # of each example the teacher's tokens and their log probabilities, both (answer tokens, K)
+        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Batch with `ids` (for error messages), `input_ids`, `attention_mask`, `labels` (B, T) and the audio."""
@@ -146,7 +150,12 @@ class Collator:
             attention_mask[i, : len(row)] = 1
             labels[i, start : len(row)] = torch.tensor(row[start:])
         ids = [f"{example.clip_id}:{example.language}" for example in examples]
-        return {"ids": ids, "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **audio}
+        batch = {"ids": ids, "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **audio}
+        if self.teacher is not None:
+            read = [self.teacher[example] for example in examples]
+            batch["teacher_ids"] = torch.cat([tokens for tokens, _ in read])
+            batch["teacher_log_probs"] = torch.cat([log_probs for _, log_probs in read])
+        return batch
 
     def _audio(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], list[int]]:
         if self.states is not None:

@@ -13,6 +13,7 @@ import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ from transformers import BitsAndBytesConfig
 
 from trimlingual.artifacts import SCRATCH
 from trimlingual.audio import load_audio
-from trimlingual.finetune import train_
+from trimlingual.finetune import read_teacher, train_
 from trimlingual.integers import save_packed
 from trimlingual.lineage import Lineage
-from trimlingual.loss import answer_logits
+from trimlingual.loss import answer_forward, answer_logits
 from trimlingual.models import (
     DTYPES,
     PARTS,
@@ -40,8 +41,11 @@ from trimlingual.processes import is_main_process, wait_for_everyone
 from trimlingual.prompts import Collator, Example, Prompter
 from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
 from trimlingual.rehearsal import draw, is_random
+from trimlingual.rounding import round_calibrated_
+from trimlingual.selection import UNGUIDED, Guide
 from trimlingual.sources import Clip
 
+PROBE_BATCH = 8
 NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured
 
 
@@ -59,8 +63,11 @@ def quantize(
     settings: QuantizeSettings,
     seed: int,
     out_dir: Path,
+    guide: Guide = UNGUIDED,
 ) -> dict[str, Any]:
     """Make the 4-bit model of the one in `model_dir`: QLoRA on `examples`, merge, quantise again, save to `out_dir`.
+
+    Without `settings.train` the weights are rounded as they are, and the examples only calibrate and measure.
 
     bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by integers.py, with 8-bit embeddings if asked for.
 
@@ -74,36 +81,36 @@ def quantize(
     device, scratch = pick_device(model_settings.device), out_dir / SCRATCH
     stored = _stored(model_dir, scratch / "base", device)
     processor = load_processor(stored)
-    config = bitsandbytes_config(settings)
-    base = load_model(stored, model_settings.dtype, device, config)
-    check_quantized(base, settings)
-    info = train_(base, processor, clips, examples, task, settings.train, seed, scratch / "training")
-    adapted = info.pop("adapted")
-    del base
-    if not is_main_process():
-        return info
-    _free_memory()  # of the optimizer
-
     step = max(1, len(examples) // NUM_PROBE_EXAMPLES)
     probe = list(examples)[::step][:NUM_PROBE_EXAMPLES]
     collator = Collator(Prompter(processor, task), lambda index: load_audio(clips[index].audio))
 
     def measure(model: Any) -> tuple[float, Tensor]:
-        return answer_logits(model, collator, probe, settings.train.batch_size)
+        return answer_logits(model, collator, probe, PROBE_BATCH)
 
-    adapted.save_pretrained(out_dir / "adapter")
-    trained = measure(adapted)
+    info, trained, adapted = {}, None, None
+    if settings.train:
+        info = _train(stored, processor, clips, examples, task, model_settings, settings, seed, scratch, guide)
+        adapted = info.pop("adapted")
+    if not is_main_process():
+        return info
+    _free_memory()  # of the optimizer
     merged = load_model(stored, model_settings.dtype, torch.device("cpu"))
-    merge_(merged, adapted, settings.merge_base)
+    if adapted:
+        adapted.save_pretrained(out_dir / "adapter")
+        trained = measure(adapted)
+        merge_(merged, adapted, settings.merge_base)
+        del adapted
+        _free_memory()
     round_weights_(merged, model_settings.storage_dtype)
-    del adapted
-    _free_memory()
+    config = bitsandbytes_config(settings)
     if settings.scheme != "int4":
         shutil.rmtree(scratch / "merged", ignore_errors=True)  # of a run that was killed
         save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
     plain = measure(merged.to(device))
     if settings.scheme == "int4":
-        info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype)
+        scales = _calibrated(merged, settings, collator, examples, model_settings)
+        info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype, scales)
     del merged
     _free_memory()
     if settings.scheme == "int4":
@@ -115,8 +122,54 @@ def quantize(
         save_model(final_model, processor, out_dir)
     summary = config_summary(settings)
     after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in clips})
+    if guide.select and settings.train and settings.train.selection_checks:
+        after = after.with_seen("select", guide.select.audio_hashes)
     replace(after, quantization=summary).save(out_dir)
-    return info | {"change": _change(trained, plain, final), "quantization": summary}
+    return info | {"change": _change(trained or plain, plain, final), "quantization": summary}
+
+
+def _train(
+    stored: Path,
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    settings: QuantizeSettings,
+    seed: int,
+    scratch: Path,
+    guide: Guide,
+) -> dict[str, Any]:
+    """QLoRA; the info of `train_`, with the PEFT model under `adapted`."""
+    train, work_dir = settings.train, scratch / "training"
+    assert train is not None
+    teacher = read_teacher(processor, clips, examples, task, model_settings, train, guide, work_dir)
+    device = pick_device(model_settings.device)
+    base = load_model(stored, model_settings.dtype, device, bitsandbytes_config(settings))
+    check_quantized(base, settings)
+    return train_(base, processor, clips, examples, task, train, seed, work_dir, guide, teacher)
+
+
+def _calibrated(
+    model: Any,
+    settings: QuantizeSettings,
+    collator: Collator,
+    examples: Sequence[Example],
+    model_settings: ModelSettings,
+) -> dict[str, Tensor]:
+    """Round the 4-bit layers in place by what examples make of them, if the recipe asks for it; their scales by name."""
+    if settings.rounding != "calibrated":
+        return {}
+    forward, device = answer_forward(model), next(model.parameters()).device
+    step = max(1, len(examples) // settings.calibration_examples)
+
+    def run(example: Example) -> None:
+        batch = collator([example])
+        batch.pop("ids")
+        forward(**{name: tensor.to(device) for name, tensor in batch.items()})
+
+    passes = [partial(run, example) for example in list(examples)[::step][: settings.calibration_examples]]
+    return round_calibrated_(model, settings, passes, DTYPES[model_settings.storage_dtype])
 
 
 def _stored(model_dir: Path, folder: Path, device: torch.device) -> Path:
@@ -176,7 +229,8 @@ def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
             "group_size": settings.group_size,
             "parts": sorted(settings.parts),
             "eight_bit": sorted(settings.eight_bit),
-            "merge_base": settings.merge_base,
+            "rounding": settings.rounding,
+            **({"merge_base": settings.merge_base} if settings.train else {}),
         }
     return {
         "method": "bitsandbytes",

@@ -38,6 +38,7 @@ from trimlingual.sections import (
     Section,
     Source,
     TaskSettings,
+    TokenDistillation,
     Tower,
     TrainSettings,
     VocabSettings,
@@ -66,6 +67,7 @@ __all__ = [
     "RecipeError",
     "Source",
     "TaskSettings",
+    "TokenDistillation",
     "Tower",
     "TrainSettings",
     "VocabSettings",
@@ -122,6 +124,10 @@ class Recipe(Section):
                 )
             if train.data.distilled and self.distill is None:
                 problems.append(f"{path}.data.distilled is {train.data.distilled} but the distill section is null")
+            if train.token_distillation and path == "finetune":
+                problems.append("finetune.token_distillation must be null: the teacher is what is learned from")
+            if train.token_distillation and not self.finetune:
+                problems.append(f"{path}.token_distillation is set but finetune is null: there is no teacher")
             if train.data.distilled and path == "finetune":
                 problems.append("finetune.data.distilled must be 0: the teacher is what translates, so it comes first")
         if self.recover and not self.rank:

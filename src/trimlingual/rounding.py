@@ -11,10 +11,17 @@ Shapes: N tokens, I inputs, O outputs, G groups of inputs that share a scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trimlingual.integers import best_scale, modules_to_pack
+from trimlingual.models import layer_list
+from trimlingual.plan import TOWERS
+from trimlingual.progress import progress
+from trimlingual.recipe import QuantizeSettings
 
 BLOCK = 128  # columns whose errors are moved on to the columns behind them at once
 DAMPING = 0.01  # of the mean diagonal, added to it: directions that no input has must not be divided by nothing
@@ -22,6 +29,38 @@ TRIES = 5  # damping is multiplied by ten where the moments still cannot be inve
 
 ScaleOf = Callable[[Tensor], Tensor]
 """The scale (O, 1) of a group's weights (O, group_size), float32."""
+
+
+@torch.no_grad()
+def round_calibrated_(
+    model: Any, settings: QuantizeSettings, passes: Sequence[Callable[[], Any]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Round the 4-bit layers of both towers in place. Returns their scales (O, G) by the modules' names, in `dtype`.
+
+    `passes` run the whole model on one calibration example each, without padding. Modules outside the towers' layers stay as they are.
+    """
+    wanted = modules_to_pack(model, settings)
+    names = {id(module): name for name, module in model.named_modules()}
+    scales: dict[str, Tensor] = {}
+    for tower in reversed(TOWERS):  # the decoder last: it is to see what the rounded encoder gives
+        layers = layer_list(model, tower)
+        if not any(names[id(module)] in wanted for module in layers.modules()):
+            continue
+        with progress(f"calibrated rounding of the {tower}, layer", len(layers)) as advance:
+
+            def visit(position: int, moments: dict[str, Moments], layers: Any = layers, advance: Any = advance) -> None:
+                for inner, found in moments.items():
+                    module = layers[position].get_submodule(inner)
+                    name = names[id(module)]
+                    if wanted.get(name) == 4:
+                        scale_of = partial(best_scale, dtype=dtype)
+                        scale, weight = round_columns(module.weight, found.mean(), 4, settings.group_size, scale_of)
+                        module.weight.copy_(weight.to(dtype))
+                        scales[name] = scale.to(dtype)
+                advance(1)
+
+            walk_layers(list(layers), passes, visit)
+    return scales
 
 
 class Moments:

@@ -229,6 +229,16 @@ class MixSettings(Section):
         return self
 
 
+class TokenDistillation(Section):
+    """Token-level distillation: the student learns the teacher's distribution at every answer token (Hinton et al. 2015)."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(default=0.5, description="the rest is on the text itself")
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=1)] = Field(
+        default=64, description="most likely tokens of the teacher that are kept"
+    )
+
+
 class TrainSettings(Section):
     """Settings of one training run, handed to the Hugging Face Trainer."""
 
@@ -255,6 +265,11 @@ class TrainSettings(Section):
         description="with gradient_checkpointing: batches of fewer tokens (clips x longest sequence, audio states included) "
         "keep their activations instead of computing them again, which is faster and takes more memory",
         json_schema_extra=NO_RESULT,
+    )
+    token_distillation: TokenDistillation | None = None
+    selection_checks: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="times that the selection clips are translated while training, to keep the best weights; 0: the last are kept",
     )
     freeze: list[Literal["audio_tower", "projector", "embeddings", "lm_head"]] = Field(default_factory=list)
     lora: LoraSettings = LoraSettings()
@@ -286,6 +301,8 @@ class TrainSettings(Section):
             )
         if self.fsdp and ("8bit" in self.optimizer or "paged" in self.optimizer):
             raise ValueError(f"fsdp does not go with optimizer {self.optimizer}; set optimizer: adamw_torch_fused")
+        if self.fsdp and self.selection_checks:
+            raise ValueError("fsdp does not go with selection_checks: no process holds the whole weights; set it to 0")
         if self.fsdp and self.method == "lora":
             raise ValueError(
                 "fsdp does not go with method lora, whose frozen weights need no more than one GPU; leave it out"
@@ -397,7 +414,21 @@ class QuantizeSettings(Section):
     # What the adapter is added to before the model is quantised again. `dequantized` is what it was trained on, but these weights
     # stand on the 4-bit grid: rounding takes most of them back to where they were, and the adapter is lost (docs/method.md).
     merge_base: Literal["original", "dequantized"] = "original"
-    train: TrainSettings = TrainSettings(method="lora", epochs=1.0)
+    rounding: Literal["nearest", "calibrated"] = Field(
+        default="nearest",
+        description="int4: each weight to its nearest step, or by what its error does to the layer's output (GPTQ)",
+    )
+    calibration_examples: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="of training, for rounding: calibrated"
+    )
+    train: TrainSettings | None = Field(
+        default=TrainSettings(method="lora", epochs=1.0), description="null: the weights are rounded as they are"
+    )
+
+    @property
+    def data(self) -> MixSettings:
+        """What is trained on or, without training, calibrated and measured on."""
+        return self.train.data if self.train else MixSettings()
 
     @model_validator(mode="after")
     def _formats(self) -> QuantizeSettings:
@@ -405,13 +436,15 @@ class QuantizeSettings(Section):
             raise ValueError(
                 f"eight_bit needs scheme int4, not {self.scheme}: bitsandbytes holds one number format a model"
             )
+        if self.rounding == "calibrated" and self.scheme != "int4":
+            raise ValueError(f"rounding: calibrated needs scheme int4, not {self.scheme}, which rounds by itself")
         if "lm_head" in self.eight_bit and "lm_head" in self.parts:
             raise ValueError("lm_head is in parts (4 bits) and in eight_bit; name it in one of them")
         return self
 
     @model_validator(mode="after")
     def _lora(self) -> QuantizeSettings:
-        if self.train.method != "lora":
+        if self.train and self.train.method != "lora":
             raise ValueError(f"train.method is {self.train.method!r} but 4-bit weights cannot be trained; use lora")
         return self
 

@@ -18,12 +18,13 @@ from trimlingual.lineage import Lineage, read_lineage
 from trimlingual.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.processes import num_processes
 from trimlingual.progress import LOG_FILE, log_to, say
-from trimlingual.recipe import Recipe, TrainSettings
+from trimlingual.recipe import MixSettings, Recipe, TrainSettings
 from trimlingual.refs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
 from trimlingual.sources import Clip
 
 if TYPE_CHECKING:
     from trimlingual.prompts import Example
+    from trimlingual.selection import Guide
 
 __all__ = [
     "Ref", "Status", "Step", "base_ref", "data_step", "distill_step", "evaluate_step", "export_step", "finetune_step", "lineage_of",
@@ -169,22 +170,31 @@ def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: Has
 
 
 def finetune_step(
-    name: str, recipe: Recipe, train: TrainSettings, model: Ref, data: Ref, distilled: Ref | None, out: Path
+    name: str,
+    recipe: Recipe,
+    train: TrainSettings,
+    model: Ref,
+    data: Ref,
+    distilled: Ref | None,
+    teacher: Ref | None,
+    out: Path,
 ) -> Step:
     """Stage 1 (the teacher) and stage 4 (the recovered student)."""
     distilled = distilled if train.data.distilled else None
+    teacher = teacher if train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.finetune import finetune
 
-        clips, examples = _training_data(recipe, train, inputs)
+        clips, examples = _training_data(recipe, train.data, inputs)
         lineage = lineage_of(inputs["model"], recipe).after("finetune")
         return finetune(
-            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, train, recipe.seed, folder
-        )
+            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, train, recipe.seed, folder,
+            _guide(recipe, train, inputs),
+        )  # fmt: skip
 
-    inputs = _inputs(model=model, data=data, distilled=distilled, deepspeed=_deepspeed(train))
-    return Step(name, out, _settings(recipe, train=train), inputs, work, everyone=True)
+    inputs = _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train))
+    return Step(name, out, _train_settings(recipe, train, train=train), inputs, work, everyone=True)
 
 
 def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
@@ -197,7 +207,7 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
 
         training = None
         if settings.finetune_each_round:
-            training = TrainingData(*_training_data(recipe, settings.finetune_each_round, inputs))
+            training = TrainingData(*_training_data(recipe, settings.finetune_each_round.data, inputs))
         lineage = lineage_of(inputs["model"], recipe)
         select = load_splits(inputs["data"].folder).select
         return rank(
@@ -245,26 +255,29 @@ def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
     return Step("distilled", out, wanted, {"teacher": teacher, "data": data}, work, everyone=True)
 
 
-def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, out: Path) -> Step:
+def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, teacher: Ref | None, out: Path) -> Step:
     """Stage 5: QLoRA, merge, 4-bit."""
     settings = recipe.quantize
     assert settings is not None
-    distilled = distilled if settings.train.data.distilled else None
+    train = settings.train
+    distilled = distilled if settings.data.distilled else None
+    teacher = teacher if train and train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.quantize import quantize
 
-        clips, examples = _training_data(recipe, settings.train, inputs)
+        clips, examples = _training_data(recipe, settings.data, inputs)
         lineage = lineage_of(inputs["model"], recipe)
         return quantize(
-            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, settings, recipe.seed, folder
-        )
+            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, settings, recipe.seed, folder,
+            _guide(recipe, train, inputs),
+        )  # fmt: skip
 
     return Step(
         "quantized",
         out,
-        _settings(recipe, quantize=settings),
-        _inputs(model=model, data=data, distilled=distilled, deepspeed=_deepspeed(settings.train)),
+        _train_settings(recipe, train, quantize=settings),
+        _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train)),
         work,
         everyone=True,
     )
@@ -337,8 +350,21 @@ def _inputs(**refs: Ref | None) -> dict[str, Ref]:
     return {role: ref for role, ref in refs.items() if ref is not None}
 
 
-def _training_data(recipe: Recipe, train: TrainSettings, inputs: Mapping[str, Ref]) -> tuple[list[Clip], list[Example]]:
+def _train_settings(recipe: Recipe, trained: TrainSettings | None, /, **sections: Any) -> dict[str, Any]:
+    """As `_settings`; where the selection clips are translated on the way, how that is done decides too."""
+    more = {"decode": recipe.decode} if trained and trained.selection_checks else {}
+    return _settings(recipe, **sections, **more)
+
+
+def _guide(recipe: Recipe, train: TrainSettings | None, inputs: Mapping[str, Ref]) -> Guide:
+    from trimlingual.selection import Guide
+
+    select = load_splits(inputs["data"].folder).select if train and train.selection_checks else None
+    return Guide(select, recipe.decode, inputs["teacher"].folder if "teacher" in inputs else None)
+
+
+def _training_data(recipe: Recipe, mixture: MixSettings, inputs: Mapping[str, Ref]) -> tuple[list[Clip], list[Example]]:
     from trimlingual.distill import mix, read_distilled
 
     pairs = read_distilled(inputs["distilled"].folder) if "distilled" in inputs else []
-    return mix(load_splits(inputs["data"].folder), pairs, train.data, recipe.task.target_languages)
+    return mix(load_splits(inputs["data"].folder), pairs, mixture, recipe.task.target_languages)
