@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from trimlingual.integers import best_scale, round_to_integers
+from trimlingual.models import load_model, pick_device
+from trimlingual.pipeline import run_stage
+from trimlingual.prompts import Example
+from trimlingual.quantize import quantize
+from trimlingual.recipe import QuantizeSettings, load_recipe
 from trimlingual.rounding import Moments, round_columns, walk_layers
 
 
@@ -82,24 +89,36 @@ def test_layers_see_what_the_changed_ones_below_give() -> None:
     assert seen == [1.0, 4.0]
 
 
-def test_calibrated_model_is_nearer_to_the_original_than_nearest(manifests, tmp_path) -> None:
-    """On the built-in model, through the stage itself: quantize without training."""
-    from pathlib import Path
+def test_stage_without_training_ships_what_was_measured(
+    model_dir, lineage, split, task, model_settings, tmp_path: Path
+) -> None:
+    examples = [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
+    settings = QuantizeSettings(
+        start="base", scheme="int4", group_size=32, rounding="calibrated", calibration_examples=4, train=None
+    )
+    info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    assert info["change"]["trained_loss"] == info["change"]["merged_loss"]
+    assert info["change"]["final_sqnr_db"] > 5
+    assert info["quantization"]["rounding"] == "calibrated"
+    assert "merge_base" not in info["quantization"]
+    assert not (tmp_path / "adapter").exists()
+    model, original = (load_model(folder, "float32", pick_device("cpu")) for folder in (tmp_path, model_dir))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            assert not torch.equal(module.weight, original.get_submodule(name).weight), name
 
-    from trimlingual.artifacts import read_artifact
-    from trimlingual.models import load_model, pick_device
-    from trimlingual.pipeline import run_stage
-    from trimlingual.recipe import load_recipe
 
-    few = [*manifests, "finetune=null", "rank=null", "distill=null", "recover=null", "quantize.train=null",
-           "quantize.start=base", "quantize.scheme=int4", "quantize.group_size=64", "quantize.parts=[decoder]",
-           "quantize.calibration_examples=24"]  # fmt: skip
-    change = {}
+@pytest.mark.slow
+def test_calibrated_model_is_nearer_to_the_original_than_nearest(tmp_path: Path) -> None:
+    """On the built-in model and speech that it knows, through the pipeline."""
+    settings = [
+        "data.train={kind: builtin, split: everyday}", "finetune=null", "rank=null", "distill=null", "recover=null",
+        "quantize.train=null", "quantize.start=base", "quantize.scheme=int4", "quantize.group_size=64",
+        "quantize.parts=[decoder]", "quantize.calibration_examples=80",
+    ]  # fmt: skip
+    sqnr_db = {}
     for rounding in ("nearest", "calibrated"):
-        run: Path = tmp_path / rounding
-        run_stage(load_recipe("mini", [*few, f"quantize.rounding={rounding}"]), run, "quantized")
-        change[rounding] = read_artifact(run / "quantized").info["change"]
-        assert not (run / "quantized" / "adapter").exists()
-        load_model(run / "quantized", "float32", pick_device("cpu"))
-    assert change["calibrated"]["final_sqnr_db"] > change["nearest"]["final_sqnr_db"] + 0.3
-    assert change["nearest"]["trained_loss"] == change["nearest"]["merged_loss"]
+        recipe = load_recipe("mini", [*settings, f"quantize.rounding={rounding}"])
+        artifact = run_stage(recipe, tmp_path / rounding, "quantized")
+        sqnr_db[rounding] = artifact.info["change"]["final_sqnr_db"]
+    assert sqnr_db["calibrated"] > sqnr_db["nearest"] + 0.2  # seen: 20.3 and 19.9
