@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from trimlingual.audio import DataError
 from trimlingual.data import Split
 from trimlingual.decode import translate_clips
 from trimlingual.evaluate import evaluate, read_result, read_translations
+from trimlingual.jsonl import write_jsonl
 from trimlingual.models import load_model, load_processor, pick_device
 from trimlingual.plan import read_plan
 from trimlingual.rank import rank
-from trimlingual.recipe import EvaluateSettings, RankSettings, TaskSettings
+from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, TaskSettings
+from trimlingual.sources import listing_problems, read_recordings
 
 METRICS = {"de": "chrfpp", "zh": "chrf"}
 
@@ -71,3 +74,19 @@ def test_candidates_score_the_mean_of_each_language_alone(
     for code in METRICS:
         for layer, scores in plan(code, [code]).items():
             assert both[layer][code] == pytest.approx(scores[code], abs=1e-4)
+
+
+def test_a_manifest_may_lack_languages_but_not_all(parts, tmp_path: Path):
+    lines = [{"audio": str(clip.audio), "references": clip.references} for clip in parts["both"].clips]
+    path = tmp_path / "m.jsonl"
+    write_jsonl(path, lines)
+    source = ManifestSource(path=str(path))
+    with pytest.raises(DataError, match=r"reference for 'zh' is missing"):
+        read_recordings(source, ["de", "zh"], tmp_path)
+    clips, _ = read_recordings(source, ["de", "zh"], tmp_path, "any")
+    assert [list(clip.references) for clip in clips] == [list(clip.references) for clip in parts["both"].clips]
+    assert not listing_problems(source, ["de", "zh"], wanted="any")
+    assert listing_problems(source, ["de", "zh"])
+    write_jsonl(path, [*lines, {"audio": str(parts["both"].clips[0].audio), "references": {}}])
+    with pytest.raises(DataError, match=r"line 8: reference for 'de' is missing"):
+        read_recordings(source, ["de", "zh"], tmp_path, "any")

@@ -95,7 +95,7 @@ def prepare_data(
     clips: dict[str, list[Clip]] = {}
     recordings: dict[Path, Recording] = {}
     for role, source in sources.items():
-        clips[role], heard = read_recordings(source, task.target_languages, out_dir / role)
+        clips[role], heard = read_recordings(source, task.target_languages, out_dir / role, settings.references)
         recordings |= heard
     _name_apart(sources, clips)
     if settings.hold_out == "train_test_split":  # over all rows, as published

@@ -100,8 +100,10 @@ def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, held: int,
     settings = recipe.quantize
     assert settings is not None
     trained = settings.model_copy(update={"scheme": "nf4", "eight_bit": []})  # what the adapter is trained on
-    adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
-    memory = _quantized_bytes(sizes, trained, held, gone) + adapter * (2 + ADAM_STATES)
+    adapter, memory = 0.0, held * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
+    if settings.train:
+        adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
+        memory = _quantized_bytes(sizes, trained, held, gone) + adapter * (2 + ADAM_STATES)
     drawn = settings.start == "base" and recipe.model.base.startswith("random:")  # written to be read as 4-bit
     return Estimate(
         _quantized_bytes(sizes, settings, stored, gone),

@@ -113,7 +113,7 @@ def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
         for role in ("train", "select", "test", "out_of_domain"):
             source = getattr(recipe.data, role)
             if source is not None and not isinstance(source, int):
-                for problem in listing_problems(source, recipe.task.target_languages):
+                for problem in listing_problems(source, recipe.task.target_languages, wanted=recipe.data.references):
                     yield f"data.{role}: {problem}"
     if "trimmed" in names and recipe.vocab:
         for path in [*recipe.vocab.texts, *recipe.vocab.held_out]:
@@ -139,8 +139,8 @@ def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]
             yield f"evaluate.comet: {missing} test clips have no source text, which COMET reads"
         return
     source = recipe.data.test if not isinstance(recipe.data.test, int) else recipe.data.train
-    if not listing_problems(source, recipe.task.target_languages):
-        for problem in listing_problems(source, recipe.task.target_languages, sources_wanted=True):
+    if not listing_problems(source, recipe.task.target_languages, wanted=recipe.data.references):
+        for problem in listing_problems(source, recipe.task.target_languages, True, recipe.data.references):
             yield f"evaluate.comet reads source texts: {problem}"
 
 

@@ -42,6 +42,7 @@ class Rows(list[Row]):
         self.origin = origin
         self.languages = languages
         self.problems: list[tuple[int, str]] = []  # (how many rows came before, what)
+        self.without_reference: list[tuple[int, str]] = []  # the same, of rows that lack some language, but not all
 
     def problem(self, where: str, what: str) -> None:
         """Note what is wrong with the row that comes next."""
@@ -50,14 +51,18 @@ class Rows(list[Row]):
     def add(self, where: str, audio: Path, references: Mapping[str, Any], source: Any, id: Any = None) -> None:
         """Add a row; whatever is wrong with its texts or id becomes a problem."""
         texts = {language: clean_text(references.get(language)) for language in self.languages}
-        for language in [language for language, text in texts.items() if not text]:
-            self.problem(
-                where, f"reference for {language!r} is missing, empty or not text; add it or take the line out"
-            )
+        given = {language: text for language, text in texts.items() if text}
+        for language in [language for language in texts if language not in given]:
+            what = f"{where}: reference for {language!r} is missing, empty or not text; add it or take the line out"
+            (self.without_reference if given else self.problems).append((len(self), what))
         name = audio.stem if id is None else clean_text(str(id) if type(id) is int else id)
         if not name:
             self.problem(where, f"id is {id!r} but must be text; correct it, or leave it out to use the file's name")
-        self.append(Row(where, name, audio, texts, clean_text(source) or None))
+        self.append(Row(where, name, audio, given, clean_text(source) or None))
+
+    def require_all_languages(self) -> None:
+        """A row that lacks a language is a problem, also where it has another."""
+        self.problems += self.without_reference
 
     def check(self) -> None:
         """Raise one DataError with all problems there are, in the order of the rows."""

@@ -15,6 +15,7 @@ from trimlingual import languages
 Dtype = Literal["float32", "bfloat16", "float16"]
 Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
+References = Literal["all", "any"]
 
 FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers has no name for (optimizer.py)
 
@@ -150,7 +151,7 @@ class DataSettings(Section):
     select: Held
     test: Held
     out_of_domain: Source | None = None
-    references: Literal["all", "any"] = Field(
+    references: References = Field(
         default="all",
         description="all: each clip has a reference in every target language; any: it is used in the languages it has",
     )

@@ -18,7 +18,7 @@ from trimlingual.artifacts import hash_file
 from trimlingual.audio import DataError, Recording, inspect_audio, is_file
 from trimlingual.hub import hub_rows, missing_columns, stored_columns
 from trimlingual.progress import progress
-from trimlingual.recipe import Covost2Source, FolderSource, HubSource, Source
+from trimlingual.recipe import Covost2Source, FolderSource, HubSource, References, Source
 from trimlingual.rows import Rows, columns_of, listed_rows, listing, read_text
 
 MAX_LISTED = 3  # in one line of the check before a run
@@ -56,13 +56,18 @@ def read_source(source: Source, languages: Sequence[str], work_dir: Path) -> lis
 
 
 def read_recordings(
-    source: Source, languages: Sequence[str], work_dir: Path
+    source: Source, languages: Sequence[str], work_dir: Path, wanted: References = "all"
 ) -> tuple[list[Clip], dict[Path, Recording]]:
     """Read a source's clips in its own order, each file decoded once to prove it whole; and what was heard, by file.
 
+    `wanted`: each clip has a reference in all languages, or in any of them.
+
     Audio that comes as bytes or samples (Hub sets) is written under `work_dir/audio`. One DataError has all of its problems.
     """
+    languages = _asked(source, languages, wanted)
     rows = hub_rows(source, languages, work_dir) if isinstance(source, HubSource) else listed_rows(source, languages)
+    if wanted == "all":
+        rows.require_all_languages()
     clips, recordings = _verify(rows)
     rows.check()
     if not clips:
@@ -70,12 +75,25 @@ def read_recordings(
     return clips, recordings
 
 
-def listing_problems(source: Source, languages: Sequence[str], sources_wanted: bool = False) -> list[str]:
+def _asked(source: Source, languages: Sequence[str], wanted: References) -> list[str]:
+    """The languages that a source is asked for: all, or those of them that it says it has."""
+    has = list(languages)
+    if wanted == "any" and isinstance(source, (FolderSource, HubSource)):
+        has = list(source.references)
+    elif wanted == "any" and isinstance(source, Covost2Source):
+        has = [source.target_language]
+    return [language for language in languages if language in has] or list(languages)
+
+
+def listing_problems(
+    source: Source, languages: Sequence[str], sources_wanted: bool = False, wanted: References = "all"
+) -> list[str]:
     """What is wrong with a source as far as can be told without decoding audio or downloading anything; empty if nothing is.
 
     Its listing, columns, references in every language and audio files; with `sources_wanted` also the source texts. Of a set on the
     Hub only what the recipe says about its columns is known, of one in a folder its columns too.
     """
+    languages = _asked(source, languages, wanted)
     try:
         if isinstance(source, HubSource):
             columns_of(source, languages)
@@ -91,7 +109,13 @@ def listing_problems(source: Source, languages: Sequence[str], sources_wanted: b
         return [str(error)]
     if not rows and not rows.problems:
         return [f"{rows.origin} holds no clips; it needs at least 1"]
-    empty = [language for language in languages if rows and not any(row.references.get(language) for row in rows)]
+    if wanted == "all":
+        rows.require_all_languages()
+    empty = [
+        language
+        for language in languages
+        if wanted == "all" and rows and not any(row.references.get(language) for row in rows)
+    ]
     if empty:
         return [f"{rows.origin} has no reference in {', '.join(map(repr, empty))} in any of its {len(rows)} clips"]
     found = [what for _, what in rows.problems]
