@@ -318,7 +318,8 @@ class TrainSettings(Section):
     @field_validator("epochs", mode="before")
     @classmethod
     def _whole_epochs(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+        return float(value) if whole else value
 
 
 class DecodeSettings(Section):
