@@ -186,10 +186,15 @@ def report(
 
 @app.command(epilog="Example: trimlingual translate runs/mini/exported talk.wav --to de")
 def translate(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
-    audio: Annotated[list[Path], typer.Argument(help="Audio files, each no longer than the model's window.")],
+    model: Annotated[str, typer.Argument(help="Model folder, Hub id or builtin:mini.")],
+    audio: Annotated[
+        list[Path], typer.Argument(help="Audio files or folders of them, each no longer than the model's window.")
+    ],
     to: Annotated[list[str], typer.Option("--to", help="Target language; can be repeated.")],
-    recipe: Annotated[str, typer.Option(help="Recipe whose prompt and decoding settings are used.")] = "mini",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe whose prompt and decoding settings are used; default: those of the folder."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Translate audio files; one line of JSON each."""
@@ -197,7 +202,7 @@ def translate(
 
     if not _alone("translate"):
         return
-    settings = load_recipe(recipe)
+    settings = load_recipe(recipe) if recipe else None
     for line in translate_files(model, audio, to, settings, device):
         print(json.dumps(line, ensure_ascii=False))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,51 @@ from trimlingual import __version__
 from trimlingual.artifacts import ARTIFACT_FILE, write_text
 from trimlingual.evaluate import read_result
 from trimlingual.lineage import Lineage
-from trimlingual.models import check_folder
-from trimlingual.progress import LOG_FILE
+from trimlingual.model_folders import folder_problems
+from trimlingual.models import ModelError, is_on_hub
+from trimlingual.progress import LOG_FILE, say
+from trimlingual.proof import prove_export
 from trimlingual.recipe import Recipe
+from trimlingual.saved import finish_saved
+from trimlingual.shipped import Shipped
+from trimlingual.sources import Clip
 
 LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
 
 
 def export(
-    model_dir: Path, lineage: Lineage, recipe: Recipe, evaluation_dir: Path | None, out_dir: Path
+    model_dir: Path, lineage: Lineage, recipe: Recipe, evaluation_dir: Path | None, clips: Sequence[Clip], out_dir: Path
 ) -> dict[str, Any]:
-    """Copy the finished model to `out_dir` with a model card; scores come from `evaluation_dir` if there is one."""
-    check_folder(model_dir)
+    """Copy the finished model to `out_dir` with a model card, and prove that plain transformers gives what was scored.
+
+    Scores and recorded translations come from `evaluation_dir` if there is one, their audio from `clips`. Raises ModelError or
+    ExportError for what must not ship.
+    """
+    problems = folder_problems(model_dir, "exported")
+    if problems:
+        raise ModelError("; ".join(problems))
     shutil.copytree(model_dir, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
-    lineage.save(out_dir)
+    lineage.to_ship().save(out_dir)
+    Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)
     result = read_result(evaluation_dir) if evaluation_dir else None
-    write_text(out_dir / "README.md", model_card(recipe, lineage, result))
-    (out_dir / LOG_FILE).unlink(missing_ok=True)
-    return {"files": sorted(path.name for path in out_dir.iterdir() if path.is_file() and path.name != "work.json")}
+    proof: dict[str, Any] | None = None
+    finish_saved(out_dir, recipe.decode.max_new_tokens)
+    if lineage.base.startswith("random:"):
+        say("  the base model is random: not proven by translating")
+    else:
+        exact = recipe.model.dtype == "float32" and lineage.quantization is None
+        proof = prove_export(out_dir, recipe, evaluation_dir, clips, exact)
+        say(f"  plain transformers loads it; {proof['equal']} of {proof['compared']} recorded translations are equal")
+    write_text(out_dir / "README.md", model_card(recipe, lineage, result, proof))
+    return {
+        "proof": proof,
+        "files": sorted(path.name for path in out_dir.iterdir() if path.is_file() and path.name != "work.json"),
+    }
 
 
-def model_card(recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None) -> str:
+def model_card(
+    recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None, proof: dict[str, Any] | None = None
+) -> str:
     """The Hub model card: metadata block, how to use it, what was done, what was measured."""
     environment = Environment(
         loader=PackageLoader("trimlingual", "report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,9 +66,10 @@ def model_card(recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None) 
         recipe=recipe,
         lineage=lineage,
         result=result,
+        proof=proof,
         removed=lineage.removed("decoder"),
         version=__version__,
         prompt=recipe.task.prompt_for(recipe.task.target_languages[0]),
-        base=lineage.base.removeprefix("builtin:"),
-        on_hub=not lineage.base.startswith(("builtin:", "random:", "/", ".", "~")),
+        base=lineage.to_ship().base.removeprefix("builtin:"),
+        on_hub=is_on_hub(lineage.base),
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trimlingual.models import DTYPES, PARTS, explained_disk_full, part_of, round_weights_
 from trimlingual.recipe import Dtype, QuantizeSettings
+from trimlingual.saved import finish_saved
 
 # Names in the folder's config. They match the names in memory and the published ones, which vLLM uses.
 PATTERNS = {
@@ -67,6 +68,7 @@ def save_packed(
         model.save_pretrained(folder, max_shard_size="4GB")
         pack.update_config(str(folder))
         processor.save_pretrained(folder)
+        finish_saved(folder)
     unpack_(model, DTYPES[storage_dtype])
     return {f"num_{bits}bit_modules": list(wanted.values()).count(bits) for bits in (4, 8)}
 

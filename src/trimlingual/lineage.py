@@ -6,6 +6,7 @@ maps compose: positions change with every pruning, original layer numbers do not
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from trimlingual.artifacts import write_json
+from trimlingual.progress import say
 from trimlingual.records import read_record
 
 LINEAGE_FILE = "lineage.json"
@@ -42,7 +44,7 @@ class Lineage:
     """Origin of a model.
 
     `layers[tower][position]` is the original layer that stands at `position` now; `seen[use]` holds the SHA-256 of every audio
-    file used, for use in `train` and `select`.
+    file used, for use in `train` and `select`. What ships has `seen_digests` instead: a count and one digest a use.
     """
 
     base: str
@@ -51,6 +53,7 @@ class Lineage:
     stages: list[str] = field(default_factory=list)
     seen: dict[str, list[str]] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
+    seen_digests: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def after(self, stage: str) -> Lineage:
         """The lineage of what `stage` makes of this model."""
@@ -74,6 +77,14 @@ class Lineage:
     def removed(self, tower: str) -> list[int]:
         """Original layers that are gone."""
         return sorted(set(range(self.num_base_layers[tower])) - set(self.layers[tower]))
+
+    def to_ship(self) -> Lineage:
+        """The same without what is nobody else's: no list of clips, and of a local base only the folder's name."""
+        digests = {
+            use: {"count": len(set(hashes)), "sha256": _digest(hashes)} for use, hashes in self.seen.items() if hashes
+        }
+        base = Path(self.base).name if Path(self.base).is_dir() or self.base.startswith(("/", ".", "~")) else self.base
+        return replace(self, base=base, seen={}, seen_digests=self.seen_digests | digests)
 
     def save(self, folder: Path) -> None:
         """Write `lineage.json`."""
@@ -99,9 +110,23 @@ def read_lineage(folder: Path, name: str | None = None) -> Lineage:
     )
 
 
+def _digest(hashes: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()
+
+
 def check_unseen(lineage: Lineage, split_name: str, clips: Iterable[tuple[str, str]]) -> None:
     """LeakError if any of the (id, audio SHA-256) clips was used to train this model or to choose its layers."""
     clips = list(clips)
+    digest = _digest(digest for _, digest in clips)
+    for use, known_as in lineage.seen_digests.items():
+        if known_as["sha256"] == digest:
+            raise LeakError(
+                f"split {split_name!r} is the very set of clips that this model used to {use}: scores on it say nothing"
+            )
+        say(
+            f"note: this model's folder has only a digest of the {known_as['count']} clips it used to {use}; whether some of them "
+            f"are in split {split_name!r} cannot be checked. The run that made it has the list."
+        )
     for use, verb in (("train", "trained on"), ("select", "chose its layers by")):
         known = set(lineage.seen.get(use, ()))
         leaked = [clip_id for clip_id, digest in clips if digest in known]

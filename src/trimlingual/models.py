@@ -26,6 +26,7 @@ from trimlingual.kernels import add_norm, gated
 from trimlingual.recipe import Dtype, Tower
 from trimlingual.rehearsal import PREFIX as RANDOM
 from trimlingual.rehearsal import draw, is_random, random_base
+from trimlingual.saved import finish_saved
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ def save_model(
         if storage_dtype is not None:
             _write_stored_dtype(folder, storage_dtype)
         processor.save_pretrained(folder)
+        finish_saved(folder)
 
 
 @contextmanager

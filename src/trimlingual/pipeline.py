@@ -191,7 +191,7 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
             step = evaluate_step(name, recipe, models[name], data.ref, baseline, run_dir / "evaluations" / name)
             evaluated[name] = add(step).ref
     last = list(models)[-1]
-    add(export_step(recipe, student, evaluated.get(last), run_dir / "exported"))
+    add(export_step(recipe, student, evaluated.get(last), data.ref, run_dir / "exported"))
     add(report_step(recipe, run_dir, [step.ref for step in steps.values()]))
     return list(steps.values())
 

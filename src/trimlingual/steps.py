@@ -303,15 +303,20 @@ def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Re
     )
 
 
-def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, out: Path) -> Step:
-    """What ships."""
+def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, data: Ref, out: Path) -> Step:
+    """What ships. The clips of `data` are those of the evaluation, whose fingerprint covers them."""
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.export import export
 
         model = inputs["model"]
         scores = inputs["evaluation"].folder if "evaluation" in inputs else None
-        return export(model.folder, lineage_of(model, recipe), recipe, scores, folder)
+        scored = find_artifact(scores) if scores else None
+        if scored and scored.inputs.get("model") != model.fingerprint:
+            say(f"the scores in {scores} are another model's: the card goes without them")
+            scores = None
+        clips = load_splits(data.folder).test.clips if scores else []
+        return export(model.folder, lineage_of(model, recipe), recipe, scores, clips, folder)
 
     settings = _settings(recipe) | {"name": recipe.name}
     return Step("exported", out, settings, _inputs(model=model, evaluation=evaluation), work)

@@ -33,6 +33,7 @@ from trimlingual.models import ROWS_BY_TOKEN, check_folder, explained_disk_full,
 from trimlingual.prompts import Prompter
 from trimlingual.prune import ProofError
 from trimlingual.recipe import TaskSettings, VocabSettings
+from trimlingual.saved import finish_saved
 
 BATCH = 1000  # sentences tokenised at a time
 NUM_CHECKED = 1000  # counted sentences whose tokenisation is compared after trimming
@@ -95,6 +96,7 @@ def trim_vocab(
         _write_tokenizer(processor, trimmed_tokenizer(full, kept.ids), kept, out_dir)
         lineage.after("trim-vocab").save(out_dir)
     trimmed = prove(model_dir, out_dir, rows, bpe, kept)
+    finish_saved(out_dir)
     if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in prompts]:
         raise ProofError("a prompt is tokenised in another way after trimming")
     texts_by_name = {f"counted (first {NUM_CHECKED})": sample, **held_out}
