@@ -15,11 +15,13 @@ import numpy as np
 from trimlingual.audio import load_audio
 from trimlingual.evaluate import read_translations
 from trimlingual.models import pick_device
+from trimlingual.progress import say
 from trimlingual.recipe import Recipe
 from trimlingual.sources import Clip
 
 NUM_CLIPS = 8  # compared, in every target language
-ENOUGH = 0.95  # share of equal translations in 16 and in 4 bits, where near-ties fall either way
+ENOUGH = 0.95  # share of equal translations expected in 16 and in 4 bits, where near-ties fall either way; less is said
+REFUSED = 0.8  # with fewer it is another model than the one that was scored
 
 
 class ExportError(ValueError):
@@ -32,7 +34,7 @@ def prove_export(
     """Load `folder` in a fresh process; translate clips of the evaluation, if there is one, and compare with what is recorded.
 
     Answers that reached the bound on new tokens are not compared: plain `generate()` has another bound. Raises ExportError when a
-    tensor is missing or too many, or when fewer translations are equal than all (`exact`) or 95 % (one may always differ).
+    tensor is missing or too many, or when fewer translations are equal than all (`exact`) or 80 % (one may always differ).
     """
     recorded = _recorded(recipe, evaluation_dir, clips)
     with tempfile.TemporaryDirectory() as temporary:
@@ -60,12 +62,16 @@ def prove_export(
         for (clip, language, before), now in zip(recorded, answer["said"])
         if before != now
     ]
-    allowed = 0 if exact else max(1, int((1 - ENOUGH) * len(recorded)))
+    allowed = 0 if exact else max(1, int((1 - REFUSED) * len(recorded)))
     if len(different) > allowed:
         first = different[0]
         raise ExportError(
             f"{len(different)} of {len(recorded)} translations of the exported folder are not the recorded ones (allowed: {allowed}); "
             f"the first, {first['id']}: {first['exported']!r} instead of {first['recorded']!r}"
+        )
+    if len(different) > max(1, (1 - ENOUGH) * len(recorded)):
+        say(
+            f"  note: {len(different)} of {len(recorded)} translations differ from the recorded ones; at most 5 % were expected"
         )
     return {"runtime": "transformers", "loads_whole": True, "compared": len(recorded), "equal": len(recorded) - len(different),
             "different": different}  # fmt: skip
