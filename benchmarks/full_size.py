@@ -1,11 +1,16 @@
-"""Sizes, memory and time at the true shapes of Qwen2-Audio-7B, with random weights, on one 80 GB GPU; no network, minutes.
+"""What each stage takes at the true size: the stages of a run themselves, on random weights and a few clips; no network, minutes.
 
-    python benchmarks/full_size.py               # needs 40 GB of disk in the temporary folder (TMPDIR)
-    python benchmarks/full_size.py --size tiny   # the same path on a CPU in seconds
+    python benchmarks/full_size.py                                    # one GPU of 80 GB, 50 GB of disk in --work
+    python benchmarks/full_size.py --base random:qwen2-audio-tiny     # the same path on a CPU
+    python benchmarks/full_size.py --parts pruned quantized-24 --work FOLDER   # some parts; earlier ones must stand in FOLDER
 
-Every artefact is saved, weighed, loaded again with plain transformers and compared with the model in memory, then deleted. Prints as it
-goes; the last line is one JSON document, which is also in benchmarks/results/full_size_7b.json (or --out), written again after
-every part, so that a run that dies leaves what it measured. A part that fails leaves its error text there.
+The recipe is qwen2-audio-en-de, shortened: few clips, few steps, one round of the search over a few candidates. Memory does not
+depend on the number of steps. For each part: the peak of PyTorch's allocator (handed out, and reserved from the GPU), the process's
+peak in host memory, seconds, and what stays on disk. Quantisation runs with the allocator limited to --limit-gb, which is what a
+smaller GPU would allow.
+
+Full fine-tuning writes no checkpoint here (about 50 GB each at 7B, twice), and folders are deleted once no later part reads them, so
+that a small disk will do. The JSON says so, and is written again after every part.
 """
 
 from __future__ import annotations
@@ -13,291 +18,251 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import shutil
 import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 import torch
-from torch import Tensor
-from transformers import Qwen2AudioForConditionalGeneration
+from true_size import make_data
 
+from trimlingual import finetune
 from trimlingual.artifacts import machine, write_json
-from trimlingual.audio import SAMPLE_RATE, load_audio
-from trimlingual.decode import embed_prompt, encode_audio, greedy
-from trimlingual.integers import save_packed
-from trimlingual.layers import drop_layers_
-from trimlingual.lora import add_lora
-from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory
-from trimlingual.models import load_processor, resolve_base, save_model
-from trimlingual.packed import PackedDecoder
-from trimlingual.prompts import Prompter
-from trimlingual.quantize import bitsandbytes_config, merge_, sqnr_db
-from trimlingual.recipe import LoraSettings, QuantizeSettings, TaskSettings
-from trimlingual.rehearsal import draw
-from trimlingual.sources import Clip
-from trimlingual.stepping import Stepper
+from trimlingual.measure import MeasureError, disk_bytes, peak_memory
+from trimlingual.models import load_processor, resolve_base
+from trimlingual.pipeline import plan
+from trimlingual.recipe import load_recipe
+from trimlingual.steps import Step, model_ref
 
 RESULTS = Path(__file__).parent / "results"
-# Seconds a clip, clips in the large batch, tokens an answer may have, rows of a trimmed vocabulary, weights a 4-bit scale.
-SHAPES = {
-    "7b": {"base": "random:qwen2-audio-7b", "seconds": 10, "clips": 32, "tokens": 40, "rows": 48_000, "group": 128},
-    "tiny": {"base": "random:qwen2-audio-tiny", "seconds": 2, "clips": 4, "tokens": 8, "rows": 2_112, "group": 64},
-}
-# What the artefacts may weigh at most, in bytes, at the true shapes.
-LIMITS = {
-    "nf4, 32 layers": 6.25e9,
-    "nf4, 24 layers": 5.42e9,
-    "int4, 24 layers, 8-bit embeddings and head": 4.15e9,
-    "int4, 24 layers, 8-bit embeddings and head, 48000 rows": 3.3e9,
-}
-
-
-class Run:
-    """What has been measured so far, on disk after every part."""
-
-    def __init__(self, path: Path, size: str, commit: str):
-        self.path = path
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.started = time.perf_counter()
-        self.result: dict[str, Any] = {
-            "command": "python benchmarks/full_size.py" + (f" --size {size}" if size != "7b" else ""),
-            "commit": commit,
-            "machine": machine(),
-            "size": size,
-            "parameters": {}, "sizes": {}, "within_limits": {}, "memory": {}, "times": {}, "reloads": {}, "errors": {},
-        }  # fmt: skip
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Seconds and peak memory of a block, and how much of the GPU was taken before it (other models stand there too)."""
-        free()
-        before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
-        with peak_memory(self.device) as memory, Stopwatch(self.device) as watch:
-            yield
-        self.result["times"][name] = round(watch.seconds, 3)
-        self.result["memory"][name] = {"peak_bytes": memory.num_bytes, "before_bytes": before}
-        print(f"{name:64} {watch.seconds:8.2f} s  {memory.num_bytes / 1e9:6.2f} GB", flush=True)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A part of the benchmark; its error is recorded and the rest goes on."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            self.result["errors"][name] = f"{type(error).__name__}: {error}"
-        free()
-        self.result["seconds"] = round(time.perf_counter() - self.started, 1)
-        self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, self.result)
-
-    def weigh(self, name: str, model: Any, folder: Path) -> None:
-        """Record parameters and bytes of a saved model."""
-        size = disk_bytes(folder)
-        self.result["sizes"][name], self.result["parameters"][name] = size, count_parameters(model)
-        if self.result["size"] == "7b" and name in LIMITS:
-            self.result["within_limits"][name] = size <= LIMITS[name]
-        print(f"{name:64} {size:,} bytes", flush=True)
+RECIPE = "qwen2-audio-en-de"
+CLIPS = {"train": 16, "select": 8, "test": 8}
+STEPS = 4
+CANDIDATES = 3  # in the one round of the search
+NEW_TOKENS = 40  # a random model seldom ends an answer by itself
+NOTE = (
+    "full fine-tuning without checkpoints (two of about 50 GB stand beside it in a run); "
+    "folders deleted once no later part reads them"
+)
 
 
 class Bench:
-    """The parts, in the order in which they hand models on."""
+    """The parts, in the order in which they hand folders on; names of folders under `work` are names of parts."""
 
-    def __init__(self, run: Run, shape: dict[str, Any], folder: Path):
-        self.run, self.shape, self.folder = run, shape, folder
-        self.base = resolve_base(shape["base"])
-        self.processor = load_processor(self.base)
-        self.task = TaskSettings(target_languages=["de"])
-        self.clips = made_clips(folder, shape["clips"], shape["seconds"])
-        self.model: Any = None  # the bfloat16 model
-        self.four: Any = None  # the nf4 model
+    def __init__(self, base: str, work: Path, limit_gb: float, batch: int):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.base, self.work, self.limit_gb = base, work, limit_gb
+        folder = resolve_base(base)
+        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+        self.layers, self.width = text["num_hidden_layers"], text["hidden_size"]
+        self.few = self.layers - self.layers // 4
+        self.overrides = self._overrides(self._manifests(load_processor(folder)), batch)
+        self.parts: dict[str, Callable[[], Step]] = {
+            "data": lambda: self.step("data", "data"),
+            "teacher": lambda: self.step("teacher", "teacher"),
+            "rank": lambda: self.step("rank", "rank", {"model": "teacher"}, self._one_round()),
+            "distilled": lambda: self.step("distilled", "distilled", {"teacher": "teacher"}),
+            "evaluate-teacher": lambda: self.step("evaluate teacher", "evaluate-teacher", {"model": "teacher"}),
+            f"quantized-{self.layers}": lambda: self.quantized(self.layers, "teacher", []),
+            "middle": lambda: self.step("rank", "middle", {"model": "teacher"}, ["rank.strategy=middle"]),
+            "pruned": lambda: self.step("pruned", "pruned", {"model": "teacher", "plan": "middle"}),
+            "recovered": lambda: self.step("recovered", "recovered", {"model": "pruned", "distilled": "distilled"}),
+            f"int4-{self.few}": lambda: self.quantized(self.few, "pruned", self._int4(), "int4"),
+            f"quantized-{self.few}": lambda: self.quantized(self.few, "pruned", []),
+            "evaluate-quantized": lambda: self.step(
+                "evaluate quantized", "evaluate-quantized", {"model": f"quantized-{self.few}"}
+            ),
+            "trimmed": lambda: self.step("trimmed", "trimmed", {"model": f"quantized-{self.few}"}),
+            "exported": lambda: self.step("exported", "exported", {"model": "trimmed"}),
+        }
+        self.deleted_after = {
+            f"quantized-{self.layers}": [f"quantized-{self.layers}"],
+            "pruned": ["teacher"],
+            "recovered": ["recovered"],
+            f"int4-{self.few}": [f"int4-{self.few}"],
+            f"quantized-{self.few}": ["pruned"],
+        }
 
-    def all(self) -> None:
-        run = self.run
-        with run.part("base"):
-            self.start()
-        with run.part("bf16 speed"):
-            self.speed(self.model, f"bf16, {self.layers(self.model)} layers")
-        with run.part("merge"):
-            self.merge()
-        with run.part("nf4"):
-            self.nf4()
-        with run.part("nf4 pruned"):
-            self.nf4_pruned()
-        with run.part("nf4 speed"):
-            self.speed(self.four, f"nf4, {self.layers(self.four)} layers")
-        self.four = None
-        with run.part("int4"):
-            self.prune()
-            self.int4("")
-        with run.part("int4 speed"):
-            self.speed(self.model, f"int4 unpacked, {self.layers(self.model)} layers")
-        with run.part("int4, vocabulary"):
-            cut_vocabulary_(self.model, self.shape["rows"])
-            self.int4(f", {self.shape['rows']} rows")
+    def _manifests(self, processor: Any) -> dict[str, str]:
+        """Clips of noise with random words, the same ones every time."""
+        folder, found = self.work / "clips", {}
+        for seed, (split, count) in enumerate(CLIPS.items()):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            clips, _ = make_data(folder / split, count, processor, seed)
+            records = [{"audio": str(c.audio), "id": f"{split}-{c.id}", "references": c.references} for c in clips]
+            path = folder / f"{split}.jsonl"
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            found[split] = str(path)
+        return found
 
-    def start(self) -> None:
-        """Draw the base model, save it, load it."""
-        with self.run.timed("draw random weights"):
-            self.model = draw(self.base, torch.bfloat16, self.run.device).eval()
-        name = f"bf16, {self.layers(self.model)} layers"
-        with self.run.timed(f"save {name}"):
-            save_model(self.model, self.processor, self.folder / "base", "bfloat16")
-        self.reload(name, self.model, self.folder / "base")
+    def _overrides(self, manifests: dict[str, str], batch: int) -> list[str]:
+        given = [f"model.base={self.base}", "data.out_of_domain=null", "vocab={when: after}"]
+        given += [f"data.{split}={{kind: manifest, path: '{path}'}}" for split, path in manifests.items()]
+        given += ["recover.data={gold: 1}", "quantize.train.data={gold: 1}", "quantize.start=pruned"]
+        for section in ("finetune", "recover", "quantize.train"):
+            given += [f"{section}.max_steps={STEPS}", f"{section}.num_workers=0", f"{section}.logging_steps=1"]
+        given += [f"quantize.train.batch_size={batch}", "quantize.train.checkpoint_from_tokens=0"]
+        given += [f"decode.max_new_tokens={NEW_TOKENS}", f"rank.num_layers_to_remove={self.layers // 4}"]
+        given += ["evaluate.bootstrap_samples=100", "data.too_long=drop"]
+        if self.device.type == "cpu":
+            given += [f"{section}.optimizer=adamw_torch" for section in ("finetune", "recover", "quantize.train")]
+        elif not find_spec("flashoptim"):
+            given += [f"{section}.optimizer=adamw_bnb_8bit" for section in ("finetune", "recover")]
+        return given
 
-    def merge(self) -> None:
-        """QLoRA's adapter, as a run would have it, merged; the model in memory becomes the merged one."""
-        settings = QuantizeSettings()
-        with self.run.timed("quantise to nf4 while loading"):
-            four = self.load(self.folder / "base", bitsandbytes_config(settings))
-        adapted = add_lora(four, LoraSettings(), 0)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=1e-4)
-        with self.run.timed("merge onto the dequantised base"):
-            merge_(self.model, adapted)
-        del adapted, four
-        shutil.rmtree(self.folder / "base")
+    def _one_round(self) -> list[str]:
+        middle = self.layers // 2
+        protected = [layer for layer in range(self.layers) if not middle - 1 <= layer < middle - 1 + CANDIDATES]
+        return ["rank.num_layers_to_remove=1", f"rank.protected={protected}"]
 
-    def nf4(self) -> None:
-        """The merged model in nf4, all layers."""
-        save_model(self.model, self.processor, self.folder / "merged", "bfloat16")
-        self.four = self.load(self.folder / "merged", bitsandbytes_config(QuantizeSettings()))
-        shutil.rmtree(self.folder / "merged")
-        self.ship(f"nf4, {self.layers(self.four)} layers", self.four)
+    def _int4(self) -> list[str]:
+        group = 128 if self.width % 128 == 0 else 64
+        return ["quantize.scheme=int4", f"quantize.group_size={group}", "quantize.eight_bit=[embeddings, lm_head]"]
 
-    def nf4_pruned(self) -> None:
-        """The same without a quarter of its layers. Which ones does not matter for bytes or time."""
-        drop_layers_(self.four, {"decoder": self.middle(self.four)})
-        self.ship(f"nf4, {self.layers(self.four)} layers", self.four)
+    def step(self, name: str, folder: str, inputs: dict[str, str] | None = None, overrides: Sequence[str] = ()) -> Step:
+        """The run's step `name`, reading the folders of other parts and writing to `folder`."""
+        recipe = load_recipe(RECIPE, [*self.overrides, *overrides])
+        step = {step.name: step for step in plan(recipe, self.work)}[name]
+        refs = {role: ref for role, ref in step.inputs.items() if role not in ("baseline", "evaluation")}
+        refs |= {role: model_ref(self.work / part) for role, part in (inputs or {}).items() if role in refs}
+        return replace(step, inputs=refs, folder=self.work / folder)
 
-    def prune(self) -> None:
-        with self.run.timed("prune: drop layers"):
-            drop_layers_(self.model, {"decoder": self.middle(self.model)})
+    def quantized(self, layers: int, model: str, overrides: Sequence[str], name: str = "quantized") -> Step:
+        return self.step("quantized", f"{name}-{layers}", {"model": model}, overrides)
 
-    def int4(self, suffix: str) -> None:
-        """4-bit integers, 8-bit embeddings and head. Packing changes the model in memory to what the folder loads as."""
-        settings = QuantizeSettings(scheme="int4", group_size=self.shape["group"], eight_bit=["embeddings", "lm_head"])
-        name = f"int4, {self.layers(self.model)} layers, 8-bit embeddings and head{suffix}"
-        before = self.logits(self.model)
-        folder = self.folder / "int4"
-        with self.run.timed(f"quantise and save {name}"):
-            save_packed(self.model, self.processor, folder, settings, "bfloat16")
-        noise = sqnr_db(before, self.logits(self.model))
-        self.reload(name, self.model, folder)
-        self.run.result["reloads"][name]["sqnr_db_before_rounding"] = round(noise, 2) if math.isfinite(noise) else None
-        shutil.rmtree(folder)
+    def run(self, name: str) -> dict[str, Any]:
+        """One part: its measures."""
+        step = self.parts[name]()
+        cuda = self.device.type == "cuda"
+        limited = cuda and name.startswith(("quantized", "int4"))
+        free()
+        before = torch.cuda.memory_allocated() if cuda else None
+        with self._limit(limited), no_checkpoints(name), peak_memory("cpu") as host, peak_memory(self.device) as gpu:
+            started = time.perf_counter()
+            artifact = step.run()
+            seconds = time.perf_counter() - started
+        result = {
+            "seconds": round(seconds, 1),
+            "peak_allocated_bytes": gpu.num_bytes if cuda else None,
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+            "before_bytes": before,
+            "limit_bytes": round(self.limit_gb * 1e9) if limited else None,
+            "host_peak_bytes": host.num_bytes,
+            "disk_bytes": shipped(step.folder),
+            "info": {k: artifact.info[k] for k in ("steps", "change", "removed", "rows") if k in artifact.info},
+        }
+        for folder in self.deleted_after.get(name, ()):
+            shutil.rmtree(self.work / folder)
+        return result
 
-    def ship(self, name: str, model: Any) -> None:
-        """Save, weigh, reload, compare, delete."""
-        with self.run.timed(f"save {name}"):
-            save_model(model, self.processor, self.folder / "shipped")
-        self.reload(name, model, self.folder / "shipped")
-        shutil.rmtree(self.folder / "shipped")
-
-    def reload(self, name: str, model: Any, folder: Path) -> None:
-        """Weigh a folder and compare what plain transformers loads from it with `model`."""
-        self.run.weigh(name, model, folder)
-        before = self.logits(model)
-        with self.run.timed(f"load {name}"):
-            loaded = self.load(folder)
-        with self.run.timed(f"first forward of {name}"):
-            after = self.logits(loaded)
-        difference = (before - after).abs().max().item()
-        # null: no difference at all
-        noise = None if difference == 0 else round(sqnr_db(before, after), 2)
-        self.run.result["reloads"][name] = {"equal": difference == 0, "sqnr_db": noise}
-        print(f"{'reload of ' + name:64} {'equal' if difference == 0 else f'{noise} dB'}", flush=True)
-
-    def load(self, folder: Path, config: Any = None) -> Any:
-        """Plain transformers, without this package."""
-        return Qwen2AudioForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.bfloat16, device_map={"": self.run.device}, quantization_config=config
-        ).eval()
-
-    @torch.inference_mode()
-    def logits(self, model: Any) -> Tensor:
-        """Logits of the whole model for two clips with their prompt, float32 on the CPU: the last 16 positions."""
-        text = Prompter(self.processor, self.task).text("de")
-        audio = [load_audio(clip.audio) for clip in self.clips[:2]]
-        inputs = self.processor(
-            text=[text] * 2, audio=audio, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding=True
-        )
-        inputs["input_features"] = inputs["input_features"].to(torch.bfloat16)
-        return model(**inputs.to(self.run.device)).logits[:, -16:].float().cpu()
-
-    def speed(self, model: Any, name: str) -> None:
-        """Encode and translate one clip, and all of them at once; the second time, when libraries and graphs are set up."""
-        decoder = PackedDecoder(model)
-        for batch in (1, len(self.clips)):
-            audio = [load_audio(clip.audio) for clip in self.clips[:batch]]
-            encode_audio(model, self.processor, audio)
-            with self.run.timed(f"encode {batch} clip(s), {name}"):
-                states = encode_audio(model, self.processor, audio)
-            prompter, stepper, tokens = Prompter(self.processor, self.task), Stepper(decoder, ()), self.shape["tokens"]
-            prompts = [embed_prompt(model, prompter, clip, "de") for clip in states]
-            greedy(stepper, prompts, [tokens] * batch, batch)
-            with self.run.timed(f"translate {batch} clip(s), {tokens} tokens, {name}"):
-                greedy(stepper, prompts, [tokens] * batch, batch)
-
-    @staticmethod
-    def layers(model: Any) -> int:
-        return model.config.text_config.num_hidden_layers
-
-    def middle(self, model: Any) -> list[int]:
-        count = self.layers(model)
-        return list(range(count // 2 - count // 8, count // 2 - count // 8 + count // 4))
+    @contextmanager
+    def _limit(self, limited: bool) -> Iterator[None]:
+        """The allocator refuses what is beyond the limit, as a smaller GPU would."""
+        if not limited:
+            yield
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit_gb * 1e9 / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def cut_vocabulary_(model: Any, rows: int) -> None:
-    """Keep the first `rows` rows of embeddings and head: their number decides bytes and time, not which they are."""
-    for module in (model.model.language_model.embed_tokens, model.lm_head):
-        module.weight.data = module.weight.data[:rows].clone()
-    model.model.language_model.embed_tokens.num_embeddings = model.lm_head.out_features = rows
-    for config in (model.config.text_config, model.model.language_model.config):
-        config.vocab_size = rows
+@contextmanager
+def no_checkpoints(part: str) -> Iterator[None]:
+    """Full fine-tuning ends without the checkpoint after its last step."""
+    if part not in ("teacher", "recovered"):
+        yield
+        return
+    usual = finetune.training_arguments
+
+    def without(*args: Any) -> Any:
+        arguments = usual(*args)
+        arguments.save_strategy = "no"
+        return arguments
+
+    finetune.training_arguments = without
+    try:
+        yield
+    finally:
+        finetune.training_arguments = usual
 
 
-def made_clips(folder: Path, count: int, seconds: float) -> list[Clip]:
-    """Clips of noise."""
-    clips = []
-    for i in range(count):
-        path = folder / f"clip-{i}.wav"
-        noise = 0.1 * np.random.default_rng(i).standard_normal(int(seconds * SAMPLE_RATE))
-        soundfile.write(path, noise.astype(np.float32), SAMPLE_RATE)
-        clips.append(Clip(path.stem, path, {"de": "x"}, None, seconds, str(i)))
-    return clips
+def shipped(folder: Path) -> int | None:
+    """Bytes of a model folder; None for another one."""
+    try:
+        return disk_bytes(folder) if list(folder.glob("*.safetensors")) else None
+    except MeasureError:
+        return None
 
 
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def show(name: str, part: dict[str, Any]) -> None:
+    gpu = part["peak_allocated_bytes"]
+    memory = "" if gpu is None else f"{gpu / 1e9:7.2f} GB GPU ({part['peak_reserved_bytes'] / 1e9:.2f} reserved)"
+    disk = "" if part["disk_bytes"] is None else f"{part['disk_bytes'] / 1e9:7.3f} GB disk"
+    print(
+        f"{name:20} {part['seconds']:7.1f} s {memory} {part['host_peak_bytes'] / 1e9:6.2f} GB host {disk}", flush=True
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, default="7b")
+    parser.add_argument("--base", default="random:qwen2-audio-7b")
+    parser.add_argument("--parts", nargs="+", help="default: all; what they read must stand in --work")
+    parser.add_argument("--limit-gb", type=float, default=24.0, help="of the allocator while quantising, decimal")
+    parser.add_argument("--batch", type=int, default=8, help="of QLoRA")
+    parser.add_argument("--work", type=Path, help="folder for the run; default: a temporary one (TMPDIR)")
     parser.add_argument("--commit", default="", help="default: git's")
-    parser.add_argument("--out", type=Path, help="JSON file, written again after every part")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file, written again after every part; parts it has already stay in it"
+    )
     args = parser.parse_args(arguments)
+    size = args.base.rpartition("-")[2]
+    out = args.out or RESULTS / f"full_size_{size}.json"
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    run = Run(args.out or RESULTS / f"full_size_{args.size}.json", args.size, commit)
-    with tempfile.TemporaryDirectory() as folder:
-        Bench(run, SHAPES[args.size], Path(folder)).all()
-    print(json.dumps(run.result))
-    return run.result
+    earlier = json.loads(out.read_text(encoding="utf-8")) if args.parts and out.is_file() else {}
+    result: dict[str, Any] = {
+        "command": "python benchmarks/full_size.py" + ("" if args.base.endswith("7b") else f" --base {args.base}"),
+        "commit": commit,
+        "machine": machine(),
+        "base": args.base,
+        "note": NOTE,
+        "setup": {"clips": CLIPS, "steps": STEPS, "qlora_batch": args.batch, "new_tokens": NEW_TOKENS},
+        "parts": earlier.get("parts", {}),
+        "errors": {},
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        bench = Bench(args.base, work.resolve(), args.limit_gb, args.batch)
+        for name in args.parts or bench.parts:
+            if name not in bench.parts:
+                parser.error(f"--parts {name} is not known; parts: {', '.join(bench.parts)}")
+            try:
+                result["parts"][name] = bench.run(name)
+                show(name, result["parts"][name])
+            except Exception as error:
+                traceback.print_exc()
+                result["errors"][name] = f"{type(error).__name__}: {error}"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, result)
+    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_full_size(tmp_path, monkeypatch):
+def test_formats(tmp_path, monkeypatch):
     pytest.importorskip("compressed_tensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    spec = importlib.util.spec_from_file_location("full_size", BENCHMARKS / "full_size.py")
-    full_size = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(full_size)
-    result = full_size.main(["--size", "tiny", "--out", str(tmp_path / "results" / "full_size_tiny.json")])
+    spec = importlib.util.spec_from_file_location("formats", BENCHMARKS / "formats.py")
+    formats = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(formats)
+    result = formats.main(["--size", "tiny", "--out", str(tmp_path / "results" / "formats_tiny.json")])
     assert result["errors"] == {}
-    assert json.loads((tmp_path / "results" / "full_size_tiny.json").read_text(encoding="utf-8")) == result
+    assert json.loads((tmp_path / "results" / "formats_tiny.json").read_text(encoding="utf-8")) == result
     sizes = list(result["sizes"].values())
     assert len(sizes) == 5
     assert sizes == sorted(sizes, reverse=True)

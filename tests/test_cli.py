@@ -140,5 +140,5 @@ def test_estimates_at_the_true_size(monkeypatch):
         rows = estimate.estimate(
             load_recipe("qwen2-audio-en-de", [*small, f"vocab={{max_tokens: 48000, when: {when}}}"])
         )
-        assert rows["exported"].disk_text == "~3.24 GB"  # 3,241,882,247 bytes in benchmarks/results/full_size_7b.json
+        assert rows["exported"].disk_text == "~3.24 GB"  # 3,241,882,247 bytes in benchmarks/results/formats_7b.json
         assert gb(rows["teacher"].disk) == teacher
