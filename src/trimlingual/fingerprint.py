@@ -76,7 +76,9 @@ def _decisive_section(section: BaseModel) -> dict[str, Any]:
         if field.is_required() and "neutral" not in marks:
             found[name] = value
             continue
-        neutral = marks["neutral"] if "neutral" in marks else field.get_default(call_default_factory=True)
+        neutral = (
+            marks["neutral"] if "neutral" in marks else field.get_default(call_default_factory=True, validated_data={})
+        )
         if value != decisive(neutral):
             found[name] = value
     return found
