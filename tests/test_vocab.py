@@ -309,7 +309,7 @@ def test_in_a_run_and_by_its_verb(manifests, tmp_path):
     exported = tmp_path / "run" / "exported"
     lineage = read_lineage(exported)
     assert lineage.stages == ["trim-vocab"]
-    assert len(lineage.seen["train"]) == 24
+    assert lineage.seen_digests["train"]["count"] == 24
     assert "trim-vocab" in (exported / "README.md").read_text(encoding="utf-8")
     text = tmp_path / "de.txt"
     text.write_text("Das Modell ist gut.\n", encoding="utf-8")

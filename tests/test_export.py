@@ -1,0 +1,146 @@
+"""What ships: greedy generation, published names, nothing local, settings inside, proven by plain transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import trimlingual
+from trimlingual import proof
+from trimlingual.export import export
+from trimlingual.lineage import LeakError, check_unseen, read_lineage
+from trimlingual.models import ModelError
+from trimlingual.proof import ExportError, prove_export
+from trimlingual.recipe import load_recipe
+from trimlingual.saved import DOUBLED, finish_saved, greedy_generation, tensor_names, use_published_names
+from trimlingual.shipped import read_shipped
+from trimlingual.sources import Clip
+from trimlingual.translate import translate_files
+
+MINI = Path(trimlingual.__file__).parent / "mini" / "model"
+PUBLISHED = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.1}
+
+
+@pytest.fixture(scope="module")
+def mini_clips(tmp_path_factory) -> list[Path]:
+    """Four of the built-in recordings in a folder of their own."""
+    data, folder = MINI.parent / "data", tmp_path_factory.mktemp("clips")
+    lines = (data / "test.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    return [Path(shutil.copy(data / json.loads(line)["audio"], folder)) for line in lines]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The built-in model with the generation values of the published checkpoint."""
+    folder = shutil.copytree(MINI, tmp_path / "base")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | PUBLISHED))
+    return folder
+
+
+def test_generation_keeps_tokens_and_nothing_else():
+    kept = greedy_generation({**PUBLISHED, "eos_token_id": [5, 6], "pad_token_id": 6, "no_repeat_ngram_size": 3}, 64)
+    assert kept == {"do_sample": False, "eos_token_id": [5, 6], "pad_token_id": 6, "max_new_tokens": 64}
+
+
+def test_doubled_prefix_is_renamed_in_place(tmp_path):
+    tensors = {
+        "language_model.model.model.norm.weight": torch.arange(4.0),
+        "language_model.lm_head.weight": torch.ones(2),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert use_published_names(tmp_path) == 1
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(loaded["language_model.model.norm.weight"], torch.arange(4.0))
+    assert (tmp_path / "model.safetensors").stat().st_size == size
+    assert set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]) == set(loaded)
+
+
+def test_the_built_in_model_has_published_names():
+    assert not any(name.startswith(DOUBLED) for name in tensor_names(MINI / "model.safetensors"))
+
+
+def test_saved_files_are_readable_and_name_no_path(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/me", "vocab_size": 9}))
+    (base / "model.safetensors").chmod(0o600)
+    finish_saved(base)
+    written = json.loads((base / "config.json").read_text())
+    assert "_name_or_path" not in written
+    assert written["vocab_size"] == written["text_config"]["vocab_size"]
+    assert (base / "model.safetensors").stat().st_mode == (base / "config.json").stat().st_mode
+
+
+def test_export_ships_settings_and_nothing_local(base, tmp_path):
+    recipe = load_recipe("mini")
+    lineage = read_lineage(base).with_seen("train", ["a", "b"])
+    made = export(base, lineage, recipe, None, [], tmp_path / "out")
+    assert made["proof"]["loads_whole"]
+    assert made["proof"]["compared"] == 0
+    assert not {*PUBLISHED} - {"do_sample"} & {*json.loads((tmp_path / "out" / "generation_config.json").read_text())}
+    for path in (tmp_path / "out").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8")
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    shipped = read_lineage(tmp_path / "out")
+    assert shipped.seen == {}
+    assert shipped.seen_digests["train"]["count"] == 2
+    with pytest.raises(LeakError):
+        check_unseen(shipped, "test", [("x", "b"), ("y", "a")])
+    check_unseen(shipped, "test", [("x", "b")])  # a note only: it cannot be known
+    found = read_shipped(tmp_path / "out")
+    assert found is not None
+    assert (found.task, found.decode, found.dtype) == (recipe.task, recipe.decode, recipe.model.dtype)
+
+
+def test_plain_generate_gives_what_was_recorded(base, mini_clips, monkeypatch):
+    recipe = load_recipe("mini")
+    rows = list(translate_files(base, mini_clips, ["de", "zh"], recipe))
+    recorded = [
+        (Clip(row["audio"], Path(row["audio"]), {}, None, 1.0, ""), row["language"], row["text"]) for row in rows
+    ]
+    monkeypatch.setattr(proof, "_recorded", lambda *given: recorded)
+    finish_saved(base)
+    assert prove_export(base, recipe, None, [], exact=True)["equal"] == len(recorded)
+    monkeypatch.setattr(proof, "_recorded", lambda *given: [(*recorded[0][:2], "Etwas anderes."), *recorded[1:]])
+    with pytest.raises(ExportError, match="not the recorded ones"):
+        prove_export(base, recipe, None, [], exact=True)
+
+
+def test_what_is_no_model_is_refused(base, tmp_path):
+    lineage, recipe = read_lineage(base), load_recipe("mini")
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00002-of-00002.safetensors"}})
+    )
+    with pytest.raises(ModelError, match="lacks 1 of 1"):
+        export(base, lineage, recipe, None, [], tmp_path / "shard")
+    (base / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="LoRA adapter"):
+        export(base, lineage, recipe, None, [], tmp_path / "adapter")
+
+
+def test_weights_that_do_not_cover_the_architecture_are_refused(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    tensors.pop("language_model.model.layers.3.mlp.up_proj.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="1 missing keys"):
+        export(base, read_lineage(base), load_recipe("mini"), None, [], tmp_path / "out")
+
+
+def test_a_local_base_ships_by_name(base):
+    assert replace(read_lineage(base), base=str(base)).to_ship().base == "base"
+
+
+def test_translate_takes_folders_of_audio_and_the_built_in_model(mini_clips):
+    said = list(translate_files("builtin:mini", [mini_clips[0].parent], ["de"]))
+    assert len(said) == len(mini_clips)
+    with pytest.raises(ModelError, match=r"\./nosuch does not exist"):
+        next(translate_files("./nosuch", mini_clips, ["de"]))
