@@ -1,0 +1,180 @@
+"""Runs of the whole pipeline on the laboratory's base, one thing changed at a time, and one row for each model, language and voice.
+
+    python benchmarks/lab/experiments.py --lab runs/lab base                 # train the base (base.yaml), once
+    python benchmarks/lab/experiments.py --lab runs/lab system-b int4 ...    # the experiments named below, seed by seed
+    python benchmarks/lab/experiments.py --lab runs/lab --table
+
+Everything resumes: a run goes on where it was stopped, and a stage that another run has made with the same fingerprint is taken from
+there. Each experiment's rows are in `LAB/results/`; `--out` copies them, with the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimlingual import languages
+from trimlingual.artifacts import find_artifact, machine, write_json
+from trimlingual.jsonl import read_jsonl
+from trimlingual.metrics import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
+from trimlingual.pipeline import compress, plan, run_stage
+from trimlingual.recipe import Recipe, load_recipe
+
+HERE = Path(__file__).parent
+INT4 = [
+    "quantize.scheme=int4",
+    "quantize.group_size=64",
+    "quantize.eight_bit=[embeddings, lm_head]",
+    "quantize.train=null",
+]
+NO_TRAINING_AFTER = ["recover=null", "quantize=null", "distill=null"]
+# What each experiment changes in system.yaml. The names are those of docs/results.md.
+EXPERIMENTS: dict[str, list[str]] = {
+    "system-b": [],
+    "published-recovery": ["recover.data={gold: 1, distilled: 1}", "recover.batch_size=16", "recover.epochs=6"],
+    "tokens": ["recover.token_distillation={weight: 0.5}"],
+    "tokens-only": ["recover.token_distillation={weight: 1.0}"],
+    "checked": ["finetune.selection_checks=4", "recover.selection_checks=4"],
+    "int4": INT4,
+    "int4-calibrated": [*INT4, "quantize.rounding=calibrated"],
+    "int4-32": [*INT4, "quantize.group_size=32"],
+    "system-a": ["rank=null", "recover=null", "quantize.start=teacher", *INT4],
+    "select-100": ["data.select={kind: manifest, path: LAB/select-100.jsonl}", *NO_TRAINING_AFTER],
+    "select-400": ["data.select={kind: manifest, path: LAB/select-400.jsonl}", *NO_TRAINING_AFTER],
+}
+VOICES = {"all": None, "heard": True, "unheard": False}
+SAMPLES = 1000
+
+
+def recipe_of(lab: Path, name: str, overrides: Sequence[str], seed: int) -> Recipe:
+    """`name`.yaml of this folder with LAB replaced by the laboratory's folder."""
+    text = (HERE / f"{name}.yaml").read_text(encoding="utf-8").replace("LAB/", f"{lab}/")
+    path = lab / f"{name}.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, [*(value.replace("LAB/", f"{lab}/") for value in overrides), f"seed={seed}"])
+
+
+def train_base(lab: Path) -> None:
+    """`lab`/base: the untrained base after base.yaml's first stage."""
+    run = lab / "runs" / "base"
+    artifact = run_stage(recipe_of(lab, "base", [], 0), run, "teacher")
+    if not (lab / "base").exists():
+        shutil.copytree(run / "teacher", lab / "base", ignore=shutil.ignore_patterns("artifact.json", "log.txt"))
+    print(json.dumps({"steps": artifact.info["steps"], "loss": artifact.info["training_loss"], "seconds": artifact.seconds}), flush=True)
+
+
+def borrow(recipe: Recipe, run: Path) -> None:
+    """Stages that another run has made with the same fingerprint, as hard links."""
+    others = [folder for folder in run.parent.iterdir() if folder.is_dir() and folder != run]
+    for step in plan(recipe, run):
+        if step.status() != "missing" or step.name in ("report", "exported"):
+            continue
+        for other in others:
+            made = other / step.folder.relative_to(run)
+            artifact = find_artifact(made)
+            if artifact and artifact.fingerprint == step.fingerprint:
+                shutil.copytree(made, step.folder, copy_function=os.link)
+                break
+
+
+def rows_of(lab: Path, name: str, seed: int, run: Path, recipe: Recipe, seconds: float) -> Iterator[dict[str, Any]]:
+    """One row for each model, language and voice; kept: of the better of base and teacher, by the score on all voices."""
+    heard = {line["id"]: line["heard"] for line in read_jsonl(lab / "test.jsonl")}
+    folders = {model: run / "evaluations" / model for model in recipe.evaluate.models}
+    results = {m: json.loads((f / "result.json").read_text("utf-8")) for m, f in folders.items() if f.is_dir()}
+    for language in recipe.task.target_languages:
+        metric = languages.language(language).main_metric
+        said = {model: read_jsonl(folders[model] / f"translations.{language}.jsonl") for model in results}
+        yardstick = max(
+            (model for model in ("base", "teacher") if model in said),
+            key=lambda model: _statistics(said[model], metric, language).score(),
+        )
+        for voice, wanted in VOICES.items():
+            chosen = {m: [r for r in rows if wanted is None or heard[r["id"]] == wanted] for m, rows in said.items()}
+            best = _statistics(chosen[yardstick], metric, language)
+            for model, result in results.items():
+                statistics = _statistics(chosen[model], metric, language)
+                kept = paired_bootstrap_ratio(statistics, best, SAMPLES)
+                yield {
+                    "experiment": name, "seed": seed, "model": model, "language": language, "voice": voice,
+                    "num_clips": len(statistics), "metric": metric, "score": round(statistics.score(), 2),
+                    "bleu": round(_statistics(chosen[model], "bleu", language).score(), 2),
+                    "signature": statistics.signature, "kept_of": yardstick,
+                    "kept": round(kept.value, 4), "low": round(kept.low, 4), "high": round(kept.high, 4),
+                    "disk_bytes": result["disk_bytes"], "params": result["params"],
+                    "layers": result["num_decoder_layers"], "removed": result["removed_layers"],
+                    "seconds_per_clip": result["speed"].get("seconds_per_clip"),
+                    "peak_memory_bytes": result["peak_memory_bytes"], "run_seconds": round(seconds, 1),
+                }  # fmt: skip
+
+
+def _statistics(rows: Sequence[dict[str, Any]], metric: str, language: str) -> SentenceStatistics:
+    return sentence_statistics(metric, [r["hypothesis"] for r in rows], [r["reference"] for r in rows], language)
+
+
+def run_experiment(lab: Path, name: str, seed: int, commit: str) -> None:
+    """Run one experiment and write its rows."""
+    recipe = recipe_of(lab, "system", EXPERIMENTS[name], seed)
+    run = lab / "runs" / f"{name}-{seed}"
+    run.mkdir(parents=True, exist_ok=True)
+    borrow(recipe, run)
+    started = time.perf_counter()
+    compress(recipe, run)
+    seconds = time.perf_counter() - started
+    rows = list(rows_of(lab, name, seed, run, recipe, seconds))
+    stages = {p.parent.name: json.loads(p.read_text("utf-8"))["seconds"] for p in run.glob("*/artifact.json")}
+    (lab / "results").mkdir(exist_ok=True)
+    record = {
+        "command": f"python benchmarks/lab/experiments.py --lab LAB {name} --seeds {seed}",
+        "commit": commit,
+        "machine": machine(),
+        "stage_seconds": stages,
+        "rows": rows,
+    }
+    write_json(lab / "results" / f"lab_{name}_{seed}.json", record)
+    show(rows)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Scores over all voices, a line for each model and language."""
+    for row in rows:
+        if row["voice"] == "all":
+            kept = f"{row['kept']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of {row['kept_of']}"
+            name = f"{row['experiment']} {row['seed']} {row['model']}"
+            size = f"{row['disk_bytes'] / 1e6:.0f} MB"
+            print(f"{name:40} {row['language']} {row['score']:6.2f} BLEU {row['bleu']:5.2f} {kept}, {size}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"base, {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--lab", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--table", action="store_true", help="show the rows there are")
+    parser.add_argument("--out", type=Path, help="copy the results there after each experiment")
+    args = parser.parse_args()
+    lab = args.lab.absolute()
+    for seed in args.seeds:
+        for name in args.names:
+            if name == "base":
+                train_base(lab)
+            else:
+                run_experiment(lab, name, seed, args.commit)
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                for path in (lab / "results").glob("*.json"):
+                    shutil.copy(path, args.out)
+    if args.table:
+        for path in sorted((lab / "results").glob("*.json")):
+            show(json.loads(path.read_text("utf-8"))["rows"])
+
+
+if __name__ == "__main__":
+    main()
