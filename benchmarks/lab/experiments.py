@@ -66,7 +66,12 @@ def train_base(lab: Path) -> None:
     artifact = run_stage(recipe_of(lab, "base", [], 0), run, "teacher")
     if not (lab / "base").exists():
         shutil.copytree(run / "teacher", lab / "base", ignore=shutil.ignore_patterns("artifact.json", "log.txt"))
-    print(json.dumps({"steps": artifact.info["steps"], "loss": artifact.info["training_loss"], "seconds": artifact.seconds}), flush=True)
+    print(
+        json.dumps(
+            {"steps": artifact.info["steps"], "loss": artifact.info["training_loss"], "seconds": artifact.seconds}
+        ),
+        flush=True,
+    )
 
 
 def borrow(recipe: Recipe, run: Path) -> None:
