@@ -72,7 +72,8 @@ def estimate(recipe: Recipe) -> dict[str, Estimate]:
         rows["teacher"] = _training(sizes, 0, held, stored, recipe.finetune)
     if recipe.recover:
         rows["recovered"] = _training(sizes, gone, held, stored, recipe.recover)
-    shipped, left = pruned * stored, (pruned - full + sum(trimmed.values())) * stored
+    shipped: float = pruned * stored
+    left: float = (pruned - full + sum(trimmed.values())) * stored
     if recipe.quantize:
         at_start = 0 if recipe.quantize.start in ("base", "teacher") else gone
         rows["quantized"] = _quantization(recipe, sizes, at_start, held, stored)

@@ -107,7 +107,7 @@ def run_stage(
             inputs[role] = model_ref(folder) if folder.is_dir() else Ref(folder, hash_file(folder)[:16])
     step = replace(step, inputs=inputs, folder=out or step.folder)
     makers = {other.folder: other for other in steps.values()}
-    read = [maker for ref in inputs.values() if (maker := makers.get(ref.path)) and maker.name == "data"]
+    read = [maker for ref in inputs.values() if ref.path and (maker := makers.get(ref.path)) and maker.name == "data"]
     not_done = [each for each in (*read, step) if each.status() != "done"]
     check(recipe, run_dir, not_done, [problem for problem in (step.problem(force),) if problem]).refuse()
     for role, ref in list(inputs.items()):
