@@ -42,7 +42,7 @@ def test_split_hash_depends_on_all_that_matters_and_on_nothing_else():
 
 
 def proven(**splits: list[Clip]) -> None:
-    check_disjoint(splits, same_audio(splits, {}))
+    check_disjoint(splits, same_audio(splits))
 
 
 def test_shared_ids_and_recordings_are_named():
@@ -232,8 +232,12 @@ def test_a_copy_in_another_form_is_the_same_recording(tmp_path, how):
         select=speech_manifest(tmp_path, "select", SPEECH[8:12]),
         test=speech_manifest(tmp_path, "test", [*SPEECH[12:], path]),
     )
-    with pytest.raises(DataError, match=r"train and test share 1 recording\(s\): 'train-0' .* = 'test-8'"):
-        prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+    if how == "flac":  # sample by sample the same
+        with pytest.raises(DataError, match=r"train and test share 1 recording\(s\): 'train-0' .* = 'test-8'"):
+            prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+    else:
+        info = prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
+        assert any("train and test: 1 pair(s)" in w and "'train-0' and 'test-8'" in w for w in info["warnings"])
 
 
 def test_a_recording_twice_in_a_split_is_said(tmp_path):

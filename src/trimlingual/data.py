@@ -18,6 +18,8 @@ import numpy as np
 
 from trimlingual.audio import DataError, Recording
 from trimlingual.disjoint import (
+    alike_audio,
+    alike_warnings,
     check_disjoint,
     drop_equal_sources,
     equal_source_warnings,
@@ -107,12 +109,15 @@ def prepare_data(
     if settings.hold_out == "by_id":
         _hold_out_ids(settings, clips)
     clips = {role: clips[role] for role in SPLITS if role in clips}
-    same = same_audio(clips, recordings)
+    same = same_audio(clips)
     check_disjoint(clips, same)
     if settings.equal_sources == "drop":
         dropped["num_equal_sources_dropped"] = drop_equal_sources(clips)
     splits = {role: Split(role, tuple(found)) for role, found in clips.items()}
-    warnings = [*repeated(same), *equal_source_warnings(equal_sources(clips)), *_suspicious(clips, recordings)]
+    warnings = [
+        *repeated(same), *alike_warnings(alike_audio(clips, recordings)), *equal_source_warnings(equal_sources(clips)),
+        *_suspicious(clips, recordings),
+    ]  # fmt: skip
     for warning in warnings:
         say(f"warning: {warning}")
     for role, split in splits.items():

@@ -1,7 +1,8 @@
 """What splits must not share, and what they had better not: ids, recordings, sentences.
 
-A shared id or recording is an error: a score on a clip that was trained on says nothing. An equal source sentence is a warning, since
-other people saying the same may be wanted.
+A shared id or recording is an error: a score on a clip that was trained on says nothing. Equal source sentences, and clips that sound
+alike without being equal sample by sample, are warnings: other people may say the same, and among tens of thousands of short clips
+of few synthetic voices some sound alike that are not the same.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ Pairs = Mapping[
 ]  # by the names of the splits, equal ones for a pair in one split
 
 
-def same_audio(splits: Splits, recordings: Mapping[Path, Recording]) -> Pairs:
-    """Clips with the same recording: equal samples, or fingerprints that agree (of files in `recordings`).
+def same_audio(splits: Splits) -> Pairs:
+    """Clips with the same recording, sample by sample, whatever lossless format it is in.
 
     Where more than two clips have equal samples, each of the later ones is paired with the first.
     """
@@ -38,6 +39,13 @@ def same_audio(splits: Splits, recordings: Mapping[Path, Recording]) -> Pairs:
             other_name, other = first.setdefault(clip.audio_sha256, (name, clip))
             if other is not clip:
                 pairs.setdefault((other_name, name), []).append((other, clip))
+    return pairs
+
+
+def alike_audio(splits: Splits, recordings: Mapping[Path, Recording]) -> Pairs:
+    """Clips that are not equal but whose fingerprints agree (of files in `recordings`): most likely copies in a lossy format."""
+    first = {clip.audio_sha256: (name, clip) for name, clips in splits.items() for clip in clips}
+    pairs: dict[tuple[str, str], list[tuple[Clip, Clip]]] = {}
     unlike = [(name, clip) for name, clip in first.values() if clip.audio in recordings]
     for i, j in same_recordings([recordings[clip.audio].fingerprint for _, clip in unlike]):
         (name, clip), (other_name, other) = unlike[i], unlike[j]
@@ -72,6 +80,15 @@ def repeated(same: Pairs) -> list[str]:
         f"{a} holds {len(pairs)} recording(s) again, which count twice: {some([f'{x.id!r} = {y.id!r}' for x, y in pairs])}"
         for (a, b), pairs in same.items()
         if a == b
+    ]
+
+
+def alike_warnings(alike: Pairs) -> list[str]:
+    """A warning for each two splits, or one, with clips that sound alike."""
+    return [
+        f"{a if a == b else f'{a} and {b}'}: {len(pairs)} pair(s) of clips sound alike, perhaps copies in a lossy format; listen to "
+        f"them, and take copies out: {some([f'{x.id!r} and {y.id!r}' for x, y in pairs])}"
+        for (a, b), pairs in alike.items()
     ]
 
 
