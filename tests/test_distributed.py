@@ -239,7 +239,9 @@ def test_what_is_wrong_for_all_is_said_once(manifests, tmp_path):
     """A wrong recipe is every process's error; a missing file only the main one's, while the others wait for it."""
     said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path), "--set", "decode.batch_size=0"))
     assert said.count("decode.batch_size") == 1
-    (tmp_path / "test.jsonl").write_text('{"audio": "gone.wav", "de": "x", "zh": "x"}\n', encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(
+        '{"audio": "gone.wav", "references": {"de": "x", "zh": "x"}}\n', encoding="utf-8"
+    )
     settings = with_settings([*manifests, f"data.test={{kind: manifest, path: '{tmp_path / 'test.jsonl'}'}}"])
     said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path / "run"), *settings))
     assert said.count("gone.wav") == 1
@@ -262,10 +264,12 @@ def test_one_process_that_fails_alone_says_so(monkeypatch, capsys):
     assert capsys.readouterr().err == "error in process 1 of 2: no such disk\n"
 
 
-@pytest.mark.parametrize("words", [("compress", "mini", "--dry-run"), ("recipes",)])
-def test_what_takes_one_process_is_done_by_one(words, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "once"), [(("compress", "mini", "--dry-run"), "mini in runs/mini"), (("recipes",), "builtin:mini")]
+)
+def test_what_takes_one_process_is_done_by_one(words, once, tmp_path):
     done = subprocess.run(
         command(2, *words), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mini in runs/mini") == 1
+    assert done.stdout.count(once) == 1
