@@ -86,6 +86,10 @@ def test_mixture(tmp_path):
     only, examples = mix(splits, taught, MixSettings(gold=0, distilled=1), ["de", "zh"])
     assert [e.text for e in examples] == ["Lehrer"]
     assert only[examples[0].clip].id == clips[2].id
+    taught.append({"id": other[1].id, "language": "zh", "text": "老师"})
+    _, examples = mix(splits, taught, MixSettings(gold=0, out_of_domain=1, distilled_out_of_domain=3), ["de", "zh"])
+    assert [e.text for e in examples if e.language == "zh"] == ["老师"] * 3  # where no reference is
+    assert len(examples) == 3 + 3
     _, gold = mix(splits, (), MixSettings(), ["de", "zh"])
     assert json.dumps([e.text for e in gold]) == json.dumps(
         [c.references[lang] for c in clips for lang in ("de", "zh")]

@@ -64,9 +64,9 @@ def max_new_tokens(duration_s: float, settings: DecodeSettings) -> int:
 @torch.inference_mode()
 def encode_audio(model: Any, processor: Any, audio: Sequence[np.ndarray]) -> list[Tensor]:
     """Audio tower output of each clip, (F_i, A), without padding."""
-    features, mask = log_mels(processor, audio)
     tower = unwrap(model).model.audio_tower
     device, dtype = tower.conv1.weight.device, tower.conv1.weight.dtype
+    features, mask = log_mels(processor, audio, device=device)
     states = tower_states(model, features.to(device, dtype), mask.to(device))
     return [row[:count] for row, count in zip(states, num_audio_states(mask.sum(-1)).tolist())]
 

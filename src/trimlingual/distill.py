@@ -41,7 +41,7 @@ def distill(
     settings: DistillSettings,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Translate the training clips with the teacher, keep what is fit to learn from, and write `distilled.jsonl`.
+    """Translate the clips with the teacher, keep what is fit to learn from, and write `distilled.jsonl`.
 
     Goes on from the batches that are on disk. Returns how many were kept and dropped, by language and reason. In a rehearsal, whose
     teacher says nothing fit to learn from, references stand in for what is dropped, so that later stages see as much data. The
@@ -121,7 +121,7 @@ def mix(
     examples: list[Example] = []
     for split, times, pairs in (
         (splits.train, (mixture.gold, mixture.distilled), distilled),
-        (splits.out_of_domain, (mixture.out_of_domain, 0), ()),
+        (splits.out_of_domain, (mixture.out_of_domain, mixture.distilled_out_of_domain), distilled),
     ):
         if split is None or not any(times):
             continue

@@ -188,7 +188,7 @@ def read_teacher(
     assert guide.teacher_dir is not None
     device = pick_device(model_settings.device)
     load_teacher = partial(load_model, guide.teacher_dir, model_settings.dtype, device)
-    collator = Collator(Prompter(processor, task), partial(_load_clip, clips))
+    collator = Collator(Prompter(processor, task), partial(_load_clip, clips), mels_on=device)
     return teacher_tokens(
         load_teacher, collator, examples, settings.token_distillation, work_dir / "teacher.safetensors"
     )

@@ -84,8 +84,12 @@ class Prompter:
         return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def log_mels(processor: Any, audio: Sequence[np.ndarray], whole_window: bool = False) -> tuple[Tensor, Tensor]:
+def log_mels(
+    processor: Any, audio: Sequence[np.ndarray], whole_window: bool = False, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Log-mel spectra (N, mels, M) and their mask (N, M), as the processor makes them over its window but cut to what is needed.
+
+    They are computed on `device`, in float32, and returned on the CPU.
 
     M is the longest clip's frames and the two that the encoder's convolutions see beyond it, rounded up to a multiple of
     FRAMES_MULTIPLE; what is left out is padding that the encoder masks. Values are those of the whole window: silence is the
@@ -109,6 +113,7 @@ def log_mels(processor: Any, audio: Sequence[np.ndarray], whole_window: bool = F
         max_length=num_samples,
         return_attention_mask=True,
         return_tensors="pt",
+        device=str(device),
     )
     return features["input_features"], features["attention_mask"]
 
@@ -123,14 +128,15 @@ class Collator:
         states: Sequence[Tensor] | None = None,
         whole_window: bool = False,
         teacher: Mapping[Example, tuple[Tensor, Tensor]] | None = None,
+        mels_on: torch.device | str = "cpu",
     ):
         self.prompter = prompter
         self.load = load
         self.states = states
         self.whole_window = whole_window
-        self.teacher = (
-            teacher  # of each example the teacher's tokens and their log probabilities, both (answer tokens, K)
-        )
+        # of each example the teacher's tokens and their log probabilities, both (answer tokens, K)
+        self.teacher = teacher
+        self.mels_on = mels_on  # the device that computes log-mels; the CPU where workers collate
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Batch with `ids` (for error messages), `input_ids`, `attention_mask`, `labels` (B, T) and the audio."""
@@ -164,5 +170,5 @@ class Collator:
             padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
             return {"audio_states": padded, "audio_lengths": lengths}, lengths.tolist()
         audio = [self.load(example.clip) for example in examples]
-        features, mask = log_mels(self.prompter.processor, audio, self.whole_window)
+        features, mask = log_mels(self.prompter.processor, audio, self.whole_window, self.mels_on)
         return {"input_features": features, "feature_attention_mask": mask}, num_audio_states(mask.sum(-1)).tolist()

@@ -126,16 +126,23 @@ class Recipe(Section):
                 )
             if train.data.distilled and self.distill is None:
                 problems.append(f"{path}.data.distilled is {train.data.distilled} but the distill section is null")
+            if train.data.distilled_out_of_domain and not (self.distill and self.distill.out_of_domain):
+                problems.append(
+                    f"{path}.data.distilled_out_of_domain is {train.data.distilled_out_of_domain} but "
+                    "distill.out_of_domain is not true: nothing translates the out-of-domain audio"
+                )
             if train.token_distillation and path == "finetune":
                 problems.append("finetune.token_distillation must be null: the teacher is what is learned from")
             if train.token_distillation and not self.finetune:
                 problems.append(f"{path}.token_distillation is set but finetune is null: there is no teacher")
-            if train.data.distilled and path == "finetune":
+            if train.data.taught and path == "finetune":
                 problems.append("finetune.data.distilled must be 0: the teacher is what translates, so it comes first")
         if self.recover and not self.rank:
             problems.append(
                 "recover is set but rank is null: nothing is pruned, so nothing is to be recovered; set recover: null"
             )
+        if self.distill and self.distill.out_of_domain and self.data.out_of_domain is None:
+            problems.append("distill.out_of_domain is true but data.out_of_domain is not set")
         if self.distill and not self.finetune:
             problems.append("distill is set but finetune is null: there is no teacher")
         if self.quantize:

@@ -222,12 +222,20 @@ class MixSettings(Section):
     gold: Annotated[int, Field(ge=0)] = 1
     distilled: Annotated[int, Field(ge=0)] = 0
     out_of_domain: Annotated[int, Field(ge=0)] = 0
+    distilled_out_of_domain: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="the teacher's translations of the out-of-domain audio; distill.out_of_domain makes them"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> MixSettings:
-        if not (self.gold or self.distilled or self.out_of_domain):
-            raise ValueError("gold, distilled and out_of_domain are all 0: nothing to train on")
+        if not (self.gold or self.out_of_domain or self.taught):
+            raise ValueError(f"{', '.join(type(self).model_fields)} are all 0: nothing to train on")
         return self
+
+    @property
+    def taught(self) -> bool:
+        """Whether anything that the teacher translated is learned from."""
+        return bool(self.distilled or self.distilled_out_of_domain)
 
 
 class TokenDistillation(Section):
@@ -394,6 +402,10 @@ class DistillSettings(Section):
     max_repeats: Annotated[int, Field(ge=2)] = Field(
         default=4,
         description="a translation in which an n-gram (n <= 4) stands more often in a row is a repetition loop",
+    )
+    out_of_domain: bool = Field(
+        default=False,
+        description="the teacher translates data.out_of_domain too, into every target language; no references are needed there",
     )
 
 

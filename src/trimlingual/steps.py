@@ -6,7 +6,7 @@ Imports of the heavy modules stay inside the work, so that --dry-run and --help 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,7 +180,7 @@ def finetune_step(
     out: Path,
 ) -> Step:
     """Stage 1 (the teacher) and stage 4 (the recovered student)."""
-    distilled = distilled if train.data.distilled else None
+    distilled = distilled if train.data.taught else None
     teacher = teacher if train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
@@ -241,14 +241,18 @@ def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
 
 
 def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
-    """Stage 3: the teacher translates the training audio."""
+    """Stage 3: the teacher translates the training audio, and the out-of-domain audio where that is asked for."""
     settings = recipe.distill
     assert settings is not None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.distill import distill
 
-        clips = load_splits(inputs["data"].folder).train.clips
+        splits = load_splits(inputs["data"].folder)
+        clips = [*splits.train.clips]
+        if settings.out_of_domain and splits.out_of_domain:
+            # Without references a clip is translated into every target language.
+            clips += [replace(clip, references={}) for clip in splits.out_of_domain.clips]
         return distill(inputs["teacher"].folder, clips, recipe.task, recipe.model, recipe.decode, settings, folder)
 
     wanted = _settings(recipe, distill=settings, decode=recipe.decode)
@@ -260,7 +264,7 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
     settings = recipe.quantize
     assert settings is not None
     train = settings.train
-    distilled = distilled if settings.data.distilled else None
+    distilled = distilled if settings.data.taught else None
     teacher = teacher if train and train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
