@@ -27,26 +27,39 @@ from trimlingual.pipeline import compress, plan, run_stage
 from trimlingual.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
-INT4 = [
-    "quantize.scheme=int4",
-    "quantize.group_size=64",
-    "quantize.eight_bit=[embeddings, lm_head]",
-    "quantize.train=null",
+INT4 = ["quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]"]
+ROUNDED = [*INT4, "quantize.train=null"]
+TOKENS = ["recover.token_distillation={weight: 0.5}"]
+TAUGHT = [
+    "distill.out_of_domain=true",
+    "recover.data={gold: 1, distilled: 1, out_of_domain: 1, distilled_out_of_domain: 1}",
 ]
-NO_TRAINING_AFTER = ["recover=null", "quantize=null", "distill=null"]
+UNPRUNED = ["rank=null", "recover=null", "quantize.start=teacher"]
+SEARCH_ONLY = ["recover=null", "quantize=null", "distill=null"]
 # What each experiment changes in system.yaml. The names are those of docs/results.md.
 EXPERIMENTS: dict[str, list[str]] = {
     "system-b": [],
-    "published-recovery": ["recover.data={gold: 1, distilled: 1}", "recover.batch_size=16", "recover.epochs=6"],
-    "tokens": ["recover.token_distillation={weight: 0.5}"],
+    "recover-in-domain": ["recover.data={gold: 1, distilled: 1}"],
+    "recover-gold": ["recover.data={gold: 1, out_of_domain: 1}"],
+    "tokens": TOKENS,
     "tokens-only": ["recover.token_distillation={weight: 1.0}"],
-    "checked": ["finetune.selection_checks=4", "recover.selection_checks=4"],
-    "int4": INT4,
-    "int4-calibrated": [*INT4, "quantize.rounding=calibrated"],
-    "int4-32": [*INT4, "quantize.group_size=32"],
-    "system-a": ["rank=null", "recover=null", "quantize.start=teacher", *INT4],
-    "select-100": ["data.select={kind: manifest, path: LAB/select-100.jsonl}", *NO_TRAINING_AFTER],
-    "select-400": ["data.select={kind: manifest, path: LAB/select-400.jsonl}", *NO_TRAINING_AFTER],
+    "taught": TAUGHT,
+    "taught-tokens": [*TAUGHT, *TOKENS],
+    "longer": [*TOKENS, "recover.max_steps=3000"],
+    "int4-nearest": [*TOKENS, *ROUNDED],
+    "int4-calibrated": [*TOKENS, *ROUNDED, "quantize.rounding=calibrated"],
+    "int4-32": [*TOKENS, *ROUNDED, "quantize.rounding=calibrated", "quantize.group_size=32"],
+    "int4-qlora": [*TOKENS, *INT4],
+    "int4-qlora-tokens": [*TOKENS, *INT4, "quantize.train.token_distillation={weight: 0.5}"],
+    "nf4": [*TOKENS, "quantize.train=null"],
+    "system-a": [*UNPRUNED, *INT4],
+    "system-a-calibrated": [*UNPRUNED, *ROUNDED, "quantize.rounding=calibrated"],
+    "system-a-nf4": UNPRUNED,
+    "select-200": SEARCH_ONLY,
+    "select-100": ["data.select={kind: manifest, path: LAB/select-100.jsonl}", *SEARCH_ONLY],
+    "select-400": ["data.select={kind: manifest, path: LAB/select-400.jsonl}", *SEARCH_ONLY],
+    "remove-4": [*TOKENS, "rank.num_layers_to_remove=4"],
+    "remove-10": [*TOKENS, "rank.num_layers_to_remove=10"],
 }
 VOICES = {"all": None, "heard": True, "unheard": False}
 SAMPLES = 1000
@@ -60,10 +73,10 @@ def recipe_of(lab: Path, name: str, overrides: Sequence[str], seed: int) -> Reci
     return load_recipe(path, [*(value.replace("LAB/", f"{lab}/") for value in overrides), f"seed={seed}"])
 
 
-def train_base(lab: Path) -> None:
+def train_base(lab: Path, overrides: Sequence[str]) -> None:
     """`lab`/base: the untrained base after base.yaml's first stage."""
     run = lab / "runs" / "base"
-    artifact = run_stage(recipe_of(lab, "base", [], 0), run, "teacher")
+    artifact = run_stage(recipe_of(lab, "base", overrides, 0), run, "teacher")
     if not (lab / "base").exists():
         shutil.copytree(run / "teacher", lab / "base", ignore=shutil.ignore_patterns("artifact.json", "log.txt"))
     print(
@@ -123,20 +136,33 @@ def _statistics(rows: Sequence[dict[str, Any]], metric: str, language: str) -> S
     return sentence_statistics(metric, [r["hypothesis"] for r in rows], [r["reference"] for r in rows], language)
 
 
-def run_experiment(lab: Path, name: str, seed: int, commit: str) -> None:
-    """Run one experiment and write its rows."""
-    recipe = recipe_of(lab, "system", EXPERIMENTS[name], seed)
+def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], commit: str, until: str | None) -> None:
+    """Run one experiment and write its rows; `until` a stage: that far only, for other experiments to go on from."""
+    recipe = recipe_of(lab, "system", [*EXPERIMENTS[name], *overrides], seed)
     run = lab / "runs" / f"{name}-{seed}"
     run.mkdir(parents=True, exist_ok=True)
     borrow(recipe, run)
     started = time.perf_counter()
+    if until:
+        names = [step.name for step in plan(recipe, run) if not step.name.startswith("evaluate")]
+        for stage in names[: names.index(until) + 1]:
+            run_stage(recipe, run, stage)
+        return
     compress(recipe, run)
     seconds = time.perf_counter() - started
     rows = list(rows_of(lab, name, seed, run, recipe, seconds))
     stages = {p.parent.name: json.loads(p.read_text("utf-8"))["seconds"] for p in run.glob("*/artifact.json")}
     (lab / "results").mkdir(exist_ok=True)
     record = {
-        "command": f"python benchmarks/lab/experiments.py --lab LAB {name} --seeds {seed}",
+        "command": " ".join(
+            [
+                "python benchmarks/lab/experiments.py --lab LAB",
+                name,
+                f"--seeds {seed}",
+                *(f"--set {o}" for o in overrides),
+            ]
+        ),
+        "overrides": [*EXPERIMENTS[name], *overrides],
         "commit": commit,
         "machine": machine(),
         "stage_seconds": stages,
@@ -161,7 +187,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"base, {', '.join(EXPERIMENTS)}")
     parser.add_argument("--lab", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--commit", default="")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="for all of them"
+    )
+    parser.add_argument(
+        "--until", metavar="STAGE", help="make the stages up to this one, for other experiments to go on from"
+    )
+    parser.add_argument("--commit", default="", help="where there is no Git: the commit that is written down")
     parser.add_argument("--table", action="store_true", help="show the rows there are")
     parser.add_argument("--out", type=Path, help="copy the results there after each experiment")
     args = parser.parse_args()
@@ -169,9 +201,9 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.names:
             if name == "base":
-                train_base(lab)
+                train_base(lab, args.overrides)
             else:
-                run_experiment(lab, name, seed, args.commit)
+                run_experiment(lab, name, seed, args.overrides, args.commit, args.until)
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
                 for path in (lab / "results").glob("*.json"):

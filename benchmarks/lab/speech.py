@@ -38,7 +38,7 @@ LANGUAGES = {"ende": "de", "enzh": "zh"}
 # (set, text file, first row, rows), before the sets are mixed. `general` trains the base; `small` and `large` are in-domain.
 GENERAL = (("ende_general.train", 0, 37_000), ("ende.train", 20_000, 6_000), ("enzh.train", 7_000, 22_000))
 SMALL = (("ende.train", 0, 784), ("enzh.train", 0, 784))
-LARGE = (("ende.train", 0, 6_000), ("enzh.train", 0, 6_000))
+LARGE = (("ende.train", 0, 3_000), ("enzh.train", 0, 3_000))
 SELECT = (("ende.dev", 0, 500), ("enzh.dev", 0, 500))
 TEST = (("ende.test", 0, 500), ("enzh.test", 0, 500))
 SETS = {"general": GENERAL, "large": LARGE, "select": SELECT, "test": TEST}
@@ -66,16 +66,17 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.split(b"\n") if line.strip()]
 
 
-def items(folder: Path, scale: float = 1.0) -> Iterator[Item]:
-    """All sentences of all sets; `scale` takes fewer of each (for a trial on a CPU)."""
+def items(folder: Path, scale: float = 1.0, general: float = 1.0) -> Iterator[Item]:
+    """All sentences of all sets; `scale` takes fewer of each (for a trial on a CPU), `general` fewer of the general text."""
     texts = {name: rows(folder, name) for parts in SETS.values() for name, _, _ in parts}
     for name, rule in texts.items():  # everyday sentences are shuffled, so that a part of them is like all
         if name == "ende_general.train":
             random.Random(1).shuffle(rule)
     for role, parts in SETS.items():
+        share = scale * general if role == "general" else scale
         for name, first, count in parts:
             language = LANGUAGES[name[:4]]
-            for number, row in enumerate(texts[name][first : first + max(4, round(count * scale))]):
+            for number, row in enumerate(texts[name][first : first + max(4, round(count * share))]):
                 heard = role != "test" or number % 2 == 0
                 rng = np.random.default_rng(zlib.crc32(f"{role} {row['id']}".encode()))
                 voice = HEARD[rng.integers(len(HEARD))] if heard else UNHEARD
@@ -127,13 +128,14 @@ def main() -> None:
     parser.add_argument("--espeak-root", help="folder with libespeak-ng.so; default: the system's")
     parser.add_argument("--flite-root", help="folder with libflite.so; default: the system's")
     parser.add_argument("--scale", type=float, default=1.0, help="share of every set, for a trial")
+    parser.add_argument("--general", type=float, default=1.0, help="share of the general text, to save time")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     lab: Path = args.lab.absolute()
     if (lab / "speech.json").is_file():
         print("the speech is there")
         return
-    every = list(items(lab / "text", args.scale))
+    every = list(items(lab / "text", args.scale, args.general))
     for role in SETS:
         (lab / "clips" / role).mkdir(parents=True, exist_ok=True)
     work = partial(speak, lab=lab, engines=Engines(args.espeak_root, args.flite_root))
@@ -154,7 +156,8 @@ def main() -> None:
     for name, lines in written.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (lab / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    summary = {"clips": {name: len(lines) for name, lines in written.items()}, "too_long": dropped, "scale": args.scale}
+    summary = {"clips": {name: len(lines) for name, lines in written.items()}, "too_long": dropped}
+    summary |= {"scale": args.scale, "general": args.general}
     (lab / "speech.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(summary))
 
