@@ -5,7 +5,8 @@
 Every kill takes the whole process group: SIGKILL, or for some (`--term-share`) SIGTERM, which may save and end by itself. A run that is
 done is compared (plan, translations, distilled data, losses, every file of weights) and the next one starts, until there were enough
 kills; then the last runs are left alone until they are done, so that every kill is followed by a comparison. `--limit-s` stops earlier;
-`--resume` goes on in the same --run-dir. Several instances share the kills. Writes RUN_DIR/result.json, and with --name
+`--resume` goes on in the same --run-dir. Several instances share the kills. `--kills 0 --alone 20` kills nothing: it tells whether the
+machine computes the same twice, without which nothing can be said of kills. Writes RUN_DIR/result.json, and with --name
 benchmarks/results/NAME.json, and prints it.
 """
 
@@ -110,13 +111,16 @@ class Benchmark:
         compared = sum(run["kills"] for run in self.runs)
         return {
             "command": "python " + " ".join(["benchmarks/kills.py", *sys.argv[1:]]),
-            "commit": commit(),
+            "commit": self.args.commit or commit(),
             "kills": len(self.kills),
             "compared_kills": compared,
             "different": len(different),
             "runs": len(self.runs),
             "failures": self.failures,
-            "complete": len(self.kills) >= self.args.kills and compared == len(self.kills) and not self.failures,
+            "complete": not self.failures
+            and len(self.kills) >= self.args.kills
+            and compared == len(self.kills)
+            and len(self.runs) >= self.args.alone,
             "sigterm": sum(kill["signal"] == "SIGTERM" for kill in self.kills),
             "sigterm_codes": sorted({kill["code"] for kill in self.kills if kill["signal"] == "SIGTERM"}),
             "sigterm_longest_s": max((k["ended_s"] for k in self.kills if k["signal"] == "SIGTERM"), default=None),
@@ -199,10 +203,11 @@ def kill_and_restart(benchmark: Benchmark, number: int) -> None:
         with benchmark.lock:
             mine = [kill for kill in benchmark.kills if kill["instance"] == number]
             due = len(benchmark.kills) + benchmark.underway < args.kills
+            alone = len(benchmark.runs) + benchmark.underway < args.alone
             pending = sum(not kill["compared"] for kill in mine)
-            if not due and not pending:
+            if not (due or alone or pending):
                 return
-            benchmark.underway += due
+            benchmark.underway += due or alone
         moments = random.Random(f"{args.seed}-{number}-{len(mine)}")
         moment, gently = moments.uniform(low, high), moments.random() < args.term_share
         process, started = benchmark.start(run_dir, output), time.monotonic()
@@ -216,7 +221,6 @@ def kill_and_restart(benchmark: Benchmark, number: int) -> None:
             kill_group(process)
             code = process.wait()
         with benchmark.lock:
-            benchmark.underway -= due
             if killed:
                 signal_name = "SIGTERM" if gently else "SIGKILL"
                 record = {"instance": number, "signal": signal_name, "after_s": round(lived, 1), "stage": stage}
@@ -232,6 +236,8 @@ def kill_and_restart(benchmark: Benchmark, number: int) -> None:
             benchmark.save()
         if code == 0:
             compare(benchmark, number, run_dir)
+        with benchmark.lock:
+            benchmark.underway -= due or alone
 
 
 def compare(benchmark: Benchmark, number: int, run_dir: Path) -> None:
@@ -282,6 +288,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--alone", type=int, default=0, help="runs that are not killed, to be compared alike")
+    parser.add_argument("--commit", default="", help="where there is no Git: the commit that is written down")
     parser.add_argument("--seconds", default="20,120", help="between two kills: shortest,longest")
     parser.add_argument("--term-share", type=float, default=0.2, help="of the kills that are SIGTERM")
     parser.add_argument("--instances", type=int, default=1, help="pipelines at once")
