@@ -18,6 +18,7 @@ from trimlingual.artifacts import (
     read_journal,
     write_text,
 )
+from trimlingual.progress import LOG_FILE
 
 
 def work(folder):
@@ -65,6 +66,17 @@ def test_half_work_is_never_an_artefact_and_is_gone_on_with(tmp_path):
     produce(tmp_path / "a", "stage", {"x": 1}, {}, lambda folder: seen.append((folder / "half.txt").exists()) or {})
     assert seen == [True]
     assert (tmp_path / "a" / "half.txt").exists()
+
+
+def test_an_error_before_anything_was_made_leaves_nothing_in_the_way(tmp_path):
+    def refuses(folder):
+        (folder / LOG_FILE).write_text("reading")
+        raise ValueError("no such column")
+
+    with pytest.raises(ValueError, match="no such column"):
+        produce(tmp_path / "a", "stage", {"column": "wrong"}, {}, refuses)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert produce(tmp_path / "a", "stage", {"column": "right"}, {}, work).info == {"answer": 42}
 
 
 def test_half_work_of_other_settings_is_kept_until_it_is_given_up(tmp_path):

@@ -83,11 +83,13 @@ import signal, sys, time
 from trimlingual import cli, interruptions
 
 def work():
-    print("begun", flush=True)
     if sys.argv[1] == "deferred":
         with interruptions.deferred():
+            print("begun", flush=True)
             time.sleep(1.0)
             print("done", flush=True)
+    else:
+        print("begun", flush=True)
     time.sleep(30)
 
 cli.app = work

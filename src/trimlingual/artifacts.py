@@ -39,6 +39,7 @@ from trimlingual.ownership import (
     why_not_ours,
 )
 from trimlingual.processes import gather, is_main_process, wait_for_everyone
+from trimlingual.progress import LOG_FILE
 
 __all__ = [
     "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "append_jsonl", "find_artifact", "fingerprint",
@@ -234,7 +235,14 @@ def produce(
         wait_for_everyone()
         started = time.perf_counter()
         earlier = json.loads((partial / WORK_FILE).read_text(encoding="utf-8"))
-        info = work(partial) if main or everyone else {}
+        try:
+            info = work(partial) if main or everyone else {}
+        except Exception:
+            if main and not tool_files(partial).keys() - {LOG_FILE}:
+                remove(
+                    partial
+                )  # a mistake in the recipe, say: corrected, it must not meet unfinished work of other settings
+            raise
         wait_for_everyone()
         if main:
             shutil.rmtree(partial / SCRATCH, ignore_errors=True)
