@@ -116,6 +116,9 @@ class KeepBest(TrainerCallback):
     def _score(self) -> dict[str, float]:
         """Main metric by language, 0..100."""
         self.trained.eval()
+        for module in self.trained.modules():
+            # bitsandbytes' 4-bit layer in eval mode on a CPU lays its weight out anew, for good, and has no gradient after that.
+            module.training = hasattr(module, "support_avx512bf16_for_cpu")
         mine = self.clips[process_index() :: num_processes()]
         said = translate_clips(self.model, self.processor, self.task, mine, self.decode, label="selection clips")
         self.trained.train()
