@@ -30,21 +30,21 @@ import torch
 from torch import Tensor
 from transformers import Qwen2AudioForConditionalGeneration
 
-from trimlingual.artifacts import machine, write_json
-from trimlingual.audio import SAMPLE_RATE, load_audio
-from trimlingual.decode import embed_prompt, encode_audio, greedy
-from trimlingual.integers import save_packed
-from trimlingual.layers import drop_layers_
-from trimlingual.lora import add_lora
-from trimlingual.measure import Stopwatch, count_parameters, disk_bytes, peak_memory
-from trimlingual.models import load_processor, resolve_base, save_model
-from trimlingual.packed import PackedDecoder
-from trimlingual.prompts import Prompter
-from trimlingual.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.data.audio import SAMPLE_RATE, load_audio
+from trimlingual.data.sources import Clip
+from trimlingual.decoding.decoder import PackedDecoder
+from trimlingual.decoding.loop import Stepper
+from trimlingual.decoding.translate_clips import embed_prompt, encode_audio, greedy
+from trimlingual.evaluation.cost import Stopwatch, count_parameters, disk_bytes, peak_memory
+from trimlingual.models.inputs import Prompter
+from trimlingual.models.layers import drop_layers_
+from trimlingual.models.qwen2_audio import load_processor, resolve_base, save_model
+from trimlingual.models.random_weights import draw
+from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import LoraSettings, QuantizeSettings, TaskSettings
-from trimlingual.rehearsal import draw
-from trimlingual.sources import Clip
-from trimlingual.stepping import Stepper
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.training.lora import add_lora
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds a clip, clips in the large batch, tokens an answer may have, rows of a trimmed vocabulary, weights a 4-bit scale.

@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from true_size import make_data
 
-from trimlingual import finetune
-from trimlingual.artifacts import machine, write_json
-from trimlingual.measure import MeasureError, disk_bytes, peak_memory
-from trimlingual.models import load_processor, resolve_base
+from trimlingual.evaluation.cost import MeasureError, disk_bytes, peak_memory
+from trimlingual.models.qwen2_audio import load_processor, resolve_base
 from trimlingual.pipeline import plan
 from trimlingual.recipe import load_recipe
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.stages import finetune
 from trimlingual.steps import Step, model_ref
 
 RESULTS = Path(__file__).parent / "results"

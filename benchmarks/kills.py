@@ -140,7 +140,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     sys.path.insert(0, str(ROOT / "src"))
-    from trimlingual.artifacts import machine as described
+    from trimlingual.run.artifacts import machine as described
 
     return described()
 

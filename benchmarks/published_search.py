@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimlingual.audio import load_audio
-from trimlingual.data import Split
-from trimlingual.decode import embed_prompt, max_new_tokens
-from trimlingual.layers import drop_layers_
-from trimlingual.prompts import Prompter
+from trimlingual.data.audio import load_audio
+from trimlingual.data.splits import Split
+from trimlingual.decoding.translate_clips import embed_prompt, max_new_tokens
+from trimlingual.models.inputs import Prompter
+from trimlingual.models.layers import drop_layers_
 from trimlingual.recipe import DecodeSettings, TaskSettings
 
 

@@ -23,18 +23,14 @@ from typing import Any
 
 import torch
 
-from trimlingual.artifacts import SCRATCH, machine
-from trimlingual.audio import load_audio
-from trimlingual.decode import translate_clips
-from trimlingual.finetune import finetune, train_
-from trimlingual.integers import round_to_integers, save_packed
-from trimlingual.lineage import read_lineage
-from trimlingual.loss import answer_logits
-from trimlingual.measure import disk_bytes
-from trimlingual.metrics import corpus_score
-from trimlingual.models import load_model, load_processor, resolve_base, save_model
-from trimlingual.prompts import Collator, Example, Prompter
-from trimlingual.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.data.audio import load_audio
+from trimlingual.data.sources import Clip, read_source
+from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.evaluation.cost import disk_bytes
+from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.qwen2_audio import load_model, load_processor, resolve_base, save_model
+from trimlingual.quantization.int4 import round_to_integers, save_packed
 from trimlingual.recipe import (
     BuiltinSource,
     DecodeSettings,
@@ -44,7 +40,11 @@ from trimlingual.recipe import (
     TrainSettings,
     load_recipe,
 )
-from trimlingual.sources import Clip, read_source
+from trimlingual.run.artifacts import SCRATCH, machine
+from trimlingual.run.lineage import read_lineage
+from trimlingual.stages.finetune import finetune, train_
+from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.training.loss import answer_logits
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

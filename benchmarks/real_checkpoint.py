@@ -26,15 +26,15 @@ import numpy as np
 import torch
 import yaml
 
-from trimlingual.artifacts import find_artifact, machine, write_json
-from trimlingual.audio import SAMPLE_RATE
-from trimlingual.jsonl import write_jsonl
-from trimlingual.measure import disk_bytes, peak_memory
-from trimlingual.models import load_processor, pick_device, resolve_base
+from trimlingual.data.audio import SAMPLE_RATE
+from trimlingual.data.sources import Clip, Source, read_source
+from trimlingual.evaluation.cost import disk_bytes, peak_memory
+from trimlingual.models.inputs import Prompter
+from trimlingual.models.qwen2_audio import load_processor, pick_device, resolve_base
 from trimlingual.pipeline import run_stage
-from trimlingual.prompts import Prompter
 from trimlingual.recipe import FolderSource, HubSource, ManifestSource, Recipe, TaskSettings, list_recipes, parse_recipe
-from trimlingual.sources import Clip, Source, read_source
+from trimlingual.run.artifacts import find_artifact, machine, write_json
+from trimlingual.run.jsonl import write_jsonl
 
 PARTS = ("files", "tokens", "zero-shot", "finetune", "search", "recover", "qlora", "export")
 RESULT = "result.json"

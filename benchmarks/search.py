@@ -34,21 +34,21 @@ from published_search import Case, clock, generate_embedded, prompts_of, publish
 from transformers import WhisperFeatureExtractor
 from true_size import build, make_data
 
-from trimlingual import drafts
-from trimlingual.artifacts import machine, write_json
-from trimlingual.candidates import Scorer
-from trimlingual.data import Split
-from trimlingual.decode import encode_clips, greedy
-from trimlingual.drafts import NO_DRAFT, Trace, trace, translate_without
-from trimlingual.lineage import Lineage
-from trimlingual.measure import peak_memory
-from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
-from trimlingual.packed import PackedDecoder
-from trimlingual.prefix import MOST_ROWS
+from trimlingual.data.sources import Clip, read_source
+from trimlingual.data.splits import Split
+from trimlingual.decoding.decoder import PackedDecoder
+from trimlingual.decoding.loop import Stepper
+from trimlingual.decoding.shared_prompts import MOST_ROWS
+from trimlingual.decoding.translate_clips import encode_clips, greedy
+from trimlingual.evaluation.cost import peak_memory
+from trimlingual.models.qwen2_audio import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.recipe import RankSettings, load_recipe
-from trimlingual.search import Search, second_best
-from trimlingual.sources import Clip, read_source
-from trimlingual.stepping import Stepper
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.run.lineage import Lineage
+from trimlingual.search import from_parent
+from trimlingual.search.from_parent import NO_DRAFT, Trace, trace, translate_without
+from trimlingual.search.scorer import Scorer
+from trimlingual.search.search import Search, second_best
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -247,7 +247,7 @@ def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
         by_length = sorted(range(len(prompts)), key=lambda i: -len(parent[i]))
         traces = traced([block.tolist() for block in np.array_split(by_length, 8)], True)
         for name, most in (("several candidates in one batch", 0), ("a prompt read once for all of them", MOST_ROWS)):
-            drafts.MOST_ROWS = most
+            from_parent.MOST_ROWS = most
             add(name, lambda: without(traces, positions, len(positions)), len(positions))
     return table
 

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import machine, write_json
 from trimlingual.pipeline import run_stage
-from trimlingual.plan import read_plan
 from trimlingual.recipe import Recipe, load_recipe
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.search.plan import read_plan
 
 RESULT = Path(__file__).parent / "results" / "selection_modes_mini.json"
 MODES = {

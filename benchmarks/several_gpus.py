@@ -25,9 +25,9 @@ from search import case_7b, some_rounds
 from train_speed import Bench, current_commit, limit_memory
 from true_size import build
 
-from trimlingual.artifacts import machine, write_json
-from trimlingual.processes import gather, is_main_process, num_processes, wait_for_everyone
 from trimlingual.recipe import load_recipe
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.run.processes import gather, is_main_process, num_processes, wait_for_everyone
 
 STEPS = 12
 FSDP = {"fsdp": True, "optimizer": "adamw_torch_fused", "mixed_precision": "bf16", "checkpoint_from_tokens": 0}

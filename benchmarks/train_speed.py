@@ -37,14 +37,14 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, WhisperFeatureExtractor
 from true_size import build, make_data, quantize_
 
-from trimlingual.artifacts import machine, write_json
-from trimlingual.audio import load_audio
-from trimlingual.finetune import checkpoint_layers_, make_trainer
-from trimlingual.lora import add_lora
-from trimlingual.loss import answer_forward
-from trimlingual.models import load_processor, resolve_base
-from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.data.audio import load_audio
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.qwen2_audio import load_processor, resolve_base
 from trimlingual.recipe import LoraSettings, TaskSettings, TrainSettings, load_recipe
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.stages.finetune import checkpoint_layers_, make_trainer
+from trimlingual.training.lora import add_lora
+from trimlingual.training.loss import answer_forward
 
 TASK = TaskSettings(target_languages=["de"])
 BATCH = 4  # the notebook's

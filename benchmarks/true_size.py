@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-from trimlingual.audio import SAMPLE_RATE
-from trimlingual.models import part_of
-from trimlingual.prompts import Example
-from trimlingual.rehearsal import SHAPES
-from trimlingual.sources import Clip
+from trimlingual.data.audio import SAMPLE_RATE
+from trimlingual.data.sources import Clip
+from trimlingual.models.inputs import Example
+from trimlingual.models.qwen2_audio import part_of
+from trimlingual.models.random_weights import SHAPES
 
 NUM_PARAMETERS = {"7b": 8_397_094_912}  # of Qwen/Qwen2-Audio-7B-Instruct
 

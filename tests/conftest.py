@@ -27,15 +27,15 @@ if not torch.cuda.is_available():  # before Triton is imported, since its own fu
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
 import trimlingual
-from trimlingual.artifacts import hash_file
-from trimlingual.audio import SAMPLE_RATE
-from trimlingual.data import Split
-from trimlingual.finetune import _TranslationTrainer
-from trimlingual.lineage import Lineage, read_lineage
-from trimlingual.mini.network import train_processor
-from trimlingual.models import save_model
+from tools.mini.network import train_processor
+from trimlingual.data.audio import SAMPLE_RATE
+from trimlingual.data.sources import Clip
+from trimlingual.data.splits import Split
+from trimlingual.models.qwen2_audio import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, TaskSettings
-from trimlingual.sources import Clip
+from trimlingual.run.artifacts import hash_file
+from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.stages.finetune import _TranslationTrainer
 
 WINDOW_S = 2
 TEXTS = [

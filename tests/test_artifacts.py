@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trimlingual import artifacts
-from trimlingual.artifacts import (
+from trimlingual.run import artifacts
+from trimlingual.run.artifacts import (
     ARTIFACT_FILE,
     ArtifactError,
     append_jsonl,
@@ -18,7 +18,7 @@ from trimlingual.artifacts import (
     read_journal,
     write_text,
 )
-from trimlingual.progress import LOG_FILE
+from trimlingual.run.progress import LOG_FILE
 
 
 def work(folder):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from trimlingual import audio
-from trimlingual.audio import DataError, describe_audio, load_audio
+from trimlingual.data import audio
+from trimlingual.data.audio import DataError, describe_audio, load_audio
 
 
 def sine(seconds: float = 0.5, rate: int = 16_000, hertz: float = 440.0) -> np.ndarray:

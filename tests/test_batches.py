@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from trimlingual.batches import LengthGroupedSampler
+from trimlingual.training.batches import LengthGroupedSampler
 
 
 def lengths(count: int) -> list[float]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimlingual.bounds import best_possible, settled_counts
-from trimlingual.metrics import corpus_score, sentence_statistics
+from trimlingual.evaluation.quality import corpus_score, sentence_statistics
+from trimlingual.search.bounds import best_possible, settled_counts
 
 # Few letters, so that n-grams match often; a space, punctuation that chrF++ splits off, a letter of three bytes.
 TEXT = st.text(alphabet="aab  .,é狗", max_size=14)

@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from trimlingual.bpe import Kept, VocabError, choose, is_word, of_scripts, read_bpe, script, trimmed_tokenizer
-from trimlingual.mini.sentences import everyday
+from tools.mini.sentences import everyday
+from trimlingual.vocabulary.bpe import (
+    Kept,
+    VocabError,
+    choose,
+    is_word,
+    of_scripts,
+    read_bpe,
+    script,
+    trimmed_tokenizer,
+)
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 

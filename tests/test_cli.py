@@ -79,17 +79,16 @@ def test_a_missing_model_folder_is_explained(tmp_path):
 
 
 def test_translate_prints_one_json_line_a_file(tmp_path):
-    from trimlingual.mini import build_speech
+    from trimlingual.data.rows import MINI_DATA
 
-    folder = __import__("pathlib").Path(build_speech.__file__).parent
-    record = json.loads((folder / "data" / "everyday.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    record = json.loads((MINI_DATA / "everyday.jsonl").read_text(encoding="utf-8").splitlines()[1])
     command = [
         sys.executable,
         "-m",
         "trimlingual",
         "translate",
-        str(folder / "model"),
-        str(folder / "data" / record["audio"]),
+        str(MINI_DATA.parent / "model"),
+        str(MINI_DATA / record["audio"]),
     ]
     done = subprocess.run([*command, "--to", "zh"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["text"] == record["references"]["zh"]

@@ -13,12 +13,12 @@ import pytest
 import soundfile as sf
 from scipy.signal import resample_poly
 
-from trimlingual.audio import DataError, load_audio
-from trimlingual.data import Split, _hold_out_rows, load_splits, prepare_data
-from trimlingual.disjoint import check_disjoint, same_audio
+from trimlingual.data.audio import DataError, load_audio
+from trimlingual.data.disjoint import check_disjoint, same_audio
+from trimlingual.data.rows import MINI_DATA
+from trimlingual.data.sources import Clip
+from trimlingual.data.splits import Split, _hold_out_rows, load_splits, prepare_data
 from trimlingual.recipe import DataSettings, ManifestSource, TaskSettings, load_recipe
-from trimlingual.rows import MINI_DATA
-from trimlingual.sources import Clip
 
 from .made_sources import hub, make_hub_set, make_manifest, write_manifest, write_wav
 

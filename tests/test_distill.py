@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from trimlingual.data import DataSplits, Split
-from trimlingual.decode import Translation
-from trimlingual.distill import distill, has_repetition_loop, mix, read_distilled, reject
-from trimlingual.models import load_model, save_model
+from trimlingual.data.splits import DataSplits, Split
+from trimlingual.decoding.translate_clips import Translation
+from trimlingual.models.qwen2_audio import load_model, save_model
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings
+from trimlingual.stages.distill import distill, has_repetition_loop, mix, read_distilled, reject
 
 from .conftest import make_clips
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from trimlingual import cli
-from trimlingual.artifacts import read_artifact
-from trimlingual.evaluate import read_result, read_translations
-from trimlingual.models import resolve_base
+from trimlingual.models.qwen2_audio import resolve_base
 from trimlingual.pipeline import compress
-from trimlingual.plan import read_plan
 from trimlingual.recipe import load_recipe
+from trimlingual.run.artifacts import read_artifact
+from trimlingual.search.plan import read_plan
+from trimlingual.stages.evaluate import read_result, read_translations
 
 from .test_pipeline import SMALL
 
@@ -250,7 +250,7 @@ def test_what_is_wrong_for_all_is_said_once(manifests, tmp_path):
 def test_one_process_that_fails_alone_says_so(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("trimlingual.processes.GRACE_S", 0.0)
+    monkeypatch.setattr("trimlingual.run.processes.GRACE_S", 0.0)
 
     class Ended(BaseException):
         pass

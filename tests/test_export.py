@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trimlingual
-from trimlingual import proof
-from trimlingual.export import export
-from trimlingual.lineage import LeakError, check_unseen, read_lineage
-from trimlingual.models import ModelError
-from trimlingual.proof import ExportError, prove_export
+from trimlingual.app.translate import translate_files
+from trimlingual.data.sources import Clip
+from trimlingual.exports import proof
+from trimlingual.exports.proof import ExportError, prove_export
+from trimlingual.exports.shipped import read_shipped
+from trimlingual.models.qwen2_audio import ModelError
+from trimlingual.models.saving import DOUBLED, finish_saved, greedy_generation, tensor_names, use_published_names
 from trimlingual.recipe import load_recipe
-from trimlingual.saved import DOUBLED, finish_saved, greedy_generation, tensor_names, use_published_names
-from trimlingual.shipped import read_shipped
-from trimlingual.sources import Clip
-from trimlingual.translate import translate_files
+from trimlingual.run.lineage import LeakError, check_unseen, read_lineage
+from trimlingual.stages.export import export
 
 MINI = Path(trimlingual.__file__).parent / "mini" / "model"
 PUBLISHED = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.1}

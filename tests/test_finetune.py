@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trimlingual.audio import load_audio
-from trimlingual.checkpoints import last_complete_checkpoint
-from trimlingual.decode import encode_audio
-from trimlingual.finetune import finetune, make_trainer, train_
-from trimlingual.lineage import read_lineage
-from trimlingual.loss import answer_forward, answer_loss
-from trimlingual.models import load_model
-from trimlingual.optimizer import TrainingError, flash_adamw
-from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.data.audio import load_audio
+from trimlingual.decoding.translate_clips import encode_audio
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.qwen2_audio import load_model
 from trimlingual.recipe import LoraSettings, TrainSettings
-from trimlingual.stored_audio import stored_states
+from trimlingual.run.lineage import read_lineage
+from trimlingual.stages.finetune import finetune, make_trainer, train_
+from trimlingual.training.checkpoints import last_complete_checkpoint
+from trimlingual.training.loss import answer_forward, answer_loss
+from trimlingual.training.optimizer import TrainingError, flash_adamw
+from trimlingual.training.stored_audio import stored_states
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_accumulated_gradients_equal_one_large_batch(make_model, processor, spli
 
 def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, split, task, examples):
     model = make_model()
-    from trimlingual.decode import encode_clips
+    from trimlingual.decoding.translate_clips import encode_clips
 
     prompter = Prompter(processor, task)
     live = Collator(prompter, lambda i: load_audio(split.clips[i].audio))
@@ -326,11 +326,11 @@ def test_stored_audio_survives_a_restart(make_model, processor, split, tmp_path,
             raise KeyboardInterrupt
         return encode_audio(model, processor, audio)
 
-    monkeypatch.setattr("trimlingual.stored_audio.BATCH", 2)
-    monkeypatch.setattr("trimlingual.stored_audio.PART_S", 0.0)
+    monkeypatch.setattr("trimlingual.training.stored_audio.BATCH", 2)
+    monkeypatch.setattr("trimlingual.training.stored_audio.PART_S", 0.0)
     model = make_model()
     straight = stored_states(model, processor, split.clips, tmp_path / "straight")
-    monkeypatch.setattr("trimlingual.stored_audio.encode_audio", counted)
+    monkeypatch.setattr("trimlingual.training.stored_audio.encode_audio", counted)
     with pytest.raises(KeyboardInterrupt):
         stored_states(model, processor, split.clips, tmp_path / "killed")
     resumed = stored_states(model, processor, split.clips, tmp_path / "killed")

@@ -13,18 +13,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, create_model
 
-from trimlingual.artifacts import ArtifactError
-from trimlingual.fingerprint import (
-    UNREAD,
-    HashCache,
-    decisive,
-    differences,
-    fingerprint,
-    hash_files,
-    hash_model,
-    is_whole,
-    plain,
-)
 from trimlingual.pipeline import plan
 from trimlingual.recipe import (
     DecodeSettings,
@@ -35,8 +23,20 @@ from trimlingual.recipe import (
     TrainSettings,
     load_recipe,
 )
-from trimlingual.refs import base_ref
-from trimlingual.sections import Section
+from trimlingual.recipe.sections import Section
+from trimlingual.run.artifacts import ArtifactError
+from trimlingual.run.fingerprint import (
+    UNREAD,
+    HashCache,
+    decisive,
+    differences,
+    fingerprint,
+    hash_files,
+    hash_model,
+    is_whole,
+    plain,
+)
+from trimlingual.step_inputs import base_ref
 
 NEUTRAL_VALUES = Path(__file__).parent / "neutral_values.json"
 
@@ -216,7 +216,7 @@ def test_hashes_are_remembered_by_size_and_time_of_change(tmp_path, monkeypatch)
     path.write_bytes(b"a" * 100)
     read = []
     monkeypatch.setattr(
-        "trimlingual.fingerprint.hash_file", lambda path: read.append(path) or path.read_bytes().hex()[:4]
+        "trimlingual.run.fingerprint.hash_file", lambda path: read.append(path) or path.read_bytes().hex()[:4]
     )
     first = hash_files([path], HashCache(cache))
     assert hash_files([path], HashCache(cache)) == first
@@ -254,7 +254,7 @@ def test_processes_share_a_cache(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.bin").write_bytes(bytes([i]) * 1000)
     code = (
-        "import sys; from pathlib import Path; from trimlingual.fingerprint import HashCache, hash_files;"
+        "import sys; from pathlib import Path; from trimlingual.run.fingerprint import HashCache, hash_files;"
         "root = Path(sys.argv[1]); print(hash_files(sorted(root.glob('*.bin')), HashCache(root / 'cache')))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -339,7 +339,7 @@ def test_a_model_that_changed_on_the_hub_is_said(hub, tmp_path, monkeypatch):
         (moved_on / "config.json").write_text((moved_on / "config.json").read_text() + "\n")
         return moved_on
 
-    monkeypatch.setattr("trimlingual.refs.HubRef._download", download)
+    monkeypatch.setattr("trimlingual.step_inputs.HubRef._download", download)
     with pytest.raises(ArtifactError, match="someone/model has changed on the Hub"):
         _ = base_ref(recipe, cache).folder
 

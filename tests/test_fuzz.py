@@ -23,13 +23,8 @@ import yaml
 
 import trimlingual
 from trimlingual import cli
-from trimlingual.artifacts import ARTIFACT_FILE, hash_file, produce, read_artifact, write_json
-from trimlingual.audio import DataError, inspect_audio, load_audio
-from trimlingual.data import load_splits, prepare_data
-from trimlingual.distill import read_distilled
-from trimlingual.evaluate import read_result, read_translations
-from trimlingual.lineage import Lineage, read_lineage
-from trimlingual.plan import check_plan, read_plan
+from trimlingual.data.audio import DataError, inspect_audio, load_audio
+from trimlingual.data.splits import load_splits, prepare_data
 from trimlingual.recipe import (
     Covost2Source,
     FolderSource,
@@ -40,6 +35,11 @@ from trimlingual.recipe import (
     load_recipe,
     parse_recipe,
 )
+from trimlingual.run.artifacts import ARTIFACT_FILE, hash_file, produce, read_artifact, write_json
+from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.search.plan import check_plan, read_plan
+from trimlingual.stages.distill import read_distilled
+from trimlingual.stages.evaluate import read_result, read_translations
 
 PACKAGE = Path(trimlingual.__file__).parent
 # Cases of each test. Their sum is part of what is promised: at least 1,000.

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.decode import embed_prompt, encode_clips, greedy
-from trimlingual.drafts import trace, translate_without
-from trimlingual.finetune import train_
-from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base
-from trimlingual.optimizer import flash_adamw
-from trimlingual.packed import PackedDecoder, Slots, flash_attention
-from trimlingual.prefix import Prefixes, SharedPrefixes
-from trimlingual.prompts import Example, Prompter
+from trimlingual.data.sources import read_source
+from trimlingual.decoding.decoder import PackedDecoder, Slots, flash_attention
+from trimlingual.decoding.loop import Stepper
+from trimlingual.decoding.shared_prompts import Prefixes, SharedPrefixes
+from trimlingual.decoding.translate_clips import embed_prompt, encode_clips, greedy
+from trimlingual.models.inputs import Example, Prompter
+from trimlingual.models.qwen2_audio import eos_token_ids, load_model, load_processor, resolve_base
 from trimlingual.recipe import TrainSettings, load_recipe
-from trimlingual.sources import read_source
-from trimlingual.stepping import Stepper
+from trimlingual.search.from_parent import trace, translate_without
+from trimlingual.stages.finetune import train_
+from trimlingual.training.optimizer import flash_adamw
 
-from .test_drafts import SHAPES, random_case
+from .test_from_parent import SHAPES, random_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trimlingual.interruptions import Interrupted
+from trimlingual.run.interruptions import Interrupted
 
 from .test_pipeline import SMALL
 
@@ -80,7 +80,8 @@ def test_sigterm_saves_the_step_under_way_and_ends(manifests, tmp_path):
 
 WORK = """
 import signal, sys, time
-from trimlingual import cli, interruptions
+from trimlingual import cli
+from trimlingual.run import interruptions
 
 def work():
     if sys.argv[1] == "deferred":

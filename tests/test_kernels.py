@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-from trimlingual import kernels
-from trimlingual.kernels import add_norm, attend_one, gated, join, rotate
+from trimlingual.models import kernels
+from trimlingual.models.kernels import add_norm, attend_one, gated, join, rotate
 
 pytest.importorskip("triton")
 

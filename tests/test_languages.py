@@ -8,12 +8,11 @@ import sys
 
 import pytest
 
-from trimlingual import languages
-from trimlingual.answers import is_wrong_language, strict, wrong_languages
-from trimlingual.languages import LANGUAGES, alike, count_scripts, language, language_name, primary
-from trimlingual.metrics import MetricError, corpus_score
-from trimlingual.recipe import RecipeError, parse_recipe
-from trimlingual.rows import MINI_DATA
+from trimlingual.data.rows import MINI_DATA
+from trimlingual.evaluation.answers import is_wrong_language, strict, wrong_languages
+from trimlingual.evaluation.quality import MetricError, corpus_score
+from trimlingual.recipe import RecipeError, languages, parse_recipe
+from trimlingual.recipe.languages import LANGUAGES, alike, count_scripts, language, language_name, primary
 
 from .test_recipe import MINIMAL
 
@@ -146,17 +145,17 @@ def test_a_strict_score_counts_wrong_answers_as_nothing():
 
 
 def test_the_table_needs_nothing_heavy():
-    code = "import sys, trimlingual.languages, trimlingual.sections; print(sorted({'torch', 'numpy', 'py3langid'} & set(sys.modules)))"
+    code = "import sys, trimlingual.recipe; print(sorted({'torch', 'numpy', 'py3langid'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_evaluation_counts_answers_in_the_wrong_language():
     from pathlib import Path
 
-    from trimlingual.decode import Translation
-    from trimlingual.evaluate import _score
+    from trimlingual.data.sources import Clip
+    from trimlingual.decoding.translate_clips import Translation
     from trimlingual.recipe import EvaluateSettings
-    from trimlingual.sources import Clip
+    from trimlingual.stages.evaluate import _score
 
     said = ["Das Modell ist sehr klein und schnell.", "The model is very small and quick to run."]
     clips = [Clip(str(i), Path("x"), {"de": said[0]}, None, 1.0, "0") for i in range(2)]

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.layers import drop_layers_, without_layers
-from trimlingual.lineage import Lineage
-from trimlingual.models import layer_list
+from trimlingual.models.layers import drop_layers_, without_layers
+from trimlingual.models.qwen2_audio import layer_list
+from trimlingual.run.lineage import Lineage
 
 
 def logits(model):

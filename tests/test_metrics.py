@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from trimlingual import metrics
-from trimlingual.metrics import (
+from trimlingual.evaluation import quality
+from trimlingual.evaluation.quality import (
     METRICS,
     MetricError,
     comet,
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_is_not_installed_is_named(monkeypatch):
     def missing(tokenize):
         raise RuntimeError("no mecab")
 
-    monkeypatch.setattr(metrics, "BLEU", missing)
+    monkeypatch.setattr(quality, "BLEU", missing)
     with pytest.raises(MetricError, match=r"ja-mecab tokenizer.*pip install 'sacrebleu\[ja\]'"):
         corpus_score("bleu", ["家"], ["家"], "ja")
 
@@ -146,7 +146,7 @@ def test_resamples_do_not_depend_on_the_chunk_size(monkeypatch):
     candidate, _ = random_corpus(40, seed=3, noise=0.4)
     pair = [sentence_statistics("chrfpp", texts, references, "de") for texts in (candidate, baseline)]
     whole = paired_bootstrap_ratio(*pair)
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 40 * 7)
+    monkeypatch.setattr(quality, "_CHUNK_CELLS", 40 * 7)
     assert paired_bootstrap_ratio(*pair) == whole
 
 
@@ -245,7 +245,7 @@ COMET_TEXTS = {
 @pytest.fixture
 def comet_python(tmp_path, monkeypatch) -> Path:
     """The python of a make-believe environment with a comet-score in it."""
-    monkeypatch.delenv(metrics.COMET_PYTHON_VARIABLE, raising=False)
+    monkeypatch.delenv(quality.COMET_PYTHON_VARIABLE, raising=False)
     monkeypatch.setenv("PYTHONPATH", "src")
     script = tmp_path / "env" / "bin" / "comet-score"
     script.parent.mkdir(parents=True)
@@ -257,7 +257,7 @@ def comet_python(tmp_path, monkeypatch) -> Path:
 
 def test_comet_runs_in_the_environment_it_is_given(comet_python, monkeypatch):
     assert comet("Unbabel/wmt22-comet-da", **COMET_TEXTS, python=comet_python) == pytest.approx(0.75)
-    monkeypatch.setenv(metrics.COMET_PYTHON_VARIABLE, str(comet_python))
+    monkeypatch.setenv(quality.COMET_PYTHON_VARIABLE, str(comet_python))
     assert comet("Unbabel/wmt22-comet-da", **COMET_TEXTS) == pytest.approx(0.75)
 
 
@@ -278,11 +278,11 @@ def test_comet_failures_are_told(comet_python):
 
 
 def test_comet_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.delenv(metrics.COMET_PYTHON_VARIABLE, raising=False)
+    monkeypatch.delenv(quality.COMET_PYTHON_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MetricError, match=r"^[^\n]*comet-env/bin/pip install unbabel-comet[^\n]*$") as caught:
         comet("m", **COMET_TEXTS)
-    assert metrics.COMET_PYTHON_VARIABLE in str(caught.value)
+    assert quality.COMET_PYTHON_VARIABLE in str(caught.value)
 
 
 def test_comet_json_of_another_form(tmp_path):
@@ -290,4 +290,4 @@ def test_comet_json_of_another_form(tmp_path):
     for content in ("{}", "[1]", json.dumps({"h": [{"score": 1}]}), "no"):
         path.write_text(content)
         with pytest.raises(MetricError, match="another form"):
-            metrics._read_comet_scores(path, 1)
+            quality._read_comet_scores(path, 1)

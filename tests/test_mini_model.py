@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimlingual.audio import load_audio
-from trimlingual.data import Split
-from trimlingual.decode import translate_clips
-from trimlingual.metrics import corpus_score
-from trimlingual.mini.build_speech import reserved_english
-from trimlingual.mini.sentences import base_corpus, normalised
-from trimlingual.models import layer_list, load_model, load_processor, resolve_base, window_s
+from tools.mini.build_speech import reserved_english
+from tools.mini.sentences import base_corpus, normalised
+from trimlingual.app.translate import translate_files
+from trimlingual.data.audio import load_audio
+from trimlingual.data.sources import read_source
+from trimlingual.data.splits import Split
+from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.qwen2_audio import layer_list, load_model, load_processor, resolve_base, window_s
 from trimlingual.recipe import BuiltinSource, load_recipe
-from trimlingual.sources import read_source
-from trimlingual.translate import translate_files
 
 MINI = Path(__file__).parents[1] / "src" / "trimlingual" / "mini"
 COUNTS = {"train": 300, "select": 60, "test": 100, "everyday": 1}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from trimlingual.mini import grammar, lexicon, sentences
-from trimlingual.mini.sentences import EVERYDAY, Sentence, normalised
-from trimlingual.mini.templates_research import RESEARCH
-from trimlingual.mini.words_everyday_things import PEOPLE, THINGS
-from trimlingual.mini.words_research import RESEARCH_ADJECTIVES, RESEARCH_NOUNS, RESEARCH_VERBS
+from tools.mini import grammar, lexicon, sentences
+from tools.mini.sentences import EVERYDAY, Sentence, normalised
+from tools.mini.templates_research import RESEARCH
+from tools.mini.words_everyday_things import PEOPLE, THINGS
+from tools.mini.words_research import RESEARCH_ADJECTIVES, RESEARCH_NOUNS, RESEARCH_VERBS
 
 # Translated by hand, construction by construction; each must come out of the grammar word for word.
 GOLD = """

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from trimlingual.audio import DataError
-from trimlingual.data import Split
-from trimlingual.decode import translate_clips
-from trimlingual.evaluate import evaluate, read_result, read_translations
-from trimlingual.jsonl import write_jsonl
-from trimlingual.models import load_model, load_processor, pick_device
-from trimlingual.plan import read_plan
-from trimlingual.rank import rank
+from trimlingual.data.audio import DataError
+from trimlingual.data.sources import listing_problems, read_recordings
+from trimlingual.data.splits import Split
+from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.models.qwen2_audio import load_model, load_processor, pick_device
 from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, TaskSettings
-from trimlingual.sources import listing_problems, read_recordings
+from trimlingual.run.jsonl import write_jsonl
+from trimlingual.search.plan import read_plan
+from trimlingual.stages.evaluate import evaluate, read_result, read_translations
+from trimlingual.stages.rank import rank
 
 METRICS = {"de": "chrfpp", "zh": "chrf"}
 

@@ -18,11 +18,11 @@ import pytest
 
 import trimlingual
 from trimlingual import pipeline
-from trimlingual.artifacts import ArtifactError, read_artifact
-from trimlingual.evaluate import read_translations
-from trimlingual.lineage import LeakError, read_lineage
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.recipe import Recipe, load_recipe
+from trimlingual.run.artifacts import ArtifactError, read_artifact
+from trimlingual.run.lineage import LeakError, read_lineage
+from trimlingual.stages.evaluate import read_translations
 
 # A run that goes through every stage in well under a minute: few clips, few small steps, two layers. The steps are small so that
 # the models still translate: near-ties of a broken model would make any comparison of its words meaningless.
@@ -319,8 +319,8 @@ print(json.dumps(out))
 @pytest.mark.parametrize(("model", "share"), [("recovered", 1.0), ("exported", 0.9)])
 def test_exported_model_stands_alone(recipe, run_dir, model, share):
     """Plain transformers, one clip at a time, in a process without this package: the recorded translations."""
-    from trimlingual.data import load_splits
-    from trimlingual.decode import max_new_tokens
+    from trimlingual.data.splits import load_splits
+    from trimlingual.decoding.translate_clips import max_new_tokens
 
     test = load_splits(run_dir / "data").test
     clips = [(str(clip.audio), max_new_tokens(clip.duration_s, recipe.decode)) for clip in test.clips]

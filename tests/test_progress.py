@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trimlingual import interruptions, progress
-from trimlingual.artifacts import produce
-from trimlingual.export import LEFT_BEHIND
-from trimlingual.measure import disk_bytes
+from trimlingual.evaluation.cost import disk_bytes
+from trimlingual.run import interruptions, progress
+from trimlingual.run.artifacts import produce
+from trimlingual.stages.export import LEFT_BEHIND
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import trimlingual.prune as module
-from trimlingual.lineage import read_lineage
-from trimlingual.models import load_model
-from trimlingual.prune import ProofError, prune
+from trimlingual.models.qwen2_audio import load_model
+from trimlingual.run.lineage import read_lineage
+from trimlingual.stages import prune as module
+from trimlingual.stages.prune import ProofError, prune
 
 CPU = torch.device("cpu")
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.audio import load_audio
-from trimlingual.integers import round_to_integers, save_packed
-from trimlingual.lora import add_lora
-from trimlingual.loss import answer_logits
-from trimlingual.models import load_model, load_processor, resolve_base
-from trimlingual.prompts import Collator, Example, Prompter
-from trimlingual.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.data.audio import load_audio
+from trimlingual.data.sources import read_source
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.qwen2_audio import load_model, load_processor, resolve_base
+from trimlingual.quantization.int4 import round_to_integers, save_packed
 from trimlingual.recipe import BuiltinSource, LoraSettings, QuantizeSettings, TaskSettings
-from trimlingual.sources import read_source
+from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.training.lora import add_lora
+from trimlingual.training.loss import answer_logits
 
 CPU = torch.device("cpu")
 NF4 = QuantizeSettings(compute_dtype="float32")

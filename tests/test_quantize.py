@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from trimlingual.artifacts import read_artifact
-from trimlingual.lineage import read_lineage
-from trimlingual.measure import count_parameters
-from trimlingual.models import load_model, resolve_base, save_model
-from trimlingual.prompts import Example
-from trimlingual.quantize import (
+from trimlingual.evaluation.cost import count_parameters
+from trimlingual.models.inputs import Example
+from trimlingual.models.qwen2_audio import load_model, resolve_base, save_model
+from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
+from trimlingual.run.artifacts import read_artifact
+from trimlingual.run.lineage import read_lineage
+from trimlingual.stages.quantize import (
     QuantizationError,
     bitsandbytes_config,
     check_quantized,
@@ -20,7 +21,6 @@ from trimlingual.quantize import (
     quantize,
     sqnr_db,
 )
-from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
 
 from .test_distributed import command, run, with_settings
 
@@ -67,7 +67,7 @@ def test_integers_that_ship(model_dir, lineage, split, task, model_settings, exa
 
 def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, processor, tmp_path):
     """A small adapter: added to weights that stand on the 4-bit grid, rounding undoes it."""
-    from trimlingual.lora import add_lora
+    from trimlingual.training.lora import add_lora
 
     name, settings = "model.language_model.layers.2.mlp.up_proj", QuantizeSettings()
     kept = {}
@@ -109,7 +109,7 @@ def test_a_module_that_should_not_be_4bit_is_an_error(model_dir):
 
 
 def test_merge_adds_the_adapter_to_the_dequantised_weights(model_dir, processor, tmp_path):
-    from trimlingual.lora import add_lora
+    from trimlingual.training.lora import add_lora
 
     settings = QuantizeSettings()
     base = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))

@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from trimlingual.artifacts import append_jsonl
-from trimlingual.audio import load_audio
-from trimlingual.decode import max_new_tokens
-from trimlingual.layers import drop_layers_
-from trimlingual.lineage import read_lineage
-from trimlingual.metrics import corpus_score
-from trimlingual.models import load_model
-from trimlingual.plan import PlanError, check_plan, read_plan
-from trimlingual.prompts import Example, Prompter
-from trimlingual.prune import prune
-from trimlingual.rank import JOURNAL_FILE, TrainingData, rank
+from trimlingual.data.audio import load_audio
+from trimlingual.decoding.translate_clips import max_new_tokens
+from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.inputs import Example, Prompter
+from trimlingual.models.layers import drop_layers_
+from trimlingual.models.qwen2_audio import load_model
 from trimlingual.recipe import RankSettings, TrainSettings
+from trimlingual.run.artifacts import append_jsonl
+from trimlingual.run.lineage import read_lineage
+from trimlingual.search.plan import PlanError, check_plan, read_plan
+from trimlingual.stages.prune import prune
+from trimlingual.stages.rank import JOURNAL_FILE, TrainingData, rank
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_block_influence_finds_the_layer_that_does_nothing(
     make_model, processor, search, model_dir, lineage, tmp_path, monkeypatch
 ):
     """A layer whose output projections are zero passes its input through: influence 0, so it goes first."""
-    import trimlingual.rank as module
+    from trimlingual.stages import rank as module
 
     def load(folder, dtype, device):
         model = load_model(folder, dtype, device)
@@ -143,7 +143,7 @@ def test_too_many_layers(search, tmp_path):
 
 def test_finetuning_after_every_removal(search, split, task, model_dir, lineage, model_settings, tmp_path, monkeypatch):
     """Killed in the second round's training, the search goes on from the first round's model and ends the same."""
-    import trimlingual.rank as module
+    from trimlingual.stages import rank as module
 
     examples = [Example(i, c.id, "de", c.references["de"]) for i, c in enumerate(split.clips)]
     training = TrainingData(split.clips, examples)

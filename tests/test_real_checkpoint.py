@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import trimlingual
-from trimlingual.artifacts import find_artifact
+from trimlingual.run.artifacts import find_artifact
 
 PACKAGE = Path(trimlingual.__file__).parent
 

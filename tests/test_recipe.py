@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from trimlingual.recipe import SOURCE_KINDS, RecipeError, list_recipes, load_recipe, parse_recipe
+from trimlingual.recipe import RecipeError, list_recipes, load_recipe, parse_recipe
+from trimlingual.recipe.loading import SOURCE_KINDS
 
 MINIMAL = {
     "name": "x",

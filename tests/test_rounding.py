@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimlingual.integers import best_scale, round_to_integers
-from trimlingual.models import load_model, pick_device
+from trimlingual.models.inputs import Example
+from trimlingual.models.qwen2_audio import load_model, pick_device
 from trimlingual.pipeline import run_stage
-from trimlingual.prompts import Example
-from trimlingual.quantize import quantize
+from trimlingual.quantization.int4 import best_scale, round_to_integers
+from trimlingual.quantization.rounding import Moments, round_columns, walk_layers
 from trimlingual.recipe import QuantizeSettings, load_recipe
-from trimlingual.rounding import Moments, round_columns, walk_layers
+from trimlingual.stages.quantize import quantize
 
 
 def _scale(groups: torch.Tensor) -> torch.Tensor:

@@ -8,23 +8,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trimlingual import candidates
-from trimlingual.audio import load_audio
-from trimlingual.data import Split
-from trimlingual.decode import encode_clips, max_new_tokens, translate_clips
-from trimlingual.drafts import NO_DRAFT
-from trimlingual.layers import drop_layers_, without_layers
-from trimlingual.lineage import read_lineage
-from trimlingual.loss import answer_loss
-from trimlingual.metrics import corpus_score
-from trimlingual.models import eos_token_ids, load_model, load_processor, resolve_base, save_model
-from trimlingual.plan import read_plan
-from trimlingual.prompts import Collator, Example, Prompter
-from trimlingual.rank import JOURNAL_FILE, rank
+from trimlingual.data.audio import load_audio
+from trimlingual.data.sources import read_source
+from trimlingual.data.splits import Split
+from trimlingual.decoding.translate_clips import encode_clips, max_new_tokens, translate_clips
+from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.layers import drop_layers_, without_layers
+from trimlingual.models.qwen2_audio import eos_token_ids, load_model, load_processor, resolve_base, save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, load_recipe
-from trimlingual.sources import read_source
+from trimlingual.run.lineage import read_lineage
+from trimlingual.search import scorer
+from trimlingual.search.from_parent import NO_DRAFT
+from trimlingual.search.plan import read_plan
+from trimlingual.stages.rank import JOURNAL_FILE, rank
+from trimlingual.training.loss import answer_loss
 
-from .test_drafts import SHAPES
+from .test_from_parent import SHAPES
 
 CPU = torch.device("cpu")
 METRICS = {"de": "chrfpp", "zh": "chrf"}
@@ -136,7 +136,7 @@ def test_both_towers_encode_a_clip_once_for_all_decoder_candidates(
         encoded.append((len(model.model.audio_tower.layers), len(clips)))
         return encode_clips(model, processor, clips, batch_size)
 
-    monkeypatch.setattr(candidates, "encode_clips", counted)
+    monkeypatch.setattr(scorer, "encode_clips", counted)
     plan = run(folder, split, task, decode, settings, tmp_path / "rank")
     first = [(c["tower"], c["layer"]) for c in plan.candidates if c["round"] == 1]
     assert [first.count((tower, i)) for tower in ("decoder", "encoder") for i in range(4)] == [1, 1, 1, 0, 1, 1, 0, 0]
@@ -289,15 +289,15 @@ def test_out_of_memory_halves_the_group(model_dir, easy, task, decode_settings, 
     """Candidates that do not fit together are decoded apart, and the answer is the same."""
     settings = RankSettings(num_layers_to_remove=2, metric="chrf", early_stopping=False)
     plan = run(model_dir, easy, task, decode_settings, settings, tmp_path / "fits")
-    translate = candidates.translate_without
+    translate = scorer.translate_without
 
     def tight(stepper, traced, positions, hopeless=None):
         if len(positions) > 2:
             raise torch.OutOfMemoryError("no more")
         return translate(stepper, traced, positions, hopeless)
 
-    monkeypatch.setattr(candidates, "translate_without", tight)
-    monkeypatch.setattr(candidates.Scorer, "group_size", lambda self: 4)
+    monkeypatch.setattr(scorer, "translate_without", tight)
+    monkeypatch.setattr(scorer.Scorer, "group_size", lambda self: 4)
     halved = run(model_dir, easy, task, decode_settings, settings, tmp_path / "tight")
     assert "out of GPU memory with a batch of" in caplog.text
     assert halved.removals == plan.removals
@@ -308,15 +308,15 @@ def test_drafts_that_are_never_right_are_left_out(model_dir, easy, task, decode_
     """From the second round on; the answer is the same."""
     settings = RankSettings(num_layers_to_remove=2, metric="chrf", early_stopping=False)
     plan = run(model_dir, easy, task, decode_settings, settings, tmp_path / "kept")
-    make, drafted = candidates.trace, []
+    make, drafted = scorer.trace, []
 
     def noted(decoder, prompts, drafts, *rest):
         drafted.append(drafts[0] != NO_DRAFT)
         return make(decoder, prompts, drafts, *rest)
 
-    monkeypatch.setattr(candidates, "trace", noted)
+    monkeypatch.setattr(scorer, "trace", noted)
     for least, expected in ((0.0, {True}), (1.1, {True, False})):
-        monkeypatch.setattr(candidates, "MIN_ACCEPTED", least)
+        monkeypatch.setattr(scorer, "MIN_ACCEPTED", least)
         other = run(model_dir, easy, task, decode_settings, settings, tmp_path / str(least))
         assert set(drafted) == expected
         assert other.removals == plan.removals
@@ -333,9 +333,9 @@ def test_the_unpruned_models_pass_goes_on_where_it_was_killed(
     """Killed in its third part: the first two are not done again, and the record is as if never killed."""
     settings = RankSettings(num_layers_to_remove=1, metric=metric)
     straight = run(model_dir, split, task, decode_settings, settings, tmp_path / "straight")
-    monkeypatch.setattr(candidates, "CPU_BATCH", 2)
+    monkeypatch.setattr(scorer, "CPU_BATCH", 2)
     name = "_losses" if metric == "loss" else "_translate"
-    work, parts = getattr(candidates.Scorer, name), []
+    work, parts = getattr(scorer.Scorer, name), []
 
     def dies(self, candidate, part, *rest):
         if candidate is None:
@@ -344,7 +344,7 @@ def test_the_unpruned_models_pass_goes_on_where_it_was_killed(
                 raise KeyboardInterrupt
         return work(self, candidate, part, *rest)
 
-    monkeypatch.setattr(candidates.Scorer, name, dies)
+    monkeypatch.setattr(scorer.Scorer, name, dies)
     with pytest.raises(KeyboardInterrupt):
         run(model_dir, split, task, decode_settings, settings, tmp_path / "killed")
     killed, before = len(parts), set(parts[:2])

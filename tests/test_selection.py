@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimlingual.finetune import finetune
-from trimlingual.lineage import read_lineage
-from trimlingual.models import load_model, pick_device
-from trimlingual.prompts import Example
+from trimlingual.models.inputs import Example
+from trimlingual.models.qwen2_audio import load_model, pick_device
 from trimlingual.recipe import TrainSettings
-from trimlingual.selection import SCORES_FILE, Guide, KeepBest
+from trimlingual.run.lineage import read_lineage
+from trimlingual.stages.finetune import finetune
+from trimlingual.training.selection import SCORES_FILE, Guide, KeepBest
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

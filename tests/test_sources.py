@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from trimlingual import hub as hub_module
-from trimlingual import rows
-from trimlingual.artifacts import hash_file
-from trimlingual.audio import DataError, inspect_audio
-from trimlingual.hub import COMMIT_FILE
+from trimlingual.data import hub as hub_module
+from trimlingual.data import rows
+from trimlingual.data.audio import DataError, inspect_audio
+from trimlingual.data.hub import COMMIT_FILE
+from trimlingual.data.sources import Clip, read_source, source_fingerprint
 from trimlingual.recipe import BuiltinSource, Covost2Source, FolderSource, HubSource, ManifestSource
-from trimlingual.sources import Clip, read_source, source_fingerprint
+from trimlingual.run.artifacts import hash_file
 
 from .made_sources import hub, make_hub_set, make_manifest, write_manifest, write_wav
 

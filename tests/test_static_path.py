@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual import packed, prefix, stepping
-from trimlingual.decode import greedy
-from trimlingual.drafts import trace, translate_without
-from trimlingual.packed import PackedDecoder
-from trimlingual.stepping import Stepper
+from trimlingual.decoding import decoder, loop, shared_prompts
+from trimlingual.decoding.decoder import PackedDecoder
+from trimlingual.decoding.loop import Stepper
+from trimlingual.decoding.translate_clips import greedy
+from trimlingual.search.from_parent import trace, translate_without
 
 from .plain_attention import plain_attention
-from .test_drafts import random_case
+from .test_from_parent import random_case
 
 
 class Event:
@@ -29,13 +29,13 @@ class Event:
 @pytest.fixture
 def static(monkeypatch):
     """Stepper for a decoder, as on a GPU in 16 bits (`flash`) or in float32."""
-    for module in (packed, prefix):
+    for module in (decoder, shared_prompts):
         monkeypatch.setattr(module, "flash_attention", plain_attention)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(stepping._Graphs, "_captured", lambda self, works: list(works))
-    monkeypatch.setattr(stepping, "SMALLEST_STEP", 2)
+    monkeypatch.setattr(loop._Graphs, "_captured", lambda self, works: list(works))
+    monkeypatch.setattr(loop, "SMALLEST_STEP", 2)
 
     class Static(Stepper):
         def extend(self, slots, active, rows, watch=None):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimlingual.audio import load_audio
-from trimlingual.finetune import finetune
-from trimlingual.loss import answer_forward, divergence
-from trimlingual.models import load_model, load_processor, pick_device, save_model
-from trimlingual.prompts import Collator, Example, Prompter
+from trimlingual.data.audio import load_audio
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.qwen2_audio import load_model, load_processor, pick_device, save_model
 from trimlingual.recipe import TokenDistillation, TrainSettings
-from trimlingual.selection import Guide
-from trimlingual.token_distillation import read_examples, teacher_tokens
+from trimlingual.stages.finetune import finetune
+from trimlingual.training.loss import answer_forward, divergence
+from trimlingual.training.selection import Guide
+from trimlingual.training.token_distillation import read_examples, teacher_tokens
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import trimlingual
-from trimlingual.version import version
+from trimlingual.run.version import version
 
 PACKAGE = Path(trimlingual.__file__).resolve().parent
 
@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
     """A source tree of our form."""
     package = tmp_path / "src" / "trimlingual"
     package.mkdir(parents=True)
-    shutil.copy(PACKAGE / "version.py", package)
+    shutil.copy(PACKAGE / "run" / "version.py", package)
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
     return package
 
@@ -94,11 +94,11 @@ for module, names in ((signal, ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGA
         delattr(module, name)
 import trimlingual
 for found in pkgutil.walk_packages(trimlingual.__path__, "trimlingual."):
-    if not found.name.startswith("trimlingual.mini.") and not found.name.endswith("__main__"):
+    if not found.name.endswith(("__main__", "proof_script")):
         importlib.import_module(found.name)
-from trimlingual import measure
-measure._STATUS = measure.Path("nowhere")
-assert measure._high_water_mark() > 1_000_000
+from trimlingual.evaluation import cost
+cost._STATUS = cost.Path("nowhere")
+assert cost._high_water_mark() > 1_000_000
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,11 +8,11 @@ import torch
 from transformers.masking_utils import create_bidirectional_mask
 
 from tests.conftest import WINDOW_S
-from trimlingual.audio import SAMPLE_RATE, load_audio
-from trimlingual.decode import encode_audio
-from trimlingual.loss import answer_forward
-from trimlingual.models import load_model, load_processor, num_audio_states, resolve_base, tower_states
-from trimlingual.prompts import FRAMES_MULTIPLE, Collator, Example, Prompter, log_mels
+from trimlingual.data.audio import SAMPLE_RATE, load_audio
+from trimlingual.decoding.translate_clips import encode_audio
+from trimlingual.models.inputs import FRAMES_MULTIPLE, Collator, Example, Prompter, log_mels
+from trimlingual.models.qwen2_audio import load_model, load_processor, num_audio_states, resolve_base, tower_states
+from trimlingual.training.loss import answer_forward
 
 HOP = 160
 # Samples of one clip: short, around a frame's edge, around a multiple of frames less the context, nearly and exactly the window.

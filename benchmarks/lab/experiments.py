@@ -19,12 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimlingual import languages
-from trimlingual.artifacts import find_artifact, machine, write_json
-from trimlingual.jsonl import read_jsonl
-from trimlingual.metrics import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
+from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
 from trimlingual.pipeline import compress, plan, run_stage
-from trimlingual.recipe import Recipe, load_recipe
+from trimlingual.recipe import Recipe, languages, load_recipe
+from trimlingual.run.artifacts import find_artifact, machine, write_json
+from trimlingual.run.jsonl import read_jsonl
 
 HERE = Path(__file__).parent
 INT4 = ["quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]"]

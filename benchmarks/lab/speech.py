@@ -1,6 +1,6 @@
 """The laboratory's sets: which sentences belong to which set, who speaks them, and one WAV file with one manifest line for each.
 
-    python benchmarks/lab/speech.py --lab runs/lab [--espeak-root DIR --flite-root DIR]
+    python -m benchmarks.lab.speech --lab runs/lab [--espeak-root DIR --flite-root DIR]
 
 The setting is the paper's. A base model is trained on general text; a small in-domain set makes the teacher, and a larger one is
 there to compare; the selection clips choose; half of the test clips are in a voice that nothing else is spoken in. German has two kinds
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
-from trimlingual.mini.speech import SAMPLE_RATE, VOICES, Engines, Voice, synthesise
+from tools.mini.speech import SAMPLE_RATE, VOICES, Engines, Voice, synthesise
 
 HEARD = tuple(voice for voice in VOICES if voice.name in ("flite-slt", "flite-rms", "espeak-us-m3"))
 UNHEARD = next(voice for voice in VOICES if voice.name == "flite-awb")

@@ -16,10 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimlingual import interruptions, processes
-from trimlingual.processes import is_main_process, num_processes, process_index
-from trimlingual.progress import say
 from trimlingual.recipe import Recipe, list_recipes, load_recipe
+from trimlingual.run import interruptions, processes
+from trimlingual.run.processes import is_main_process, num_processes, process_index
+from trimlingual.run.progress import say
 
 app = typer.Typer(
     name="trimlingual",
@@ -198,7 +198,7 @@ def translate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Translate audio files; one line of JSON each."""
-    from trimlingual.translate import translate_files
+    from trimlingual.app.translate import translate_files
 
     if not _alone("translate"):
         return
@@ -245,9 +245,9 @@ def _brief(info: dict[str, Any]) -> dict[str, Any]:
 
 def _show_plan(recipe: Recipe, run_dir: Path) -> None:
     from trimlingual.estimate import Estimate, disk_peak, gb
-    from trimlingual.fingerprint import HashCache
     from trimlingual.pipeline import blocked, plan, reading_notes, version_notes
     from trimlingual.preflight import check
+    from trimlingual.run.fingerprint import HashCache
 
     table = Table(
         "stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=f"{recipe.name} in {run_dir}"

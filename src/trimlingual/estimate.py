@@ -124,7 +124,7 @@ def part_sizes(recipe: Recipe) -> dict[str, int]:
     from torch import nn
     from transformers import Qwen2AudioForConditionalGeneration
 
-    from trimlingual.models import PARTS, layer_list, part_of, text_decoder
+    from trimlingual.models.qwen2_audio import PARTS, layer_list, part_of, text_decoder
 
     with torch.device("meta"):
         model = Qwen2AudioForConditionalGeneration(config_of(recipe))
@@ -146,7 +146,7 @@ def config_of(recipe: Recipe) -> Any:
     """The base model's configuration; of one on the Hub only that file is fetched."""
     from transformers import AutoConfig
 
-    from trimlingual.models import is_on_hub, resolve_base
+    from trimlingual.models.qwen2_audio import is_on_hub, resolve_base
 
     base = recipe.model.base
     if is_on_hub(base):

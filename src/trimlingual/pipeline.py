@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trimlingual.artifacts import Artifact, ArtifactError, find_artifact, machine, produce, settle, write_text
-from trimlingual.fingerprint import HashCache, hash_file
-from trimlingual.ownership import ARTIFACT_FILE, WORK_FILE, read_record
 from trimlingual.preflight import Findings, check
-from trimlingual.processes import gather, is_main_process
-from trimlingual.progress import say
 from trimlingual.recipe import Recipe
+from trimlingual.run.artifacts import Artifact, ArtifactError, find_artifact, machine, produce, settle, write_text
+from trimlingual.run.fingerprint import HashCache, hash_file
+from trimlingual.run.ownership import ARTIFACT_FILE, WORK_FILE, read_record
+from trimlingual.run.processes import gather, is_main_process
+from trimlingual.run.progress import say
 from trimlingual.steps import (
     Ref,
     Step,

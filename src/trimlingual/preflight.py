@@ -12,14 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimlingual.artifacts import ArtifactError
-from trimlingual.audio import DataError
+from trimlingual.data.audio import DataError
 from trimlingual.estimate import Estimate, config_of, estimate
-from trimlingual.languages import language
-from trimlingual.metrics import bleu_problem, comet_problem
-from trimlingual.progress import say
+from trimlingual.evaluation.quality import bleu_problem, comet_problem
 from trimlingual.recipe import Recipe
+from trimlingual.recipe.languages import language
 from trimlingual.resources import device_problems, disk_problems, memory_notes, quantization_problems, training_problems
+from trimlingual.run.artifacts import ArtifactError
+from trimlingual.run.progress import say
 
 if TYPE_CHECKING:
     from trimlingual.steps import Step
@@ -94,7 +94,7 @@ def _metric_notes(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 
 def _models(steps: Sequence[Step]) -> Iterator[str]:
     """The model folders that are read and not made in this run."""
-    from trimlingual.model_folders import folder_problems
+    from trimlingual.models.folders import folder_problems
 
     made = {step.folder for step in steps}
     for step in steps:
@@ -107,7 +107,7 @@ def _models(steps: Sequence[Step]) -> Iterator[str]:
 
 def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
     """Listings, columns, references in every language, audio files; the texts that tokens are counted on."""
-    from trimlingual.sources import listing_problems
+    from trimlingual.data.sources import listing_problems
 
     if "data" in names:
         for role in ("train", "select", "test", "out_of_domain"):
@@ -123,8 +123,8 @@ def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 
 def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]:
     """COMET's environment, and the source texts that it reads."""
-    from trimlingual.data import load_splits
-    from trimlingual.sources import listing_problems
+    from trimlingual.data.sources import listing_problems
+    from trimlingual.data.splits import load_splits
 
     if not recipe.evaluate.comet or not any(name.startswith("evaluate ") for name in names):
         return

@@ -11,20 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trimlingual.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
-from trimlingual.data import load_splits, prepare_data
-from trimlingual.fingerprint import UNREAD, HashCache, differences, fingerprint
-from trimlingual.lineage import Lineage, read_lineage
-from trimlingual.ownership import WORK_FILE, describe_work, partial_of, read_record
-from trimlingual.processes import num_processes
-from trimlingual.progress import LOG_FILE, log_to, say
+from trimlingual.data.sources import Clip
+from trimlingual.data.splits import load_splits, prepare_data
 from trimlingual.recipe import MixSettings, Recipe, TrainSettings
-from trimlingual.refs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
-from trimlingual.sources import Clip
+from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
+from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
+from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
+from trimlingual.run.processes import num_processes
+from trimlingual.run.progress import LOG_FILE, log_to, say
+from trimlingual.step_inputs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
 
 if TYPE_CHECKING:
-    from trimlingual.prompts import Example
-    from trimlingual.selection import Guide
+    from trimlingual.models.inputs import Example
+    from trimlingual.training.selection import Guide
 
 __all__ = [
     "Ref", "Status", "Step", "base_ref", "data_step", "distill_step", "evaluate_step", "export_step", "finetune_step", "lineage_of",
@@ -136,7 +136,7 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
     settings = {"data": recipe.data, "target_languages": recipe.task.target_languages}
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.models import load_processor, window_s
+        from trimlingual.models.qwen2_audio import load_processor, window_s
 
         return prepare_data(
             recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["processor"].folder))
@@ -151,7 +151,7 @@ def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: Has
     assert settings is not None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.vocab import counted_texts, trim_vocab
+        from trimlingual.vocabulary.rewrite import counted_texts, trim_vocab
 
         splits = load_splits(inputs["data"].folder) if "data" in inputs else None
         lineage = lineage_of(inputs["model"], recipe)
@@ -184,7 +184,7 @@ def finetune_step(
     teacher = teacher if train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.finetune import finetune
+        from trimlingual.stages.finetune import finetune
 
         clips, examples = _training_data(recipe, train.data, inputs)
         lineage = lineage_of(inputs["model"], recipe).after("finetune")
@@ -203,7 +203,7 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
     assert settings is not None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.rank import TrainingData, rank
+        from trimlingual.stages.rank import TrainingData, rank
 
         training = None
         if settings.finetune_each_round:
@@ -232,7 +232,7 @@ def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
     """Stage 2, applied."""
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.prune import prune
+        from trimlingual.stages.prune import prune
 
         model = inputs["model"]
         return prune(model.folder, lineage_of(model, recipe), inputs["plan"].folder, recipe.model, folder)
@@ -246,7 +246,7 @@ def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
     assert settings is not None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.distill import distill
+        from trimlingual.stages.distill import distill
 
         splits = load_splits(inputs["data"].folder)
         clips = [*splits.train.clips]
@@ -268,7 +268,7 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
     teacher = teacher if train and train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.quantize import quantize
+        from trimlingual.stages.quantize import quantize
 
         clips, examples = _training_data(recipe, settings.data, inputs)
         lineage = lineage_of(inputs["model"], recipe)
@@ -291,7 +291,7 @@ def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Re
     """Stage 6: translate the test split, score, measure."""
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.evaluate import evaluate
+        from trimlingual.stages.evaluate import evaluate
 
         test = load_splits(inputs["data"].folder).test
         model = inputs["model"]
@@ -311,7 +311,7 @@ def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, data: Ref, o
     """What ships. The clips of `data` are those of the evaluation, whose fingerprint covers them."""
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.export import export
+        from trimlingual.stages.export import export
 
         model = inputs["model"]
         scores = inputs["evaluation"].folder if "evaluation" in inputs else None
@@ -366,14 +366,14 @@ def _train_settings(recipe: Recipe, trained: TrainSettings | None, /, **sections
 
 
 def _guide(recipe: Recipe, train: TrainSettings | None, inputs: Mapping[str, Ref]) -> Guide:
-    from trimlingual.selection import Guide
+    from trimlingual.training.selection import Guide
 
     select = load_splits(inputs["data"].folder).select if train and train.selection_checks else None
     return Guide(select, recipe.decode, inputs["teacher"].folder if "teacher" in inputs else None)
 
 
 def _training_data(recipe: Recipe, mixture: MixSettings, inputs: Mapping[str, Ref]) -> tuple[list[Clip], list[Example]]:
-    from trimlingual.distill import mix, read_distilled
+    from trimlingual.stages.distill import mix, read_distilled
 
     pairs = read_distilled(inputs["distilled"].folder) if "distilled" in inputs else []
     return mix(load_splits(inputs["data"].folder), pairs, mixture, recipe.task.target_languages)

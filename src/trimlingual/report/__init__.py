@@ -12,8 +12,7 @@ from typing import Any
 
 import jinja2
 
-from trimlingual.artifacts import write_json, write_text
-from trimlingual.languages import language_name
+from trimlingual.recipe.languages import language_name
 from trimlingual.report.charts import heat_maps, panels
 from trimlingual.report.collect import ReportError, collect, examples, languages
 from trimlingual.report.tables import (
@@ -32,6 +31,7 @@ from trimlingual.report.tables import (
     seconds_text,
     shown_metric,
 )
+from trimlingual.run.artifacts import write_json, write_text
 
 __all__ = ["ReportError", "collect", "result_table", "result_table_markdown", "write_report"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trimlingual.languages import language_name
+from trimlingual.recipe.languages import language_name
 from trimlingual.report.collect import languages
 from trimlingual.report.tables import METRIC_NAMES, megabytes_text, number_text, shown_metric
 

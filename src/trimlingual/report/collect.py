@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimlingual.jsonl import JsonlError, read_jsonl
+from trimlingual.run.jsonl import JsonlError, read_jsonl
 
 MODELS = ("base", "trimmed", "teacher", "pruned", "recovered", "quantized")  # in the order in which a run makes them
 STAGES = ("data", "trimmed", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported")

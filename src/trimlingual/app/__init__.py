@@ -1,0 +1,1 @@
+"""What people use a finished model with: translating files."""

@@ -1,0 +1,1 @@
+"""Audio to text, greedily: the one decoder that every stage translates with."""

@@ -1,0 +1,1 @@
+"""What is shipped, and the proof that the runtime it is for runs it."""

@@ -1,0 +1,54 @@
+"""`trimlingual.json`: how an exported model was asked and decoded when it was scored, so that `translate` needs no recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from trimlingual.recipe.sections import DecodeSettings, Dtype, TaskSettings
+from trimlingual.run.artifacts import write_json
+from trimlingual.run.records import read_record
+
+SHIPPED_FILE = "trimlingual.json"
+FORMAT = 1
+
+
+class ShippedError(ValueError):
+    """A folder whose settings cannot be read."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="ignore"))
+class Shipped:
+    """Prompt and languages, decoding settings, dtype."""
+
+    task: TaskSettings
+    decode: DecodeSettings
+    dtype: Dtype
+    format: int = FORMAT
+
+    def save(self, folder: Path) -> None:
+        """Write `trimlingual.json`."""
+        write_json(
+            folder / SHIPPED_FILE,
+            {
+                "format": self.format,
+                "task": self.task.model_dump(),
+                "decode": self.decode.model_dump(),
+                "dtype": self.dtype,
+            },
+        )
+
+
+def read_shipped(folder: Path) -> Shipped | None:
+    """What the folder says of itself; None if it says nothing (a base model, say)."""
+    path = folder / SHIPPED_FILE
+    if not path.is_file():
+        return None
+    found: Shipped = read_record(path, Shipped, ShippedError, "export the model again, or give --recipe")
+    if found.format > FORMAT:
+        raise ShippedError(
+            f"{path} has format {found.format}; this version reads up to {FORMAT}: install a newer trimlingual"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Weights in few bits: number formats, and rounding that looks at the data."""

@@ -1,0 +1,104 @@
+"""A PrunePlan: which layers to remove, and why. It is data: read, edited by hand, diffed, applied without searching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trimlingual.recipe import Tower
+from trimlingual.run.jsonl import parse_json
+from trimlingual.run.lineage import Lineage
+
+TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
+PLAN_FILE = "plan.json"
+FINETUNED = "model"  # folder beside the plan, when the search fine-tuned after every removal
+
+
+class PlanError(ValueError):
+    """A plan that cannot be read or does not fit the model."""
+
+
+class Removal(BaseModel):
+    """One removed layer. `layer` counts in the base model, before any pruning."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    tower: Tower = "decoder"
+    layer: int = Field(ge=0)
+    round: int | None = None
+    score: float | None = None
+    runner_up: dict[str, Any] | None = Field(
+        default=None,
+        description="the second best candidate: layer, score difference with its 95 % paired bootstrap interval, p-value",
+    )
+
+
+class PrunePlan(BaseModel):
+    """What to remove and why. By hand, `{"removals": [{"layer": 13}, {"layer": 3}]}` is enough."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    removals: list[Removal] = Field(min_length=1)
+    strategy: str = "by hand"
+    layers: dict[str, list[int]] | None = Field(
+        default=None, description="layer map of the model that the plan was made for"
+    )
+    base: str | None = None
+    metric: dict[str, str] = Field(default_factory=dict)
+    signatures: dict[str, str] = Field(default_factory=dict)
+    baseline_score: float | None = None
+    baseline_scores: dict[str, float] = Field(default_factory=dict)
+    candidates: list[dict[str, Any]] = Field(default_factory=list)
+    selection_mode: str | None = None
+    curve: list[dict[str, Any]] = Field(
+        default_factory=list, description="score and share of the unpruned model's, by number of layers removed"
+    )
+    selection: dict[str, Any] = Field(default_factory=dict)
+    decode: dict[str, Any] = Field(default_factory=dict)
+    finetuned: bool = False
+    seconds: float | None = None
+    machine: dict[str, Any] = Field(default_factory=dict)
+
+    def layers_of(self, tower: Tower) -> list[int]:
+        """Original layers of one tower to remove."""
+        return [removal.layer for removal in self.removals if removal.tower == tower]
+
+
+def read_plan(path: Path) -> PrunePlan:
+    """Read `plan.json` (or the folder that holds it). PlanError says what is wrong with it."""
+    path = path / PLAN_FILE if path.is_dir() else path
+    try:
+        plan = PrunePlan.model_validate(parse_json(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
+    except (ValueError, ValidationError) as error:
+        raise PlanError(f"{path} is not a prune plan: {error}") from error
+    named = [(removal.tower, removal.layer) for removal in plan.removals]
+    twice = sorted({f"{tower} {layer}" for tower, layer in named if named.count((tower, layer)) > 1})
+    if twice:
+        raise PlanError(f"{path} removes a layer twice: {', '.join(twice)}")
+    return plan
+
+
+def check_plan(plan: PrunePlan, lineage: Lineage) -> dict[Tower, list[int]]:
+    """Positions in the current model of the layers to remove; PlanError if the plan was made for another model."""
+    if plan.layers is not None and plan.layers != lineage.layers:
+        raise PlanError(
+            f"the plan was made for a model with layers {_short(plan.layers)}, but this one has {_short(lineage.layers)}; "
+            "rank this model, or apply the plan to the model it was made for"
+        )
+    positions: dict[Tower, list[int]] = {}
+    for tower in TOWERS:
+        wanted, have = plan.layers_of(tower), lineage.layers[tower]
+        missing = [layer for layer in wanted if layer not in have]
+        if missing:
+            raise PlanError(f"the plan removes {tower} layers {missing}, which this model does not have; it has {have}")
+        if len(wanted) >= len(have):
+            raise PlanError(f"the plan removes all {len(have)} {tower} layers")
+        positions[tower] = [have.index(layer) for layer in wanted]
+    return positions
+
+
+def _short(layers: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{tower} {len(indices)}: {list(indices)}" for tower, indices in layers.items())

@@ -1,0 +1,203 @@
+"""Translate a split with a model, score the translations, measure the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trimlingual.data.sources import Clip
+from trimlingual.data.splits import Split
+from trimlingual.decoding.translate_clips import Translation, clips_at_once, translate_split
+from trimlingual.evaluation.answers import strict, wrong_languages
+from trimlingual.evaluation.cost import count_parameters, disk_bytes, peak_memory, speed
+from trimlingual.evaluation.quality import (
+    SentenceStatistics,
+    comet,
+    corpus_score,
+    paired_bootstrap_ratio,
+    sentence_statistics,
+)
+from trimlingual.models.qwen2_audio import load_model, load_processor, pick_device
+from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings, languages
+from trimlingual.run.artifacts import SCRATCH, machine, write_json
+from trimlingual.run.jsonl import write_jsonl
+from trimlingual.run.lineage import Lineage, check_unseen
+from trimlingual.run.processes import is_main_process
+from trimlingual.run.records import read_record, read_records
+
+RESULT_FILE = "result.json"
+METRICS = ("bleu", "chrf", "chrfpp")
+DAMAGED = "run the evaluation again with --force"
+
+
+class EvaluationError(ValueError):
+    """An evaluation whose files cannot be read."""
+
+
+def evaluate(
+    name: str,
+    model_dir: Path,
+    lineage: Lineage,
+    split: Split,
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    decode: DecodeSettings,
+    settings: EvaluateSettings,
+    baseline_dir: Path | None,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Evaluate the model in `model_dir` on `split`; writes `translations.<language>.jsonl` and `result.json`.
+
+    `baseline_dir` is an earlier evaluation on the same split: the share of its score that is kept, with a paired bootstrap interval,
+    is part of the result. Raises LeakError when the model was trained on the split or chosen by it. The processes of a distributed
+    run share the clips out; the main one scores and writes, the others return {}.
+    """
+    check_unseen(lineage, split.name, [(clip.id, clip.audio_sha256) for clip in split.clips])
+    device = pick_device(model_settings.device)
+    with peak_memory(device):  # whose peak so far is in the record of every batch
+        model = load_model(model_dir, model_settings.dtype, device)
+        said = translate_split(
+            model,
+            load_processor(model_dir),
+            task,
+            split.clips,
+            decode,
+            out_dir / SCRATCH / "translated",
+            label=f"evaluating {name}",
+        )
+    if not is_main_process():
+        return {}
+    translations = said.translations
+    baseline = _read_baseline(baseline_dir, split) if baseline_dir else None
+    scores = {}
+    for language in task.target_languages:
+        rows = [t for t in translations if t.language == language]
+        clips = [clip for clip in split.clips if language in clip.references]
+        if not clips:
+            raise ValueError(
+                f"no clip of split {split.name!r} has a reference in {language!r}; take it out of task.target_languages"
+            )
+        _write_translations(out_dir, language, rows, clips)
+        scores[language] = _score(language, rows, clips, settings, baseline)
+    result = {
+        "name": name,
+        "params": count_parameters(model),
+        "disk_bytes": disk_bytes(model_dir),
+        "num_decoder_layers": len(lineage.layers["decoder"]),
+        "removed_layers": lineage.removed("decoder"),
+        "quantization": lineage.quantization,
+        "split": {"name": split.name, "hash": split.hash, "num_clips": len(split.clips)},
+        "languages": scores,
+        "speed": {
+            **_speed(translations, split.clips, said.seconds),
+            "batch_size": clips_at_once(decode, device),
+            "num_processes": said.num_processes,
+        },
+        "peak_memory_bytes": said.peak_memory_bytes,
+        "decode": decode.model_dump(),
+        "lineage": {key: value for key, value in asdict(lineage).items() if key != "seen"},
+        "machine": machine(),
+    }
+    write_json(out_dir / RESULT_FILE, result)
+    return {language: {m: round(of[m]["value"], 2) for m in METRICS} for language, of in scores.items()}
+
+
+def _speed(translations: Sequence[Translation], clips: Sequence[Clip], seconds: float) -> dict[str, float]:
+    """Seconds per translation, tokens per second, real-time factor, of one process; a clip counts once per target language."""
+    duration_s = {clip.id: clip.duration_s for clip in clips}
+    audio_s = sum(duration_s[translation.id] for translation in translations)
+    return speed(len(translations), sum(t.num_tokens for t in translations), audio_s, seconds)
+
+
+def _score(
+    language: str,
+    rows: Sequence[Translation],
+    clips: Sequence[Clip],
+    settings: EvaluateSettings,
+    baseline: dict[str, Any] | None,
+) -> dict[str, Any]:
+    hypotheses = [row.hypothesis for row in rows]
+    references = [clip.references[language] for clip in clips]
+    scores: dict[str, Any] = {}
+    for metric in METRICS:
+        score = corpus_score(metric, hypotheses, references, language)
+        scores[metric] = {"value": score.value, "signature": score.signature}
+    scores["comet"] = {}
+    for comet_model in settings.comet:
+        sources = [clip.source or "" for clip in clips]
+        scores["comet"][comet_model] = comet(comet_model, sources, references, hypotheses)
+    main = languages.language(language).main_metric
+    wrong = wrong_languages(hypotheses, language)
+    score = corpus_score(main, strict(hypotheses, wrong), references, language)
+    scores |= {
+        "wrong_language": {"count": sum(wrong), "share": sum(wrong) / len(wrong)},
+        "strict": {"metric": main, "value": score.value, "signature": score.signature},
+        "num_clips": len(rows),
+        "num_truncated": sum(row.truncated for row in rows),
+        "main_metric": main,
+        "retained": None,
+    }
+    if baseline:
+        ours = sentence_statistics(main, hypotheses, references, language)
+        theirs = sentence_statistics(main, baseline["hypotheses"][language], references, language)
+        scores["retained"] = _retained(ours, theirs, baseline["name"], settings.bootstrap_samples)
+    return scores
+
+
+def _retained(
+    ours: SentenceStatistics, theirs: SentenceStatistics, baseline: str, num_samples: int
+) -> dict[str, Any] | None:
+    """Share of the baseline's score that is kept; None when the baseline scores 0 (an untrained model in a rehearsal)."""
+    if theirs.score() == 0:
+        return None
+    kept = paired_bootstrap_ratio(ours, theirs, num_samples)
+    return {
+        "baseline": baseline,
+        "metric": ours.metric,
+        "ratio": kept.value,
+        "low": kept.low,
+        "high": kept.high,
+        "confidence": kept.confidence,
+    }
+
+
+def _read_baseline(folder: Path, split: Split) -> dict[str, Any]:
+    result = read_result(folder)
+    if result["split"]["hash"] != split.hash:
+        raise ValueError(
+            f"the baseline {folder} was evaluated on split {result['split']['hash']}, not on {split.hash}; evaluate it again"
+        )
+    hypotheses = {
+        language: [row["hypothesis"] for row in read_translations(folder, language)] for language in result["languages"]
+    }
+    return {"name": result["name"], "hypotheses": hypotheses}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The EvalResult in `folder`."""
+    return read_record(folder / RESULT_FILE, dict[str, Any], EvaluationError, DAMAGED, ("name", "split", "languages"))
+
+
+def read_translations(folder: Path, language: str) -> list[dict[str, Any]]:
+    """The recorded translations, in the split's order."""
+    return read_records(
+        folder / f"translations.{language}.jsonl", dict[str, Any], EvaluationError, DAMAGED, ("id", "hypothesis")
+    )
+
+
+def _write_translations(out_dir: Path, language: str, rows: Sequence[Translation], clips: Sequence[Clip]) -> None:
+    records = (
+        {
+            "id": clip.id,
+            "hypothesis": row.hypothesis,
+            "reference": clip.references[language],
+            "source": clip.source,
+            "duration_s": clip.duration_s,
+            "num_tokens": row.num_tokens,
+            "truncated": row.truncated,
+        }
+        for clip, row in zip(clips, rows)
+    )
+    write_jsonl(out_dir / f"translations.{language}.jsonl", records)

@@ -1,0 +1,75 @@
+"""The shipped folder: plain `from_pretrained` loads it, in a process that has never heard of this package."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from trimlingual import __version__
+from trimlingual.data.sources import Clip
+from trimlingual.exports.proof import prove_export
+from trimlingual.exports.shipped import Shipped
+from trimlingual.models.folders import folder_problems
+from trimlingual.models.qwen2_audio import ModelError, is_on_hub
+from trimlingual.models.saving import finish_saved
+from trimlingual.recipe import Recipe
+from trimlingual.run.artifacts import ARTIFACT_FILE, write_text
+from trimlingual.run.lineage import Lineage
+from trimlingual.run.progress import LOG_FILE, say
+from trimlingual.stages.evaluate import read_result
+
+LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
+
+
+def export(
+    model_dir: Path, lineage: Lineage, recipe: Recipe, evaluation_dir: Path | None, clips: Sequence[Clip], out_dir: Path
+) -> dict[str, Any]:
+    """Copy the finished model to `out_dir` with a model card, and prove that plain transformers gives what was scored.
+
+    Scores and recorded translations come from `evaluation_dir` if there is one, their audio from `clips`. Raises ModelError or
+    ExportError for what must not ship.
+    """
+    problems = folder_problems(model_dir, "exported")
+    if problems:
+        raise ModelError("; ".join(problems))
+    shutil.copytree(model_dir, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    lineage.to_ship().save(out_dir)
+    Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)
+    result = read_result(evaluation_dir) if evaluation_dir else None
+    proof: dict[str, Any] | None = None
+    finish_saved(out_dir, recipe.decode.max_new_tokens)
+    if lineage.base.startswith("random:"):
+        say("  the base model is random: not proven by translating")
+    else:
+        exact = recipe.model.dtype == "float32" and lineage.quantization is None
+        proof = prove_export(out_dir, recipe, evaluation_dir, clips, exact)
+        say(f"  plain transformers loads it; {proof['equal']} of {proof['compared']} recorded translations are equal")
+    write_text(out_dir / "README.md", model_card(recipe, lineage, result, proof))
+    return {
+        "proof": proof,
+        "files": sorted(path.name for path in out_dir.iterdir() if path.is_file() and path.name != "work.json"),
+    }
+
+
+def model_card(
+    recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None, proof: dict[str, Any] | None = None
+) -> str:
+    """The Hub model card: metadata block, how to use it, what was done, what was measured."""
+    environment = Environment(
+        loader=PackageLoader("trimlingual", "report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("model_card.md.j2").render(
+        recipe=recipe,
+        lineage=lineage,
+        result=result,
+        proof=proof,
+        removed=lineage.removed("decoder"),
+        version=__version__,
+        prompt=recipe.task.prompt_for(recipe.task.target_languages[0]),
+        base=lineage.to_ship().base.removeprefix("builtin:"),
+        on_hub=is_on_hub(lineage.base),
+    )

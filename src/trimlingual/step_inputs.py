@@ -1,0 +1,204 @@
+"""What a step reads, and what stands for its content: artefacts, base models, sources of clips, text files.
+
+A content is read (or looked up, fingerprint.py) only once its fingerprint is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from trimlingual.data.audio import DataError
+from trimlingual.data.sources import source_files, source_fingerprint
+from trimlingual.recipe import Recipe, Source
+from trimlingual.run.artifacts import ArtifactError, find_artifact
+from trimlingual.run.fingerprint import UNREAD, HashCache, fingerprint, hash_files, hash_model, hub_commit, is_whole
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Something a step reads: where it stands, and the fingerprint that stands for its content, which is found when it is needed.
+
+    Files that are only read have no `path`.
+    """
+
+    path: Path | None
+    identity: str | Callable[[], str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Stands for the content; UNREAD if it would have to be read."""
+        return self.identity if isinstance(self.identity, str) else self.identity()
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        assert self.path is not None
+        return self.path
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, if it is on this machine."""
+        return self.path
+
+    @property
+    def origin(self) -> str | None:
+        """`id@commit` of what came from the Hub."""
+        return None
+
+
+@dataclass(frozen=True)
+class HubRef(Ref):
+    """A base model on the Hub. Asking for its `folder` downloads it, which --dry-run never does.
+
+    What is on this machine is taken as it is, also when the Hub has moved on: a run that goes on works with the same files.
+    """
+
+    name: str
+    revision: str | None
+    remembered: HashCache
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the content, so that a local copy of the same files is the same model."""
+        key, here = f"hub:{self.name}@{self.revision}", self._here()
+        if here is None and (content := self.remembered.named(key)):
+            return content
+        if here is None and not self.remembered.reading:
+            self.remembered.absent.append(self.name)
+            return UNREAD
+        content = hash_model(here or self._download(), self.remembered)
+        if content != UNREAD:
+            self.remembered.remember_named(key, content)
+        return content
+
+    @property
+    def folder(self) -> Path:
+        """The folder, downloaded first if need be. ArtifactError if it is not any more what the run was planned with."""
+        here = self._here()
+        if here is None:
+            here, planned = self._download(), self.fingerprint
+            content = hash_model(here, self.remembered)
+            if content != planned:
+                self.remembered.remember_named(f"hub:{self.name}@{self.revision}", content)
+                raise ArtifactError(
+                    f"{self.name} has changed on the Hub since this run was made (now {hub_commit(here)}). Set model.revision to "
+                    "the commit in the run's artifact.json (`origins`), or start again to see what the new one makes stale."
+                )
+        return here
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, if it is on this machine."""
+        return self._here()
+
+    @property
+    def origin(self) -> str | None:
+        """`id@commit`, once it is downloaded."""
+        here = self._here()
+        return f"{self.name}@{hub_commit(here)}" if here else None
+
+    def _here(self) -> Path | None:
+        from trimlingual.models.qwen2_audio import ModelError, resolve_base
+
+        try:
+            folder = resolve_base(self.name, self.revision, download=False)
+        except ModelError:
+            return None
+        return folder if is_whole(folder) else None
+
+    def _download(self) -> Path:
+        from trimlingual.models.qwen2_audio import resolve_base
+
+        return resolve_base(self.name, self.revision)
+
+
+@dataclass(frozen=True)
+class HubProcessorRef(HubRef):
+    """The processor of a base model on the Hub, for which no weights are fetched."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files that say what the model hears."""
+        key, here = f"hub-processor:{self.name}@{self.revision}", self._here()
+        if here is None and (content := self.remembered.named(key)):
+            return content
+        if here is None and not self.remembered.reading:
+            self.remembered.absent.append(f"the processor of {self.name}")
+            return UNREAD
+        content = hash_files(_window_files(here or self._download()), self.remembered)
+        if content != UNREAD:
+            self.remembered.remember_named(key, content)
+        return content
+
+    @property
+    def folder(self) -> Path:
+        """The folder, with the processor's files in it and perhaps no others."""
+        return self._here() or self._download()
+
+    def _here(self) -> Path | None:
+        from trimlingual.models.qwen2_audio import ModelError, resolve_base
+
+        try:
+            folder = resolve_base(self.name, self.revision, download=False, weights=False)
+        except ModelError:
+            return None
+        return folder if _window_files(folder) else None
+
+    def _download(self) -> Path:
+        from trimlingual.models.qwen2_audio import resolve_base
+
+        return resolve_base(self.name, self.revision, weights=False)
+
+
+def _window_files(folder: Path) -> list[Path]:
+    """What says how long a clip the model hears whole."""
+    return [path for name in ("preprocessor_config.json", "processor_config.json") if (path := folder / name).is_file()]
+
+
+def processor_ref(base: Ref) -> Ref:
+    """The base model's processor as an input of its own: other weights leave the data as they are."""
+    if isinstance(base, HubRef):
+        return HubProcessorRef(None, "", base.name, base.revision, base.remembered)
+    return Ref(base.path, lambda: hash_files(_window_files(base.folder), HashCache()))
+
+
+def base_ref(recipe: Recipe, remembered: HashCache | None = None) -> Ref:
+    """The base model, known by its content."""
+    from trimlingual.models.qwen2_audio import is_on_hub, resolve_base
+
+    base, revision = recipe.model.base, recipe.model.revision
+    remembered = remembered or HashCache()
+    if is_on_hub(base):
+        return HubRef(None, "", base, revision, remembered)
+    return model_ref(resolve_base(base), remembered)
+
+
+def model_ref(folder: Path, remembered: HashCache | None = None) -> Ref:
+    """A model folder as an input: the artefact's fingerprint, or the whole content for one made elsewhere."""
+    artifact = find_artifact(folder)
+    if artifact:
+        return Ref(folder, artifact.fingerprint)
+    return Ref(folder, lambda: hash_model(folder, remembered or HashCache()))
+
+
+def source_ref(source: Source, remembered: HashCache) -> Ref:
+    """A source's content: what lists its clips, and every clip. One that is not there yet is an error once it is read."""
+
+    def identity() -> str:
+        try:
+            described, files = source_fingerprint(source), source_files(source)
+        except DataError:
+            return "missing"
+        return fingerprint("source", described, {"files": hash_files(files, remembered)})
+
+    return Ref(None, identity)
+
+
+def files_ref(paths: Sequence[str], remembered: HashCache | None = None) -> Ref | None:
+    """Files of the user's by their content; None for none."""
+    if not paths:
+        return None
+    return Ref(None, lambda: hash_files(map(Path, paths), remembered or HashCache()))

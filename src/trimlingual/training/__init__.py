@@ -1,0 +1,1 @@
+"""The training loop: batches, loss, adapters, optimizer, checkpoints, and when training stops being worth it."""

@@ -1,0 +1,93 @@
+"""Token-level knowledge distillation (Hinton et al. 2015): the teacher's distribution at every answer token, as a training target.
+
+The teacher reads every training example once, before the student trains: its most likely tokens and their probabilities are kept, which
+is a few hundred bytes for a token, so that teacher and student never share a GPU's memory. What is left of the teacher's probability
+counts as one further outcome, so the loss (`loss.divergence`) is the exact one over these outcomes.
+
+Shapes: N answer tokens, K tokens kept of each distribution.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimlingual.models.inputs import Collator, Example
+from trimlingual.recipe import TokenDistillation
+from trimlingual.run.processes import is_main_process, wait_for_everyone
+from trimlingual.run.progress import progress
+from trimlingual.training.loss import answer_forward
+
+BATCH = 32  # examples the teacher reads at once
+
+
+TeacherTokens = tuple[Tensor, Tensor]
+"""Of one example: the teacher's most likely tokens at each answer position, (N, K), and their log probabilities (N, K), float16."""
+
+
+def teacher_tokens(
+    load_teacher: Callable[[], Any],
+    collator: Collator,
+    examples: Sequence[Example],
+    settings: TokenDistillation,
+    store: Path,
+) -> dict[Example, TeacherTokens]:
+    """The teacher's distribution at every answer token of every example.
+
+    The main process loads the teacher and writes `store` (safetensors), whole or not at all; every process reads it, and so does a
+    restart, which needs no teacher any more.
+    """
+    if is_main_process() and not store.is_file():
+        _write(store, read_examples(load_teacher(), collator, examples, settings.top_k, settings.temperature))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    wait_for_everyone()
+    return dict(zip(examples, _read(store, len(examples))))
+
+
+@torch.inference_mode()
+def read_examples(
+    teacher: Any, collator: Collator, examples: Sequence[Example], top_k: int, temperature: float
+) -> list[TeacherTokens]:
+    """The teacher's distributions for every example, in order."""
+    forward, device = answer_forward(teacher), next(teacher.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].clip, i))  # a clip's examples together
+    found: list[TeacherTokens | None] = [None] * len(examples)
+    with progress("the teacher reads the training examples", len(examples)) as advance:
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            batch = collator([examples[i] for i in chosen])
+            batch.pop("ids")
+            counts = (batch["labels"][:, 1:] >= 0).sum(1).tolist()
+            logits = forward(**{name: tensor.to(device) for name, tensor in batch.items()})["logits"]
+            log_probs, ids = (logits / temperature).log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+            rows = zip(ids.int().cpu().split(counts), log_probs.half().cpu().split(counts))
+            for i, (id_rows, probability_rows) in zip(chosen, rows):
+                found[i] = (id_rows.clone(), probability_rows.clone())
+            advance(len(chosen))
+    return [tokens for tokens in found if tokens is not None]
+
+
+def _write(store: Path, tokens: Sequence[TeacherTokens]) -> None:
+    store.parent.mkdir(parents=True, exist_ok=True)
+    partial = store.with_name(store.name + ".tmp")
+    lengths = torch.tensor([len(ids) for ids, _ in tokens])
+    ids, log_probs = (torch.cat(list(part)) for part in zip(*tokens))
+    save_file({"lengths": lengths, "ids": ids, "log_probs": log_probs}, partial)
+    partial.replace(store)
+
+
+def _read(store: Path, count: int) -> list[TeacherTokens]:
+    with safe_open(store, framework="pt") as file:
+        lengths, ids, log_probs = (file.get_tensor(name) for name in ("lengths", "ids", "log_probs"))
+    if len(lengths) != count:
+        raise ValueError(f"{store} holds {len(lengths)} examples, not {count}; delete it and run the stage again")
+    return list(zip(ids.split(lengths.tolist()), log_probs.split(lengths.tolist())))

@@ -1,0 +1,1 @@
+"""The tokens that stay: which ones the target languages need, and the model without the others."""

@@ -1,0 +1,355 @@
+"""Vocabulary trimming: the tokens that the target languages and the prompts need, and a model with these alone.
+
+Which tokens may go, and why the rest behaves as before, is in bpe.py. Here the model folder is rewritten: rows of the embedding and of
+the output head, ids in the configurations, the tokenizer. Weights are taken from file to file, one shard at a time, so nothing is
+loaded as a model, rounded or quantised again, and everything that is not a row of a token stays bit for bit.
+
+Shapes: V rows before, K rows after, D decoder width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from trimlingual.data.audio import DataError
+from trimlingual.data.splits import DataSplits
+from trimlingual.models.inputs import Prompter
+from trimlingual.models.qwen2_audio import ROWS_BY_TOKEN, check_folder, explained_disk_full, load_processor
+from trimlingual.models.saving import finish_saved
+from trimlingual.recipe import TaskSettings, VocabSettings
+from trimlingual.run.artifacts import write_json, write_text
+from trimlingual.run.lineage import Lineage
+from trimlingual.stages.prune import ProofError
+from trimlingual.vocabulary.bpe import Bpe, Kept, VocabError, choose, read_bpe, trimmed_tokenizer
+
+BATCH = 1000  # sentences tokenised at a time
+NUM_CHECKED = 1000  # counted sentences whose tokenisation is compared after trimming
+# Configuration keys whose values are token ids.
+TOKEN_ID_KEY = re.compile(r"(_token_ids?|_token_index|suppress_tokens)$")
+# What safetensors calls the dtypes of weights that are not quantised.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class RowTensor:
+    """A stored tensor with one row a token: which file, which name, (V, D)."""
+
+    file: str
+    name: str
+    shape: tuple[int, int]
+
+
+def trim_vocab(
+    model_dir: Path,
+    lineage: Lineage,
+    texts: Iterable[str],
+    held_out: Mapping[str, Iterable[str]],
+    task: TaskSettings,
+    settings: VocabSettings,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Write the model in `model_dir` to `out_dir` with the tokens that `texts`, the prompts and any byte need, and prove it.
+
+    `held_out` names texts that were not counted: the coverage report says what share of them is tokenised as before. Works on plain
+    and on 4-bit models. Raises VocabError when the tokenizer is no byte-level BPE, the head or the embeddings are quantised, or
+    `max_tokens` is too few; ProofError when the result is not what it should be.
+    """
+    check_folder(model_dir)
+    processor = load_processor(model_dir)
+    full = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    bpe = read_bpe(full)
+    config, generation = AutoConfig.from_pretrained(model_dir), _read_json(model_dir / "generation_config.json")
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.text_config))
+    rows = find_rows(model_dir, tied)
+    num_rows, known = rows[0].shape[0], {*bpe.ids.values()}
+    if max(known) >= num_rows:
+        raise VocabError(
+            f"the tokenizer of {model_dir} has ids beyond the model's {num_rows} embeddings: they do not belong together"
+        )
+    counts, sample = count_tokens(processor.tokenizer, texts)
+    prompts = prompt_ids(processor, task)
+    named = known.intersection(_token_ids([_attributes(part) for part in _configs(config)], generation))
+    kept = choose(
+        bpe,
+        counts,
+        named.union(*prompts),
+        min_count=settings.min_count,
+        max_tokens=settings.max_tokens,
+        multiple=settings.pad_to_multiple,
+    )
+    with explained_disk_full(out_dir):
+        removed = write_rows(model_dir, out_dir, rows, kept.ids, tied)
+        _write_configs(config, generation, kept, out_dir)
+        _write_tokenizer(processor, trimmed_tokenizer(full, kept.ids), kept, out_dir)
+        lineage.after("trim-vocab").save(out_dir)
+    trimmed = prove(model_dir, out_dir, rows, bpe, kept)
+    finish_saved(out_dir)
+    if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in prompts]:
+        raise ProofError("a prompt is tokenised in another way after trimming")
+    texts_by_name = {f"counted (first {NUM_CHECKED})": sample, **held_out}
+    return {
+        "rows": {"before": num_rows, "after": len(kept.ids)},
+        "tokens": {**kept.numbers(), "special": len(bpe.added)},
+        **removed,
+        "counted": _counted_share(counts, kept),
+        "coverage": {
+            name: coverage(processor.tokenizer, trimmed.tokenizer, kept, lines, name)
+            for name, lines in texts_by_name.items()
+        },
+    }
+
+
+def prompt_ids(processor: Any, task: TaskSettings) -> list[list[int]]:
+    """Token ids of the prompt, the audio left out, for each target language."""
+    prompter = Prompter(processor, task)
+    return [[*chain.from_iterable(prompter.parts(language))] for language in task.target_languages]
+
+
+# ---- texts
+
+
+def counted_texts(
+    splits: DataSplits | None, languages: Sequence[str], settings: VocabSettings
+) -> tuple[Iterator[str], dict[str, Iterable[str]]]:
+    """What is counted (training references and text files) and what is held out (references of the selection split, files)."""
+
+    def references(*names: str) -> Iterator[str]:
+        for split in (getattr(splits, name) for name in names) if splits else ():
+            for clip in split.clips if split else ():
+                yield from (clip.references[language] for language in languages if language in clip.references)
+
+    held_out: dict[str, Iterable[str]] = {path: read_lines(Path(path)) for path in settings.held_out}
+    if splits:
+        held_out = {"select": references("select"), **held_out}
+    return chain(references("train", "out_of_domain"), *(read_lines(Path(path)) for path in settings.texts)), held_out
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Sentences of a UTF-8 text file, one a line; DataError when it cannot be read."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from (line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"text file {path} cannot be read ({error}); vocab.texts and vocab.held_out name UTF-8 files, one sentence a line"
+        ) from error
+
+
+def count_tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Counter[int], list[str]]:
+    """How often each token id stands in `texts`, and the first of them. VocabError when there is no text."""
+    counts: Counter[int] = Counter()
+    sample: list[str] = []
+    for batch in _batches(texts):
+        sample.extend(batch[: NUM_CHECKED - len(sample)])
+        counts.update(chain.from_iterable(_encode(tokenizer, batch)))
+    if not counts:
+        raise VocabError("there is no text to count tokens on; name some under vocab.texts, one sentence a line")
+    return counts, sample
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, BATCH)):
+        yield batch
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def _counted_share(counts: Counter[int], kept: Kept) -> dict[str, Any]:
+    staying = kept.new_id
+    used = sum(num for old, num in counts.items() if old in staying)
+    return {"tokens": counts.total(), "different": len(counts), "share_tokens_kept": used / counts.total()}
+
+
+def coverage(full: Any, trimmed: Any, kept: Kept, texts: Iterable[str], name: str) -> dict[str, Any]:
+    """What trimming does to `texts`: sentences tokenised as before, tokens that are kept, and how many more tokens the rest takes.
+
+    Raises ProofError when a sentence whose tokens are all kept is tokenised in another way, or any sentence decodes to another text.
+    """
+    found = Counter[str]()
+    staying = kept.new_id
+    for batch in _batches(texts):
+        for text, before, after in zip(batch, _encode(full, batch), _encode(trimmed, batch)):
+            unchanged = all(old in staying for old in before)
+            if unchanged and [staying[old] for old in before] != after:
+                raise ProofError(f"all tokens of {text!r} ({name}) are kept, but it is tokenised in another way")
+            if full.decode(before) != trimmed.decode(after):
+                raise ProofError(f"{text!r} ({name}) decodes to another text after trimming")
+            found["sentences"] += 1
+            found["sentences_unchanged"] += unchanged
+            found["tokens"] += len(before)
+            found["tokens_kept"] += sum(old in staying for old in before)
+            found["extra_tokens"] += len(after) - len(before)
+    return {
+        **found,
+        "share_sentences_unchanged": found["sentences_unchanged"] / max(1, found["sentences"]),
+        "share_tokens_kept": found["tokens_kept"] / max(1, found["tokens"]),
+    }
+
+
+# ---- weights
+
+
+def find_rows(folder: Path, tied: bool) -> list[RowTensor]:
+    """The stored tensors with one row a token, the embedding first. VocabError when one is quantised or missing."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            for name in names:
+                if name.endswith(ROWS_BY_TOKEN):
+                    stored = file.get_slice(name)
+                    module = name.removesuffix("weight")
+                    quantised = [other for other in names if other.startswith(module) and other != name]
+                    if stored.get_dtype() not in FLOATS or quantised:
+                        raise VocabError(
+                            f"{name} in {folder} is quantised, so its rows cannot be taken out. Trim before quantising "
+                            "(vocab.when: before), or keep it out of quantize.parts"
+                        )
+                    found.append(RowTensor(path.name, name, tuple(stored.get_shape())))
+    found.sort(key=lambda row: [row.name.endswith(ending) for ending in ROWS_BY_TOKEN], reverse=True)
+    if len(found) < (1 if tied else 2) or len({row.shape for row in found}) != 1:
+        listed = ", ".join(f"{row.name} {row.shape}" for row in found) or "none"
+        raise VocabError(
+            f"{folder} must hold an embedding and an output head of the same shape ({' and '.join(ROWS_BY_TOKEN)}); it has: {listed}"
+        )
+    return found
+
+
+def write_rows(
+    model_dir: Path, out_dir: Path, rows: Sequence[RowTensor], ids: Sequence[int], tied: bool
+) -> dict[str, int]:
+    """Copy the weight files, of the `rows` tensors (V, D) only `ids`: (K, D). Returns parameters (tied: once) and bytes that went."""
+    num_rows, width = rows[0].shape
+    chosen = torch.tensor(list(ids))
+    num_bytes = 0
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for path in sorted(model_dir.glob("*.safetensors")):
+        names = {row.name for row in rows if row.file == path.name}
+        if not names:
+            shutil.copyfile(path, out_dir / path.name)
+            continue
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            for name in names:
+                full = tensors[name]
+                tensors[name] = full.index_select(0, chosen)
+                num_bytes += full.nbytes - tensors[name].nbytes
+            save_file(tensors, out_dir / path.name, metadata=file.metadata())
+    removed = {
+        "parameters_removed": (num_rows - len(ids)) * width * (1 if tied else len(rows)),
+        "bytes_removed": num_bytes,
+    }
+    index = _read_json(model_dir / "model.safetensors.index.json")
+    if index:
+        for key, gone in zip(("total_parameters", "total_size"), removed.values()):
+            if key in index.get("metadata", {}):
+                index["metadata"][key] -= gone
+        write_json(out_dir / "model.safetensors.index.json", index)
+    return removed
+
+
+# ---- configurations and tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _configs(config: Any) -> list[Any]:
+    """A configuration and those inside it."""
+    return [config, *(getattr(config, name) for name in config.sub_configs)]
+
+
+def _attributes(config: Any) -> dict[str, Any]:
+    """The values of a configuration that are token ids; defaults too, which the file leaves out."""
+    return {key: value for key, value in vars(config).items() if TOKEN_ID_KEY.search(key)}
+
+
+def _token_ids(*values: Any) -> Iterator[int]:
+    """Every token id in nested configuration values."""
+    for value in values:
+        if isinstance(value, Mapping):
+            yield from chain.from_iterable(_token_ids(value[key]) for key in value if TOKEN_ID_KEY.search(key))
+        elif isinstance(value, (list, tuple)):
+            yield from _token_ids(*value)
+        elif isinstance(value, int):
+            yield value
+
+
+def _renumber(value: Any, kept: Kept) -> Any:
+    """New ids for old ones, in lists too. An id that names no token (a library's default for a larger model) becomes None."""
+    if isinstance(value, (list, tuple)):
+        return [new for old in value if (new := _renumber(old, kept)) is not None] or None
+    return kept.new_id.get(value)
+
+
+def _write_configs(config: Any, generation: Mapping[str, Any], kept: Kept, out_dir: Path) -> None:
+    """config.json and generation_config.json with K rows and new ids."""
+    for part in _configs(config):
+        for key, value in _attributes(part).items():
+            setattr(part, key, _renumber(value, kept))
+    if config.audio_token_id is None:
+        raise VocabError(
+            "the configuration's audio token is not in the tokenizer: model and processor do not belong together"
+        )
+    config.text_config.vocab_size = len(kept.ids)
+    config.save_pretrained(out_dir)
+    if generation:
+        new = {key: _renumber(value, kept) if TOKEN_ID_KEY.search(key) else value for key, value in generation.items()}
+        write_json(out_dir / "generation_config.json", new)
+
+
+def _write_tokenizer(processor: Any, tokenizer: Mapping[str, Any], kept: Kept, out_dir: Path) -> None:
+    """The processor's files, with the trimmed tokenizer.json in place of the one it writes."""
+    processor.save_pretrained(out_dir)
+    for name in ("vocab.json", "merges.txt", "added_tokens.json"):  # older forms of the same; they would contradict it
+        (out_dir / name).unlink(missing_ok=True)
+    write_text(out_dir / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False) + "\n")
+    settings = _read_json(out_dir / "tokenizer_config.json")
+    if "added_tokens_decoder" in settings:
+        old = settings["added_tokens_decoder"]
+        settings["added_tokens_decoder"] = {str(kept.new_id[int(number)]): token for number, token in old.items()}
+        write_json(out_dir / "tokenizer_config.json", settings)
+
+
+# ---- proof
+
+
+def prove(model_dir: Path, out_dir: Path, rows: Sequence[RowTensor], bpe: Bpe, kept: Kept) -> Any:
+    """ProofError unless the saved rows equal the original's and the tokenizer, loaded plainly, has the ids it should.
+
+    Returns the saved processor.
+    """
+    chosen = torch.tensor(kept.ids)
+    for row in rows:
+        with (
+            safe_open(model_dir / row.file, framework="pt") as old,
+            safe_open(out_dir / row.file, framework="pt") as new,
+        ):
+            if not torch.equal(old.get_tensor(row.name).index_select(0, chosen), new.get_tensor(row.name)):
+                raise ProofError(f"the rows of {row.name} changed while trimming")
+    wanted = {token: kept.new_id[old] for token, old in bpe.ids.items() if old in kept.new_id}
+    processor = load_processor(out_dir)
+    for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(out_dir)):
+        if tokenizer.get_vocab() != wanted:
+            wrong = [token for token, new in tokenizer.get_vocab().items() if wanted.get(token) != new]
+            raise ProofError(
+                f"the trimmed tokenizer gives {len(wrong)} token(s) other ids than their rows: {wrong[:5]}"
+            )
+    return processor

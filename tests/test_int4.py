@@ -1,0 +1,121 @@
+"""The compressed-tensors layout: what is rounded how, and that plain transformers loads it bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from trimlingual.evaluation.cost import count_parameters, disk_bytes
+from trimlingual.models.qwen2_audio import load_model
+from trimlingual.quantization.int4 import PackingError, modules_to_pack, round_to_integers, save_packed
+from trimlingual.recipe import QuantizeSettings
+from trimlingual.stages.quantize import sqnr_db
+
+pytest.importorskip("compressed_tensors")
+CPU = torch.device("cpu")
+BOTH = ["embeddings", "lm_head"]
+IDS = torch.arange(20, 120).reshape(4, 25)
+
+PLAIN = """
+import sys, torch
+from transformers import Qwen2AudioForConditionalGeneration
+model = Qwen2AudioForConditionalGeneration.from_pretrained(sys.argv[1], dtype="auto", device_map={"": "cpu"}).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(20, 120).reshape(4, 25)).logits, sys.argv[2])
+assert "trimlingual" not in sys.modules
+"""
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def settings(**changes):
+    return QuantizeSettings(**{"scheme": "int4", "group_size": 64, **changes})
+
+
+@pytest.mark.parametrize(("group_size", "floor"), [(32, 21.5), (64, 20.7), (128, 20.0)])
+def test_4bit_floor_for_normal_weights(group_size, floor):
+    """nf4 with blocks of 64 keeps 20.7 dB of normal weights."""
+    weight = torch.randn((256, 1024), generator=torch.Generator().manual_seed(0))
+    scale, rounded = round_to_integers(weight, 4, group_size)
+    assert scale.shape == (256, 1024 // group_size)
+    assert sqnr_db(weight, rounded) > floor
+    integers = rounded.reshape(256, -1, group_size) / scale[..., None]
+    assert integers.round().unique().tolist() == list(range(-8, 8))
+    torch.testing.assert_close(integers, integers.round(), atol=1e-4, rtol=0)
+
+
+def test_8bit_floor_for_normal_weights():
+    weight = torch.randn((256, 1024), generator=torch.Generator().manual_seed(0))
+    scale, rounded = round_to_integers(weight, 8, 1024)
+    assert scale.shape == (256, 1)
+    assert sqnr_db(weight, rounded) > 41
+
+
+def test_rounding_by_hand():
+    weight = torch.zeros((2, 32))
+    weight[0] = torch.arange(32) % 16 - 8.0  # the integers themselves, so the scale is 1
+    scale, rounded = round_to_integers(weight, 4, 32)
+    assert scale.flatten().tolist() == [1.0, 1.0]  # 1 for a row of zeros too
+    assert torch.equal(rounded, weight)
+    scale, rounded = round_to_integers(-weight, 4, 32)  # 8 is out of reach for a positive scale
+    assert scale[0].item() == -1.0
+    assert torch.equal(rounded, -weight)
+
+
+@pytest.mark.parametrize(("parts", "eight_bit"), [(["decoder"], []), (["decoder", "audio_tower", "projector"], BOTH)])
+def test_plain_transformers_loads_it_bit_for_bit(model_dir, processor, tmp_path, parts, eight_bit):
+    model = load_model(model_dir, "float32", CPU)
+    before, size = logits(model), disk_bytes(model_dir)
+    asked = settings(parts=parts, eight_bit=eight_bit)
+    counts = save_packed(model, processor, tmp_path, asked, "bfloat16")
+    wanted = list(modules_to_pack(model, asked).values())
+    assert counts == {"num_4bit_modules": wanted.count(4), "num_8bit_modules": len(eight_bit)}
+    assert disk_bytes(tmp_path) < size / 2
+    in_memory = logits(model)
+    assert (
+        sqnr_db(before, in_memory.float()) > 4
+    )  # wide random weights lose more than learned ones; see test_quality.py
+    assert torch.equal(in_memory, logits(load_model(tmp_path, "bfloat16", CPU)))
+    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path), str(tmp_path / "logits.pt")], check=True)
+    assert torch.equal(in_memory, torch.load(tmp_path / "logits.pt"))
+
+
+def test_a_loaded_model_is_a_plain_one(model_dir, processor, tmp_path):
+    """It can be trained, pruned and saved again like any other."""
+    source = load_model(model_dir, "float32", CPU)
+    save_packed(source, processor, tmp_path / "packed", settings(eight_bit=BOTH), "bfloat16")
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(tmp_path / "packed", dtype, CPU)
+        assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
+        assert all(p.requires_grad for name, p in model.named_parameters() if "embed_positions" not in name)
+        assert count_parameters(model) == count_parameters(source)
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(model), logits(load_model(tmp_path / "plain", "bfloat16", CPU)))
+
+
+def test_group_size_must_fit(model_dir, processor, tmp_path):
+    model = load_model(model_dir, "float32", CPU)
+    with pytest.raises(PackingError, match=r"group_size is 128, but model.* has 64 input weights"):
+        save_packed(model, processor, tmp_path, settings(group_size=128), "bfloat16")
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(ValidationError, match="eight_bit needs scheme int4, not nf4"):
+        QuantizeSettings(eight_bit=BOTH)
+    with pytest.raises(ValidationError, match="lm_head is in parts"):
+        settings(parts=["decoder", "lm_head"], eight_bit=BOTH)
+
+
+def test_without_the_library(model_dir, processor, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
+    with pytest.raises(PackingError, match=r"pip install 'trimlingual\[int4\]'"):
+        save_packed(load_model(model_dir, "float32", CPU), processor, tmp_path, settings(), "bfloat16")
