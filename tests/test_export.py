@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from scipy.stats import binom
 
 import trimlingual
 from trimlingual.app.translate import translate_files
 from trimlingual.data.sources import Clip
 from trimlingual.exports import proof
-from trimlingual.exports.proof import ExportError, prove_export
-from trimlingual.exports.shipped import read_shipped
-from trimlingual.models.qwen2_audio import ModelError
+from trimlingual.exports.proof import ExportError, most_different, prove_export
+from trimlingual.exports.shipped import SHIPPED_FILE, read_shipped
+from trimlingual.models.qwen2_audio import ModelError, load_model, load_processor, save_model
 from trimlingual.models.saving import DOUBLED, finish_saved, greedy_generation, tensor_names, use_published_names
 from trimlingual.recipe import load_recipe
 from trimlingual.run.lineage import LeakError, check_unseen, read_lineage
@@ -80,12 +82,44 @@ def test_saved_files_are_readable_and_name_no_path(base):
     assert (base / "model.safetensors").stat().st_mode == (base / "config.json").stat().st_mode
 
 
-def test_export_ships_settings_and_nothing_local(base, tmp_path):
+def test_what_is_saved_can_be_read_by_transformers_4_too(make_model, processor, tmp_path):
+    """It takes special tokens as a list under their old name only, and the rotary embedding's base from where it used to stand."""
+    model = make_model()
+    for config in (model.config.text_config, model.model.language_model.config):
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 500_000.0}
+    save_model(model, processor, tmp_path, "float32")
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert tokenizer["additional_special_tokens"] == processor.tokenizer.extra_special_tokens
+    assert "extra_special_tokens" not in tokenizer
+    text = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 500_000.0
+    loaded = load_processor(tmp_path)
+    assert loaded.tokenizer.extra_special_tokens == processor.tokenizer.extra_special_tokens
+    assert loaded.tokenizer("<|AUDIO|> gut")["input_ids"] == processor.tokenizer("<|AUDIO|> gut")["input_ids"]
+    reloaded = load_model(tmp_path, "float32", torch.device("cpu"))
+    assert reloaded.config.text_config.rope_parameters["rope_theta"] == 500_000.0
+
+
+def test_so_many_may_differ_as_keep_the_promise_of_95_percent():
+    """A share of 5 % is refused in less than one case in a hundred, half of the answers hardly ever let through."""
+    assert [most_different(count, exact=False) for count in (8, 16, 40, 240)] == [2, 3, 6, 20]
+    assert most_different(240, exact=True) == 0
+    for count in (8, 16, 40, 240):
+        allowed = most_different(count, exact=False)
+        assert binom.sf(allowed, count, 0.05) < 0.01 < binom.sf(allowed - 1, count, 0.05)
+    assert binom.cdf(most_different(16, exact=False), 16, 0.5) < 0.02
+
+
+def test_export_ships_settings_and_nothing_local(base, tmp_path, capsys):
     recipe = load_recipe("mini")
     lineage = read_lineage(base).with_seen("train", ["a", "b"])
     made = export(base, lineage, recipe, None, [], tmp_path / "out")
     assert made["proof"]["loads_whole"]
     assert made["proof"]["compared"] == 0
+    assert made["proof"]["versions"] == {"transformers": transformers.__version__, "torch": torch.__version__}
+    for told in (capsys.readouterr().err, (tmp_path / "out" / "README.md").read_text(encoding="utf-8")):
+        assert "nothing was recorded to compare its translations with" in told
+        assert "0 of 0" not in told
     assert not {*PUBLISHED} - {"do_sample"} & {*json.loads((tmp_path / "out" / "generation_config.json").read_text())}
     for path in (tmp_path / "out").glob("*.json"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8")
@@ -139,8 +173,11 @@ def test_a_local_base_ships_by_name(base):
     assert replace(read_lineage(base), base=str(base)).to_ship().base == "base"
 
 
-def test_translate_takes_folders_of_audio_and_the_built_in_model(mini_clips):
+def test_translate_takes_folders_of_audio_and_the_built_in_model(mini_clips, base, capsys):
     said = list(translate_files("builtin:mini", [mini_clips[0].parent], ["de"]))
     assert len(said) == len(mini_clips)
+    assert SHIPPED_FILE not in capsys.readouterr().err
+    next(translate_files(base, mini_clips[:1], ["de"]))
+    assert f"{base} has no {SHIPPED_FILE}" in capsys.readouterr().err
     with pytest.raises(ModelError, match=r"\./nosuch does not exist"):
         next(translate_files("./nosuch", mini_clips, ["de"]))

@@ -18,6 +18,7 @@ import pytest
 
 import trimlingual
 from trimlingual import pipeline
+from trimlingual.exports.shipped import Shipped, read_shipped
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.artifacts import ArtifactError, read_artifact
@@ -81,6 +82,13 @@ def test_every_stage_leaves_its_artefact(recipe, run_dir):
         assert {"bleu", "chrf", "chrfpp", "retained"} <= set(scores)
         assert scores["retained"]["low"] <= scores["retained"]["ratio"] <= scores["retained"]["high"]
     assert (run_dir / "report" / "report.html").stat().st_size > 10_000
+    assert "16 of 16 recorded translations unchanged" in (run_dir / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_every_model_says_what_it_was_made_for(recipe, run_dir):
+    """So `translate FOLDER` needs no recipe, whichever of the run's models it is."""
+    for name in ("teacher", "pruned", "recovered", "quantized", "exported"):
+        assert read_shipped(run_dir / name) == Shipped(recipe.task, recipe.decode, recipe.model.dtype), name
 
 
 def test_second_run_does_nothing(recipe, run_dir, capsys):

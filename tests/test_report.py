@@ -16,6 +16,7 @@ from trimlingual.report import ReportError, result_table, result_table_markdown,
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" | piped"
 VOID = {"meta", "br", "img", "link", "hr", "input", "source"}
+PROOF = {"versions": {"transformers": "5.23.0", "torch": "2.13.0"}, "dtype": "bfloat16", "compared": 16, "equal": 15}
 SPLIT = {"name": "test", "hash": "0123abcd", "num_clips": 8}
 MACHINE = {"system": "Linux", "cpu": "A CPU", "cores": 2, "versions": {"trimlingual": "0.1.0", "torch": "2.13.0"}}
 
@@ -294,6 +295,25 @@ def test_comet_gets_a_column_and_its_model_is_named(run_dir, tmp_path):
     assert "zh COMET" not in header
     assert "0.8123" in row
     assert "Unbabel/wmt22-comet-da" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("proof", "said"),
+    [
+        (PROOF, "plain transformers 5.23.0 with torch 2.13.0 loads the folder whole, and generate() in bfloat16 gives 15 of 16"),
+        (PROOF | {"compared": 0, "equal": 0}, "nothing was recorded to compare its translations with"),
+        ({"compared": 16, "equal": 16}, "plain transformers loads the folder whole, and generate() gives 16 of 16"),  # version 0.1
+        (None, ""),  # of a random model
+    ],
+)  # fmt: skip
+def test_what_the_export_has_proven_is_shown(run_dir, tmp_path, proof, said):
+    path = run_dir / "exported" / "artifact.json"
+    write(path, json.loads(path.read_text()) | {"info": {"proof": proof}})
+    write_report(run_dir, tmp_path / "out")
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert said in text
+        assert ("what ships, proven" in text) == bool(said)
 
 
 def test_rehearsal_is_marked(run_dir, tmp_path):

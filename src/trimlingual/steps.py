@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import load_splits, prepare_data
+from trimlingual.exports.shipped import Shipped
 from trimlingual.recipe import MixSettings, Recipe, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
 from trimlingual.run.lineage import Lineage, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
-from trimlingual.run.processes import num_processes
+from trimlingual.run.processes import is_main_process, num_processes
 from trimlingual.run.progress import LOG_FILE, log_to, say
 from trimlingual.step_inputs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
 
@@ -46,6 +47,7 @@ class Step:
     work: Callable[[Mapping[str, Ref], Path], dict[str, Any]]
     everyone: bool = False  # every process of a distributed run takes part, not only the main one
     derived: bool = False  # costs nothing, so it is made again without being asked for
+    made_for: Shipped | None = None  # of a model: what it is asked and how, so that `translate` needs no recipe
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,7 +99,10 @@ class Step:
             with log_to(partial / LOG_FILE):
                 if num_processes() > 1 and not self.everyone:
                     say(f"  {self.name}: the main process works; the other {num_processes() - 1} wait")
-                return self.work(self.inputs, partial)
+                info = self.work(self.inputs, partial)
+                if self.made_for and is_main_process():
+                    self.made_for.save(partial)
+                return info
 
         return produce(
             self.folder,
@@ -166,7 +171,7 @@ def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: Has
         texts=files_ref(settings.texts, remembered),
         held_out=files_ref(settings.held_out, remembered),
     )
-    return Step("trimmed", out, {"vocab": settings, "task": recipe.task}, inputs, work)
+    return Step("trimmed", out, {"vocab": settings, "task": recipe.task}, inputs, work, made_for=_made_for(recipe))
 
 
 def finetune_step(
@@ -194,7 +199,8 @@ def finetune_step(
         )  # fmt: skip
 
     inputs = _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train))
-    return Step(name, out, _train_settings(recipe, train, train=train), inputs, work, everyone=True)
+    settings = _train_settings(recipe, train, train=train)
+    return Step(name, out, settings, inputs, work, everyone=True, made_for=_made_for(recipe))
 
 
 def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
@@ -237,7 +243,8 @@ def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
         model = inputs["model"]
         return prune(model.folder, lineage_of(model, recipe), inputs["plan"].folder, recipe.model, folder)
 
-    return Step("pruned", out, {"model": recipe.model}, {"model": model, "plan": plan}, work)
+    inputs = {"model": model, "plan": plan}
+    return Step("pruned", out, {"model": recipe.model}, inputs, work, made_for=_made_for(recipe))
 
 
 def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
@@ -284,6 +291,7 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
         _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train)),
         work,
         everyone=True,
+        made_for=_made_for(recipe),
     )
 
 
@@ -342,6 +350,10 @@ def report_step(recipe: Recipe, run_dir: Path, inputs: Sequence[Ref]) -> Step:
 def lineage_of(model: Ref, recipe: Recipe) -> Lineage:
     """Where a model comes from; the base model's lineage starts under the recipe's name for it."""
     return read_lineage(model.folder, recipe.model.base)
+
+
+def _made_for(recipe: Recipe) -> Shipped:
+    return Shipped(recipe.task, recipe.decode, recipe.model.dtype)
 
 
 def _settings(recipe: Recipe, **sections: Any) -> dict[str, Any]:

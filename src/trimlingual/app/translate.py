@@ -11,7 +11,7 @@ import torch
 from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.translate_clips import translate_clips
-from trimlingual.exports.shipped import Shipped, read_shipped
+from trimlingual.exports.shipped import SHIPPED_FILE, Shipped, read_shipped
 from trimlingual.models.folders import folder_problems
 from trimlingual.models.qwen2_audio import ModelError, load_model, load_processor, pick_device, resolve_base, window_s
 from trimlingual.recipe import Recipe, load_recipe
@@ -79,6 +79,11 @@ def _settings(folder: Path, recipe: Recipe | None, device: torch.device) -> Ship
     if recipe is not None:
         return Shipped(recipe.task, recipe.decode, recipe.model.dtype)
     mini = load_recipe("mini")  # the published prompt
+    if folder != resolve_base(mini.model.base):
+        say(
+            f"note: {folder} has no {SHIPPED_FILE}, which says how a model is asked: it is asked {mini.task.prompt!r}; "
+            "--recipe gives another prompt and other decoding settings"
+        )
     return Shipped(mini.task, mini.decode, "float32" if device.type == "cpu" else "bfloat16")
 
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 
@@ -47,7 +48,8 @@ def main() -> None:
             ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         said.append(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
     assert not any(name.partition(".")[0] == "trimlingual" for name in sys.modules)
-    print(json.dumps({"keys": keys, "said": said}))
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    print(json.dumps({"versions": versions, "keys": keys, "said": said}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`trimlingual.json`: how an exported model was asked and decoded when it was scored, so that `translate` needs no recipe."""
+"""`trimlingual.json`: what a model was made to be asked, and how it is decoded and scored, so that `translate` needs no recipe.
+
+Every stage that makes a model writes it, and so does the export.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def read_shipped(folder: Path) -> Shipped | None:
     path = folder / SHIPPED_FILE
     if not path.is_file():
         return None
-    found: Shipped = read_record(path, Shipped, ShippedError, "export the model again, or give --recipe")
+    found: Shipped = read_record(path, Shipped, ShippedError, "make the model again, or give --recipe")
     if found.format > FORMAT:
         raise ShippedError(
             f"{path} has format {found.format}; this version reads up to {FORMAT}: install a newer trimlingual"

@@ -1,5 +1,7 @@
 """What holds of every model folder that is written here: published tensor names, greedy generation, files that others can read.
 
+Others are other users, and transformers from 4.57 on.
+
 Nothing is loaded: JSON files and the headers of safetensors files are read and, where needed, edited in place.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,39 @@ INDEX = "model.safetensors.index.json"
 def finish_saved(folder: Path, max_new_tokens: int | None = None) -> None:
     """Put right what libraries leave in a folder that a model was just saved to.
 
-    Tensors get the published names, `generation_config.json` becomes the greedy one that scores are made with, and files get the
-    permissions that the umask asks for (safetensors leaves 0600).
+    Tensors get the published names, `generation_config.json` becomes the greedy one that scores are made with, configurations can be
+    read by transformers 4.57 too, and files get the permissions that the umask asks for (safetensors leaves 0600).
     """
     use_published_names(folder)
-    path = folder / "generation_config.json"
-    if path.is_file():
-        write_json(path, greedy_generation(json.loads(path.read_text(encoding="utf-8")), max_new_tokens))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rows = (config.get("text_config") or {}).get("vocab_size")
-    wanted = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of this machine
-    if rows is not None and "vocab_size" in config:
-        wanted["vocab_size"] = rows
-    if wanted != config:
-        write_json(folder / "config.json", wanted)
+    _edit(folder / "generation_config.json", lambda config: greedy_generation(config, max_new_tokens))
+    _edit(folder / "config.json", portable_config)
+    _edit(folder / "tokenizer_config.json", portable_tokenizer)
     make_readable(folder)
+
+
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with one number of rows and without a path of this machine. The base of the rotary embedding stands where
+    transformers 4 reads it too: elsewhere it would take 10,000, whatever the model was trained with."""
+    wanted = {key: value for key, value in config.items() if key != "_name_or_path"}
+    text = dict(config.get("text_config") or {})
+    if "vocab_size" in config and "vocab_size" in text:
+        wanted["vocab_size"] = text["vocab_size"]
+    if base := (text.get("rope_parameters") or {}).get("rope_theta"):
+        wanted["text_config"] = text | {"rope_theta": base}
+    return wanted
+
+
+def portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer's settings with its special tokens under a name that transformers 4 and 5 read.
+
+    transformers 5 writes them as a list under `extra_special_tokens`, where 4.57 expects a mapping.
+    """
+    tokens = config.get("extra_special_tokens")
+    if not isinstance(tokens, list):
+        return dict(config)
+    return {key: value for key, value in config.items() if key != "extra_special_tokens"} | {
+        "additional_special_tokens": tokens
+    }
 
 
 def greedy_generation(config: Mapping[str, Any], max_new_tokens: int | None = None) -> dict[str, Any]:
@@ -73,6 +93,12 @@ def make_readable(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             path.chmod(0o666 & ~mask)
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Write a JSON file again if it is there and `change` changes it."""
+    if path.is_file() and (wanted := change(before := json.loads(path.read_text(encoding="utf-8")))) != before:
+        write_json(path, wanted)
 
 
 def _published(name: str) -> str:

@@ -25,6 +25,7 @@ from trimlingual.report.tables import (
     megabytes_text,
     number_text,
     parameters_text,
+    proof_text,
     result_rows,
     result_table,
     result_table_markdown,
@@ -120,10 +121,17 @@ def _context(run_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
         "heat_maps": heat_maps(report),
         "examples": examples(run_dir, report),
         "signatures": _signatures(report),
+        "proof": _proof(report),
         "stages": [{**stage, "facts": _facts(stage["info"])} for stage in report["stages"]],
         "total_seconds": sum(stage["seconds"] for stage in report["stages"]),
         "language_name": language_name,
     }
+
+
+def _proof(report: dict[str, Any]) -> str:
+    """What the export has proven; nothing where nothing was exported, or the base model is random."""
+    infos = [stage["info"] for stage in report["stages"] if stage["stage"] == "exported"]
+    return proof_text(infos[0]["proof"]) if infos and infos[0].get("proof") else ""
 
 
 def _signatures(report: dict[str, Any]) -> list[tuple[str, str, str]]:

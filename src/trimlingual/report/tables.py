@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -166,3 +167,13 @@ def _has_wrong(report: dict[str, Any], code: str) -> bool:
 
 def _has_comet(report: dict[str, Any], code: str) -> bool:
     return any(model["languages"].get(code, {}).get("comet") for model in report["models"])
+
+
+def proof_text(proof: Mapping[str, Any]) -> str:
+    """What an export's proof has shown, in one sentence. Exports of earlier versions do not say with what it was shown."""
+    with_what = " with ".join(f"{name} {version}" for name, version in proof.get("versions", {}).items())
+    loads = f"plain {with_what or 'transformers'} loads the folder whole"
+    if not proof["compared"]:
+        return f"{loads}; nothing was recorded to compare its translations with (this model was not evaluated)"
+    generate = f"generate() in {proof['dtype']}" if "dtype" in proof else "generate()"
+    return f"{loads}, and {generate} gives {proof['equal']} of {proof['compared']} recorded translations unchanged"

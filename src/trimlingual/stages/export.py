@@ -17,6 +17,7 @@ from trimlingual.models.folders import folder_problems
 from trimlingual.models.qwen2_audio import ModelError, is_on_hub
 from trimlingual.models.saving import finish_saved
 from trimlingual.recipe import Recipe
+from trimlingual.report.tables import proof_text
 from trimlingual.run.artifacts import ARTIFACT_FILE, write_text
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.progress import LOG_FILE, say
@@ -47,7 +48,7 @@ def export(
     else:
         exact = recipe.model.dtype == "float32" and lineage.quantization is None
         proof = prove_export(out_dir, recipe, evaluation_dir, clips, exact)
-        say(f"  plain transformers loads it; {proof['equal']} of {proof['compared']} recorded translations are equal")
+        say(f"  proof: {proof_text(proof)}")
     write_text(out_dir / "README.md", model_card(recipe, lineage, result, proof))
     return {
         "proof": proof,
@@ -66,7 +67,7 @@ def model_card(
         recipe=recipe,
         lineage=lineage,
         result=result,
-        proof=proof,
+        proof=proof_text(proof) if proof else None,
         removed=lineage.removed("decoder"),
         version=__version__,
         prompt=recipe.task.prompt_for(recipe.task.target_languages[0]),
