@@ -38,8 +38,9 @@ from trimlingual.decoding.translate_clips import embed_prompt, encode_audio, gre
 from trimlingual.evaluation.cost import Stopwatch, count_parameters, disk_bytes, peak_memory
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.layers import drop_layers_
-from trimlingual.models.qwen2_audio import load_processor, resolve_base, save_model
+from trimlingual.models.loading import load_processor, resolve_base
 from trimlingual.models.random_weights import draw
+from trimlingual.models.saving import save_model
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import LoraSettings, QuantizeSettings, TaskSettings
 from trimlingual.run.artifacts import machine, write_json

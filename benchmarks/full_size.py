@@ -34,7 +34,7 @@ import torch
 from true_size import make_data
 
 from trimlingual.evaluation.cost import MeasureError, disk_bytes, peak_memory
-from trimlingual.models.qwen2_audio import load_processor, resolve_base
+from trimlingual.models.loading import load_processor, resolve_base
 from trimlingual.pipeline import plan
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import machine, write_json

@@ -29,7 +29,8 @@ from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.qwen2_audio import load_model, load_processor, resolve_base, save_model
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.saving import save_model
 from trimlingual.quantization.int4 import round_to_integers, save_packed
 from trimlingual.recipe import (
     BuiltinSource,
@@ -42,9 +43,10 @@ from trimlingual.recipe import (
 )
 from trimlingual.run.artifacts import SCRATCH, machine
 from trimlingual.run.lineage import read_lineage
-from trimlingual.stages.finetune import finetune, train_
+from trimlingual.stages.finetune import finetune
 from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
 from trimlingual.training.loss import answer_logits
+from trimlingual.training.trainer import train_
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip, Source, read_source
 from trimlingual.evaluation.cost import disk_bytes, peak_memory
 from trimlingual.models.inputs import Prompter
-from trimlingual.models.qwen2_audio import load_processor, pick_device, resolve_base
+from trimlingual.models.loading import load_processor, pick_device, resolve_base
 from trimlingual.pipeline import run_stage
 from trimlingual.recipe import FolderSource, HubSource, ManifestSource, Recipe, TaskSettings, list_recipes, parse_recipe
 from trimlingual.run.artifacts import find_artifact, machine, write_json

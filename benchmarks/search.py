@@ -41,7 +41,8 @@ from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.shared_prompts import MOST_ROWS
 from trimlingual.decoding.translate_clips import encode_clips, greedy
 from trimlingual.evaluation.cost import peak_memory
-from trimlingual.models.qwen2_audio import eos_token_ids, load_model, load_processor, resolve_base
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import RankSettings, load_recipe
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.run.lineage import Lineage

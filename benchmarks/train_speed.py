@@ -39,12 +39,12 @@ from true_size import build, make_data, quantize_
 
 from trimlingual.data.audio import load_audio
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.qwen2_audio import load_processor, resolve_base
+from trimlingual.models.loading import load_processor, resolve_base
 from trimlingual.recipe import LoraSettings, TaskSettings, TrainSettings, load_recipe
 from trimlingual.run.artifacts import machine, write_json
-from trimlingual.stages.finetune import checkpoint_layers_, make_trainer
 from trimlingual.training.lora import add_lora
 from trimlingual.training.loss import answer_forward
+from trimlingual.training.trainer import checkpoint_layers_, make_trainer
 
 TASK = TaskSettings(target_languages=["de"])
 BATCH = 4  # the notebook's

@@ -31,11 +31,11 @@ from tools.mini.network import train_processor
 from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import Split
-from trimlingual.models.qwen2_audio import save_model
+from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, TaskSettings
 from trimlingual.run.artifacts import hash_file
 from trimlingual.run.lineage import Lineage, read_lineage
-from trimlingual.stages.finetune import _TranslationTrainer
+from trimlingual.training.trainer import TranslationTrainer
 
 WINDOW_S = 2
 TEXTS = [
@@ -194,7 +194,7 @@ def killed_in_step() -> Callable[[int], Any]:
 
     @contextmanager
     def context(done: int) -> Iterator[None]:
-        training_step = _TranslationTrainer.training_step
+        training_step = TranslationTrainer.training_step
 
         def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == done:
@@ -202,7 +202,7 @@ def killed_in_step() -> Callable[[int], Any]:
             return training_step(self, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_TranslationTrainer, "training_step", dies)
+            patch.setattr(TranslationTrainer, "training_step", dies)
             with pytest.raises(_Killed):
                 yield
 

@@ -7,7 +7,8 @@ import torch
 
 from trimlingual.data.splits import DataSplits, Split
 from trimlingual.decoding.translate_clips import Translation
-from trimlingual.models.qwen2_audio import load_model, save_model
+from trimlingual.models.loading import load_model
+from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings
 from trimlingual.stages.distill import distill, has_repetition_loop, mix, read_distilled, reject
 

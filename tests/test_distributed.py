@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from trimlingual import cli
-from trimlingual.models.qwen2_audio import resolve_base
+from trimlingual.models.loading import resolve_base
 from trimlingual.pipeline import compress
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import read_artifact

@@ -19,8 +19,16 @@ from trimlingual.data.sources import Clip
 from trimlingual.exports import proof
 from trimlingual.exports.proof import ExportError, most_different, prove_export
 from trimlingual.exports.shipped import SHIPPED_FILE, read_shipped
-from trimlingual.models.qwen2_audio import ModelError, load_model, load_processor, save_model
-from trimlingual.models.saving import DOUBLED, finish_saved, greedy_generation, tensor_names, use_published_names
+from trimlingual.models.folders import ModelError
+from trimlingual.models.loading import load_model, load_processor
+from trimlingual.models.saving import (
+    DOUBLED,
+    finish_saved,
+    greedy_generation,
+    save_model,
+    tensor_names,
+    use_published_names,
+)
 from trimlingual.recipe import load_recipe
 from trimlingual.run.lineage import LeakError, check_unseen, read_lineage
 from trimlingual.stages.export import export

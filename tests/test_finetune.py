@@ -13,14 +13,15 @@ import torch
 from trimlingual.data.audio import load_audio
 from trimlingual.decoding.translate_clips import encode_audio
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.qwen2_audio import load_model
+from trimlingual.models.loading import load_model
 from trimlingual.recipe import LoraSettings, TrainSettings
 from trimlingual.run.lineage import read_lineage
-from trimlingual.stages.finetune import finetune, make_trainer, train_
+from trimlingual.stages.finetune import finetune
 from trimlingual.training.checkpoints import last_complete_checkpoint
 from trimlingual.training.loss import answer_forward, answer_loss
 from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.stored_audio import stored_states
+from trimlingual.training.trainer import make_trainer, train_
 
 
 @pytest.fixture

@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from trimlingual.data.sources import read_source
-from trimlingual.decoding.decoder import PackedDecoder, Slots, flash_attention
+from trimlingual.decoding.attention import flash_attention
+from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.shared_prompts import Prefixes, SharedPrefixes
+from trimlingual.decoding.slots import Slots
 from trimlingual.decoding.translate_clips import embed_prompt, encode_clips, greedy
 from trimlingual.models.inputs import Example, Prompter
-from trimlingual.models.qwen2_audio import eos_token_ids, load_model, load_processor, resolve_base
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import TrainSettings, load_recipe
 from trimlingual.search.from_parent import trace, translate_without
-from trimlingual.stages.finetune import train_
 from trimlingual.training.optimizer import flash_adamw
+from trimlingual.training.trainer import train_
 
 from .test_from_parent import SHAPES, random_case
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from trimlingual.evaluation.cost import count_parameters, disk_bytes
-from trimlingual.models.qwen2_audio import load_model
+from trimlingual.models.loading import load_model
 from trimlingual.quantization.int4 import PackingError, modules_to_pack, round_to_integers, save_packed
 from trimlingual.recipe import QuantizeSettings
 from trimlingual.stages.quantize import sqnr_db

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
+from trimlingual.decoding import attention
+from trimlingual.decoding.attention import attend_one, join
 from trimlingual.models import kernels
-from trimlingual.models.kernels import add_norm, attend_one, gated, join, rotate
+from trimlingual.models.kernels import add_norm, gated, rotate
 
 pytest.importorskip("triton")
 
@@ -27,7 +29,8 @@ def shape(request, monkeypatch):
     device, dtype = request.param
     if (device == "cuda") != torch.cuda.is_available():
         pytest.skip("needs a GPU, or that there is none (conftest.py)")
-    monkeypatch.setattr(kernels, "usable", lambda tensor: True)
+    for module in (kernels, attention):
+        monkeypatch.setattr(module, "usable", lambda tensor: True)
     torch.manual_seed(0)
     return {"device": device, "dtype": dtype}
 
@@ -58,7 +61,7 @@ def test_attention_of_one_token_a_row(shape, monkeypatch, heads, kv_heads, size)
     keys, values = torch.randn(300, kv_heads, size, **shape), torch.randn(300, kv_heads, size, **shape)
     query = torch.randn(6, heads, size, **shape)
     for enough in (1, 10**6):
-        monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
+        monkeypatch.setattr(attention, "ENOUGH_PROGRAMS", enough)
         got, sums = attend_one(query, keys, values, start, used)
         for row, (first, count) in enumerate(zip(start.tolist(), used.tolist())):
             stretch = (t[first : first + count].float().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))

@@ -12,9 +12,9 @@ from torch import nn
 from trimlingual.models.inputs import Example
 from trimlingual.models.qwen2_audio import freeze_, text_decoder
 from trimlingual.recipe import LoraSettings, TrainSettings
-from trimlingual.stages.finetune import train_
 from trimlingual.training import lora
 from trimlingual.training.lora import add_lora, fuse_lora_
+from trimlingual.training.trainer import train_
 
 
 class Two(nn.Module):

@@ -16,7 +16,8 @@ from trimlingual.data.sources import read_source
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.quality import corpus_score
-from trimlingual.models.qwen2_audio import layer_list, load_model, load_processor, resolve_base, window_s
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.qwen2_audio import layer_list, window_s
 from trimlingual.recipe import BuiltinSource, load_recipe
 
 MINI = Path(__file__).parents[1] / "src" / "trimlingual" / "mini"

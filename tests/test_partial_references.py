@@ -11,7 +11,7 @@ from trimlingual.data.audio import DataError
 from trimlingual.data.sources import listing_problems, read_recordings
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
-from trimlingual.models.qwen2_audio import load_model, load_processor, pick_device
+from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, TaskSettings
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.search.plan import read_plan

@@ -15,7 +15,7 @@ from trimlingual import preflight, resources
 from trimlingual.cli import app
 from trimlingual.estimate import Estimate, disk_peak
 from trimlingual.models.folders import folder_problems
-from trimlingual.models.qwen2_audio import resolve_base
+from trimlingual.models.loading import resolve_base
 from trimlingual.pipeline import compress, plan, run_stage
 from trimlingual.preflight import PreflightError, check
 from trimlingual.recipe import load_recipe

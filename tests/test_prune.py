@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from trimlingual.models.qwen2_audio import load_model
+from trimlingual.models.loading import load_model
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages import prune as module
 from trimlingual.stages.prune import ProofError, prune

@@ -11,7 +11,7 @@ import torch
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import read_source
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.qwen2_audio import load_model, load_processor, resolve_base
+from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.quantization.int4 import round_to_integers, save_packed
 from trimlingual.recipe import BuiltinSource, LoraSettings, QuantizeSettings, TaskSettings
 from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db

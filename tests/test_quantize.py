@@ -7,7 +7,8 @@ import torch
 
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.inputs import Example
-from trimlingual.models.qwen2_audio import load_model, resolve_base, save_model
+from trimlingual.models.loading import load_model, resolve_base
+from trimlingual.models.saving import save_model
 from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import read_lineage

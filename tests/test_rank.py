@@ -10,7 +10,7 @@ from trimlingual.decoding.translate_clips import max_new_tokens
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.inputs import Example, Prompter
 from trimlingual.models.layers import drop_layers_
-from trimlingual.models.qwen2_audio import load_model
+from trimlingual.models.loading import load_model
 from trimlingual.recipe import RankSettings, TrainSettings
 from trimlingual.run.artifacts import append_jsonl
 from trimlingual.run.lineage import read_lineage

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trimlingual.models.inputs import Example
-from trimlingual.models.qwen2_audio import load_model, pick_device
+from trimlingual.models.loading import load_model, pick_device
 from trimlingual.pipeline import run_stage
 from trimlingual.quantization.int4 import best_scale, round_to_integers
 from trimlingual.quantization.rounding import Moments, round_columns, walk_layers

@@ -15,7 +15,9 @@ from trimlingual.decoding.translate_clips import encode_clips, max_new_tokens, t
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.inputs import Collator, Example, Prompter
 from trimlingual.models.layers import drop_layers_, without_layers
-from trimlingual.models.qwen2_audio import eos_token_ids, load_model, load_processor, resolve_base, save_model
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.qwen2_audio import eos_token_ids
+from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, load_recipe
 from trimlingual.run.lineage import read_lineage
 from trimlingual.search import scorer

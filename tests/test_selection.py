@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trimlingual.models.inputs import Example
-from trimlingual.models.qwen2_audio import load_model, pick_device
+from trimlingual.models.loading import load_model, pick_device
 from trimlingual.recipe import TrainSettings
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.finetune import finetune

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.decoding import decoder, shared_prompts
-from trimlingual.decoding.decoder import Slots
+from trimlingual.decoding import attention, shared_prompts
 from trimlingual.decoding.shared_prompts import Prefixes, SharedPrefixes
+from trimlingual.decoding.slots import Slots
 
 from .plain_attention import plain_attention
 
@@ -17,7 +17,7 @@ HEADS, SIZE, LAYERS = 4, 8, 5
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_equals_attention_over_whole_rows(monkeypatch, kv_heads):
     """Three candidates of three clips, their entries out of order, one entry without a row, one prefix fewer than there is room for."""
-    for module in (decoder, shared_prompts):
+    for module in (attention, shared_prompts):
         monkeypatch.setattr(module, "flash_attention", plain_attention)
     torch.manual_seed(0)
     lengths, clips, candidates = [6, 3, 9], 3, [1, 3, 4]  # tokens of the prompts; the layers that the candidates lack

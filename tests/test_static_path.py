@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimlingual.decoding import decoder, loop, shared_prompts
+from trimlingual.decoding import attention, cuda_graphs, decoder, shared_prompts
 from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.translate_clips import greedy
@@ -29,13 +29,13 @@ class Event:
 @pytest.fixture
 def static(monkeypatch):
     """Stepper for a decoder, as on a GPU in 16 bits (`flash`) or in float32."""
-    for module in (decoder, shared_prompts):
+    for module in (attention, decoder, shared_prompts):
         monkeypatch.setattr(module, "flash_attention", plain_attention)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(loop._Graphs, "_captured", lambda self, works: list(works))
-    monkeypatch.setattr(loop, "SMALLEST_STEP", 2)
+    monkeypatch.setattr(cuda_graphs.Graphs, "_captured", lambda self, works: list(works))
+    monkeypatch.setattr(cuda_graphs, "SMALLEST_STEP", 2)
 
     class Static(Stepper):
         def extend(self, slots, active, rows, watch=None):

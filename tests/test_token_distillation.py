@@ -9,7 +9,8 @@ import torch
 
 from trimlingual.data.audio import load_audio
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.qwen2_audio import load_model, load_processor, pick_device, save_model
+from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.saving import save_model
 from trimlingual.recipe import TokenDistillation, TrainSettings
 from trimlingual.stages.finetune import finetune
 from trimlingual.training.loss import answer_forward, divergence

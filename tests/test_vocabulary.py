@@ -18,7 +18,8 @@ from trimlingual.data.sources import read_source
 from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.models.inputs import Prompter
-from trimlingual.models.qwen2_audio import load_model, load_processor, resolve_base, save_model
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.saving import save_model
 from trimlingual.pipeline import compress, plan
 from trimlingual.recipe import (
     BuiltinSource,

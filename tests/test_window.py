@@ -11,7 +11,8 @@ from tests.conftest import WINDOW_S
 from trimlingual.data.audio import SAMPLE_RATE, load_audio
 from trimlingual.decoding.translate_clips import encode_audio
 from trimlingual.models.inputs import FRAMES_MULTIPLE, Collator, Example, Prompter, log_mels
-from trimlingual.models.qwen2_audio import load_model, load_processor, num_audio_states, resolve_base, tower_states
+from trimlingual.models.loading import load_model, load_processor, resolve_base
+from trimlingual.models.qwen2_audio import num_audio_states, tower_states
 from trimlingual.training.loss import answer_forward
 
 HOP = 160

@@ -26,7 +26,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from trimlingual.models.qwen2_audio import save_model
+from trimlingual.models.saving import save_model
 
 NUM_ROWS = 49_216  # 49,152 tokens, three for audio, and a multiple of 64
 WINDOW_S = 10

@@ -146,7 +146,7 @@ def config_of(recipe: Recipe) -> Any:
     """The base model's configuration; of one on the Hub only that file is fetched."""
     from transformers import AutoConfig
 
-    from trimlingual.models.qwen2_audio import is_on_hub, resolve_base
+    from trimlingual.models.loading import is_on_hub, resolve_base
 
     base = recipe.model.base
     if is_on_hub(base):

@@ -101,7 +101,8 @@ class HubRef(Ref):
         return f"{self.name}@{hub_commit(here)}" if here else None
 
     def _here(self) -> Path | None:
-        from trimlingual.models.qwen2_audio import ModelError, resolve_base
+        from trimlingual.models.folders import ModelError
+        from trimlingual.models.loading import resolve_base
 
         try:
             folder = resolve_base(self.name, self.revision, download=False)
@@ -110,7 +111,7 @@ class HubRef(Ref):
         return folder if is_whole(folder) else None
 
     def _download(self) -> Path:
-        from trimlingual.models.qwen2_audio import resolve_base
+        from trimlingual.models.loading import resolve_base
 
         return resolve_base(self.name, self.revision)
 
@@ -139,7 +140,8 @@ class HubProcessorRef(HubRef):
         return self._here() or self._download()
 
     def _here(self) -> Path | None:
-        from trimlingual.models.qwen2_audio import ModelError, resolve_base
+        from trimlingual.models.folders import ModelError
+        from trimlingual.models.loading import resolve_base
 
         try:
             folder = resolve_base(self.name, self.revision, download=False, weights=False)
@@ -148,7 +150,7 @@ class HubProcessorRef(HubRef):
         return folder if _window_files(folder) else None
 
     def _download(self) -> Path:
-        from trimlingual.models.qwen2_audio import resolve_base
+        from trimlingual.models.loading import resolve_base
 
         return resolve_base(self.name, self.revision, weights=False)
 
@@ -167,7 +169,7 @@ def processor_ref(base: Ref) -> Ref:
 
 def base_ref(recipe: Recipe, remembered: HashCache | None = None) -> Ref:
     """The base model, known by its content."""
-    from trimlingual.models.qwen2_audio import is_on_hub, resolve_base
+    from trimlingual.models.loading import is_on_hub, resolve_base
 
     base, revision = recipe.model.base, recipe.model.revision
     remembered = remembered or HashCache()

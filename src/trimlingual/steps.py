@@ -141,7 +141,8 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
     settings = {"data": recipe.data, "target_languages": recipe.task.target_languages}
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.models.qwen2_audio import load_processor, window_s
+        from trimlingual.models.loading import load_processor
+        from trimlingual.models.qwen2_audio import window_s
 
         return prepare_data(
             recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["processor"].folder))

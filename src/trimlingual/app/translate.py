@@ -12,8 +12,9 @@ from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.exports.shipped import SHIPPED_FILE, Shipped, read_shipped
-from trimlingual.models.folders import folder_problems
-from trimlingual.models.qwen2_audio import ModelError, load_model, load_processor, pick_device, resolve_base, window_s
+from trimlingual.models.folders import ModelError, folder_problems
+from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
+from trimlingual.models.qwen2_audio import window_s
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.progress import say
 

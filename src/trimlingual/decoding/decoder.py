@@ -11,8 +11,6 @@ D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import psutil
@@ -20,89 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trimlingual.decoding.attention import attention_of_one, flash_attention
 from trimlingual.decoding.ragged import Packed, Tail, chunks, common_beginnings
-from trimlingual.models.kernels import attend_one, rotate, usable
+from trimlingual.decoding.slots import Into, Slots
+from trimlingual.models.kernels import rotate
 from trimlingual.models.qwen2_audio import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
 
 # Attention (B, H, E) of one token a row over keys and values (S, K, E) of the slots.
 OverSlots = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Slots:
-    """Keys and values of every layer, (S, K, E) each, and the rows' stretches in them.
-
-    Stretches are `ragged` (each as long as its row may get, the last slot belonging to nobody) or all `width` long.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    start: Tensor  # (rows + 1,) int32, first slot of each row
-    width: int
-    ragged: bool
-
-    @cached_property
-    def each(self) -> Tensor:
-        """(rows + 1,) int32: where each row's query begins when every row has one."""
-        return torch.arange(len(self.start), dtype=torch.int32, device=self.start.device)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows there is room for."""
-        return len(self.start) - 1
-
-    def assign(self, capacities: Sequence[int]) -> bool:
-        """Give the slots to new rows of at most these many positions; False if there are too few."""
-        if len(capacities) > self.num_rows or max(capacities) > self.width:
-            return False
-        if not self.ragged:
-            return True
-        nobody = len(self.keys[0]) - 1
-        if sum(capacities) > nobody:
-            return False
-        self.start.fill_(nobody)
-        first = torch.tensor([0, *capacities[:-1]]).cumsum(0)
-        self.start[: len(capacities)] = first.to(self.start)
-        return True
-
-    def kept(self, rows: Tensor, used: int, active: Sequence[int]) -> Slots:
-        """A copy with only the given rows, of which `used` slots are filled (stretches of equal length), in the `active` layers."""
-
-        def chosen(tensor: Tensor) -> Tensor:
-            target = tensor.new_empty((len(rows), self.width, *tensor.shape[1:]))
-            torch.index_select(tensor.unflatten(0, (-1, self.width))[:, :used], 0, rows, out=target[:, :used])
-            target[:, used:] = 0
-            return target.flatten(0, 1)
-
-        keys, values = list(self.keys), list(self.values)
-        for layer in active:
-            keys[layer], values[layer] = chosen(keys[layer]), chosen(values[layer])
-        return Slots(keys, values, self.start[: len(rows) + 1], self.width, self.ragged)
-
-
-class _Into:
-    """Where packed rows stand in slots, from row `first_row` on."""
-
-    def __init__(self, packed: Packed, slots: Slots, first_row: int):
-        self.packed, self.slots = packed, slots
-        self.start = slots.start[first_row : first_row + len(packed.lengths) + 1]
-        self.lengths = packed.offsets.diff()
-        self._place = slots.start[packed.row + first_row] + packed.position  # (N,) slot of each token
-        self._from = self._again = None
-        if packed.source is not None:
-            computed, again = packed.computed.place, packed.repeated
-            self._from, self._again = self._place[computed[packed.source[again]]], self._place[again]
-            self._place = self._place[computed]
-
-    def destination(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of a layer, and the slots (C,) of the computed tokens in them."""
-        return self.slots.keys[position], self.slots.values[position], self._place
-
-    def repeat(self, position: int) -> None:
-        """Copy what a row has in common with the one before it."""
-        if self._again is not None:
-            for tensor in (self.slots.keys[position], self.slots.values[position]):
-                tensor[self._again] = tensor[self._from]
 
 
 class PackedDecoder:
@@ -162,7 +85,7 @@ class PackedDecoder:
         rows' `slots`, from row `first_row` on. The last layer's output is that of the last `tail` tokens of each row alone, which is
         all that is ever read of a prompt.
         """
-        rope, into = self.rope(packed.computed.position), _Into(packed, slots, first_row) if slots else None
+        rope, into = self.rope(packed.computed.position), Into(packed, slots, first_row) if slots else None
         for position in active:
             kept: list[Tensor] = []
             last = packed.tail(tail) if tail and position == active[-1] else None
@@ -271,7 +194,7 @@ class PackedDecoder:
             mixed[group.tokens] = out.transpose(1, 2)[group.row, group.inner]
         return mixed
 
-    def _causal_over_slots(self, query: Tensor, position: int, into: _Into, tail: Tail) -> Tensor:
+    def _causal_over_slots(self, query: Tensor, position: int, into: Into, tail: Tail) -> Tensor:
         """The same over rows that stand in slots, with flash attention."""
         longest = max(tail.lengths), max(into.packed.lengths)
         keys, values = into.slots.keys[position], into.slots.values[position]
@@ -295,28 +218,3 @@ class PackedDecoder:
         grouped = query.unflatten(1, (keys.shape[1], -1))
         mixed = scaled_dot_product_attention(grouped, rows(keys), rows(values), attn_mask=seen[:, None, None])
         return mixed.flatten(1, 2)
-
-
-def attention_of_one(
-    query: Tensor, keys: Tensor, values: Tensor, start: Tensor, used: Tensor, slots: Slots
-) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, E) of one token a row over `used` (B,) slots from `start` (B + 1,) on, and its log-sum-exps (H, B)."""
-    if usable(query):
-        return attend_one(query, keys, values, start, used)
-    each = slots.each[: len(query) + 1]
-    return flash_attention(query, keys, values, each, start, 1, slots.width, causal=False, used=used)
-
-
-def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_q: int, max_k: int, *,
-    causal: bool, used: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Flash attention (Dao 2023) of M queries (M, H, E) over rows of unlike length, and its log-sum-exps (H, M).
-
-    `used` (B,) limits the keys of each row. The operator itself, because the public `varlen_attn` has no `used` before PyTorch 2.13.
-    """
-    operator = torch.ops.aten._flash_attention_forward
-    mixed, sums, *_ = operator(
-        query, key, value, offsets_q, offsets_k, max_q, max_k, 0.0, causal, False, seqused_k=used
-    )
-    return mixed, sums

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimlingual.decoding.decoder import Slots, attention_of_one, flash_attention
-from trimlingual.models.kernels import join
+from trimlingual.decoding.attention import attention_of_one, flash_attention, join
+from trimlingual.decoding.slots import Slots
 
 MOST_ROWS = 128  # of a prefix: one tile of the attention kernel
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.decoder import PackedDecoder
-from trimlingual.decoding.loop import Rows, Stepper
+from trimlingual.decoding.loop import Stepper
+from trimlingual.decoding.rows import Rows
 from trimlingual.evaluation.cost import Stopwatch, peak_bytes
 from trimlingual.models.inputs import Prompter, log_mels
 from trimlingual.models.qwen2_audio import (

@@ -15,7 +15,7 @@ from scipy.stats import binom
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
-from trimlingual.models.qwen2_audio import pick_device
+from trimlingual.models.loading import pick_device
 from trimlingual.recipe import Recipe
 from trimlingual.stages.evaluate import read_translations
 

@@ -11,6 +11,10 @@ CHANGES_WEIGHTS = ("teacher", "recovered", "pruned", "quantized")
 PROCESSOR_FILES = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 
 
+class ModelError(ValueError):
+    """A model that cannot be used here; the message says what to do."""
+
+
 def folder_problems(folder: Path, stage: str) -> list[str]:
     """Why `stage` cannot use the model in `folder`; empty if nothing speaks against it."""
     if (folder / "adapter_config.json").is_file():

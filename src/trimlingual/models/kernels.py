@@ -1,7 +1,7 @@
 """Triton kernels for what takes PyTorch several: a decode step of a 7B model has 32 layers to launch them for.
 
-Each function but `attend_one` falls back on PyTorch where there is no GPU, or no Triton, or in 32 bits. Products and sums are rounded
-where PyTorch rounds them, so Triton may not fuse the two.
+Each function falls back on PyTorch where there is no GPU, or no Triton, or in 32 bits. Products and sums are rounded where PyTorch
+rounds them, so Triton may not fuse the two. The attention of a decode step is in decoding/attention.py.
 
 Shapes: N tokens, H heads, K key-value heads, E head size, S slots, D width, F width of the MLP.
 """
@@ -24,7 +24,6 @@ except ImportError:  # CPU builds of PyTorch come without it
 
 Destination = tuple[Tensor, Tensor, Tensor]  # keys (S, K, E), values (S, K, E), slot of each token (N,)
 BLOCK = 2048  # elements of a program that goes element by element
-ENOUGH_PROGRAMS = 2048  # of `attend_one` to keep a GPU busy; fewer are larger
 
 
 def usable(tensor: Tensor) -> bool:
@@ -66,41 +65,6 @@ def rotate(
         keys[slot] = key
         values[slot] = value
     return query, key
-
-
-def join(own: Tensor, own_sums: Tensor, shared: Tensor, shared_sums: Tensor, place: Tensor) -> Tensor:
-    """Attention over two sets of keys from that over each, (N, H, E), and its log-sum-exps (H, N); `own` is overwritten.
-
-    Row n stands at `place[n]` of the shared ones; at -1 it has only its own.
-    """
-    if not usable(own):
-        there = place.clamp(min=0).long()
-        weight = torch.sigmoid(own_sums - shared_sums[:, there]).T[..., None]
-        mixed = weight * own.float() + (1 - weight) * shared[there].float()
-        return torch.where(place[:, None, None] < 0, own, mixed.to(own.dtype))
-    rows, heads, size = own.shape
-    tile = math.gcd(heads, 8)
-    _join[rows, heads // tile](
-        own, own_sums, shared, shared_sums, place, rows,
-        H=heads, E=size, BLOCK=triton.next_power_of_2(size), TILE=tile, num_warps=2,
-    )  # fmt: skip
-    return own
-
-
-def attend_one(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (N, H, E) of one token a row over the first `used` (N,) of the slots from `start` on, and its log-sum-exps (H, N).
-
-    Flash attention's kernel works with tiles of many queries, of which one would be real. This one reads and adds, at the speed of
-    memory. Only where `usable`.
-    """
-    rows, heads, size = query.shape
-    mixed, sums = torch.empty_like(query), torch.empty((heads, rows), dtype=torch.float32, device=query.device)
-    block, warps = (32, 2) if rows * heads >= ENOUGH_PROGRAMS else (64, 4)
-    _attend_one[heads, rows](
-        query, keys, values, start, used, mixed, sums, size**-0.5, rows,
-        H=heads, K=keys.shape[1], E=size, BLOCK_E=triton.next_power_of_2(size), BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    return mixed, sums
 
 
 def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -162,59 +126,6 @@ def _rotary_kernel(
         tl.store(place + at + HALF, tl.load(source + at + HALF, mask=there), mask=there)
 
 
-def _join_kernel(
-    own, own_sums, shared, shared_sums, place, rows,
-    H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """One program a row and TILE heads."""
-    row = tl.program_id(0)
-    there = tl.load(place + row)
-    if there >= 0:
-        head = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        lane = tl.arange(0, BLOCK)
-        weight = tl.sigmoid(tl.load(own_sums + head * rows + row) - tl.load(shared_sums + head * rows + there))[:, None]
-        at = head[:, None] * E + lane[None, :]
-        inside = (lane < E)[None, :] & (head < H)[:, None]
-        mixed = weight * tl.load(own + row * H * E + at, mask=inside).to(tl.float32)
-        mixed += (1 - weight) * tl.load(shared + there * H * E + at, mask=inside).to(tl.float32)
-        tl.store(own + row * H * E + at, mixed.to(own.dtype.element_ty), mask=inside)
-
-
-def _attend_one_kernel(
-    query, keys, values, start, used, mixed, sums, scale, rows,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a head and row, BLOCK slots at a time; each of the BLOCK has a softmax of its own until the end."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    lane, step = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)
-    own = (row * H + head) * E + lane
-    asked = tl.load(query + own, mask=lane < E, other=0).to(tl.float32) * scale
-    count = tl.load(used + row)
-    at = ((tl.load(start + row).to(tl.int64) + step) * K + head // (H // K))[:, None] * E + lane[None, :]
-    highest = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    sum_of_values = tl.zeros([BLOCK, BLOCK_E], tl.float32)
-    for first in range(0, count, BLOCK):
-        there = first + step < count
-        inside = there[:, None] & (lane < E)[None, :]
-        key = tl.load(keys + at, mask=inside, other=0).to(tl.float32)
-        value = tl.load(values + at, mask=inside, other=0).to(tl.float32)
-        score = tl.where(there, tl.sum(key * asked[None, :], 1), -1e30)
-        higher = tl.maximum(highest, score)
-        weight = tl.where(there, tl.exp(score - higher), 0)
-        before = tl.exp(highest - higher)
-        total = total * before + weight
-        sum_of_values = sum_of_values * before[:, None] + weight[:, None] * value
-        highest = higher
-        at += BLOCK * K * E
-    top = tl.max(highest, 0)
-    share = tl.exp(highest - top)
-    whole = tl.sum(total * share, 0)
-    result = tl.sum(sum_of_values * share[:, None], 0) / whole
-    tl.store(mixed + own, result.to(mixed.dtype.element_ty), mask=lane < E)
-    tl.store(sums + head * rows + row, top + tl.log(whole))
-
-
 def _gated_kernel(gate, up, count, BLOCK: tl.constexpr):
     """One program BLOCK elements; both results are rounded."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -240,8 +151,3 @@ def _add_norm_kernel(hidden, more, weight, normed, epsilon, D: tl.constexpr, BLO
 
 if triton is not None:
     _rotary, _gated, _add_norm = (triton.jit(kernel) for kernel in (_rotary_kernel, _gated_kernel, _add_norm_kernel))
-    # What is given here are views into longer tensors, aligned in one layer and not in the next: one program does for all.
-    _attend_one, _join = (
-        triton.jit(kernel, do_not_specialize=["rows"], do_not_specialize_on_alignment=views)
-        for kernel, views in ((_attend_one_kernel, ["start", "used"]), (_join_kernel, ["place"]))
-    )

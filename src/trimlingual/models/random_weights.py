@@ -22,7 +22,7 @@ import torch
 from trimlingual import __version__
 from trimlingual.run.artifacts import fingerprint, write_json
 
-PREFIX = "random:"
+RANDOM = "random:"
 MARK = "random.json"  # in a folder whose weights are drawn instead of read
 SEED = 0
 # Qwen2-Audio-7B-Instruct as published (its config.json), and a model of its form that a CPU runs in seconds.
@@ -50,9 +50,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def random_base(name: str) -> Path:
     """Folder that stands for `random:...`, made in the user's cache if it is not there; ValueError lists the known names."""
-    shape = name.removeprefix(PREFIX)
+    shape = name.removeprefix(RANDOM)
     if shape not in SHAPES:
-        raise ValueError(f"{name!r} is not known; random models: {', '.join(PREFIX + known for known in SHAPES)}")
+        raise ValueError(f"{name!r} is not known; random models: {', '.join(RANDOM + known for known in SHAPES)}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimlingual" / "random"
     made_by = {"trimlingual": __version__, "transformers": version("transformers"), "settings": SHAPES[shape]}
     folder = cache / f"{shape}-{fingerprint('random', made_by, {})}"

@@ -1,26 +1,99 @@
-"""What holds of every model folder that is written here: published tensor names, greedy generation, files that others can read.
+"""Save a model, and what holds of every model folder written here: published tensor names, greedy generation, readable files.
 
-Others are other users, and transformers from 4.57 on.
+Readable by other users, and by transformers from 4.57 on.
 
-Nothing is loaded: JSON files and the headers of safetensors files are read and, where needed, edited in place.
+Weights are rounded in memory to what is stored, so that the model that is evaluated is the one on disk. `finish_saved` loads nothing:
+it reads JSON files and the headers of safetensors files and, where needed, edits them in place.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from trimlingual.models.folders import ModelError
+from trimlingual.recipe import Dtype
 from trimlingual.run.artifacts import write_json
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # transformers 5.17 writes a model that was built, not loaded, with one `model.` too many.
 DOUBLED, PUBLISHED = "language_model.model.model.", "language_model.model."
 # Of a generation config, what says which tokens are what. All else would change what greedy decoding gives.
 TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 INDEX = "model.safetensors.index.json"
+
+
+def save_model(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    storage_dtype: Dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save model and processor as safetensors; with `weights`, these instead of the model's.
+
+    With `storage_dtype` the weights are rounded to it in memory too, so that what is evaluated is what is on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = weights
+    if storage_dtype is not None:
+        if weights is None:
+            round_weights_(model, storage_dtype)
+        target = DTYPES[storage_dtype]
+        state = {k: v.to(target) if v.is_floating_point() else v for k, v in (weights or model.state_dict()).items()}
+    with explained_disk_full(folder):
+        model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
+        if storage_dtype is not None:
+            _write_stored_dtype(folder, storage_dtype)
+        processor.save_pretrained(folder)
+        finish_saved(folder)
+
+
+@contextmanager
+def explained_disk_full(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises when the disk is full (or a file-size limit is hit) into a ModelError that says so."""
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        texts = (
+            "No space left",
+            "StorageFull",
+            "File too large",
+            "os error 28",
+        )  # safetensors hides the errno in its text
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts):
+            raise ModelError(
+                f"no space left while saving to {folder}; free some disk and run again: finished stages are kept"
+            ) from error
+        raise
+
+
+@torch.no_grad()
+def round_weights_(model: Any, storage_dtype: Dtype) -> None:
+    """Round every floating-point weight to `storage_dtype`, keeping the dtype it is held in."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(DTYPES[storage_dtype]))
+
+
+def _write_stored_dtype(folder: Path, storage_dtype: Dtype) -> None:
+    """The saved config must name the dtype on disk; transformers writes the one in memory."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for section in (config, config["text_config"], config["audio_config"]):
+        section["dtype"] = storage_dtype
+    write_json(path, config)
 
 
 def finish_saved(folder: Path, max_new_tokens: int | None = None) -> None:

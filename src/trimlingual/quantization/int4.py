@@ -3,21 +3,22 @@
 bitsandbytes knows one number format a model, so it cannot hold 4-bit layers beside 8-bit embeddings. compressed-tensors (Apache-2.0,
 of the vLLM project) can: 4-bit integers with one scale a group of input weights in the layers, 8-bit integers with one scale a row in
 the embedding table and lm_head. transformers unpacks such a model to its dtype at the first forward, so it takes the memory and the
-time of the unpacked model; vLLM computes on the packed weights. The only file that imports compressed_tensors.
+time of the unpacked model; vLLM computes on the packed weights. This file and models/packed_weights.py, which reads what is written
+here, alone import compressed_tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimlingual.models.qwen2_audio import DTYPES, PARTS, explained_disk_full, part_of, round_weights_
-from trimlingual.models.saving import finish_saved
+from trimlingual.models.packed_weights import alone, is_packed, unpack_
+from trimlingual.models.qwen2_audio import PARTS, part_of
+from trimlingual.models.saving import DTYPES, explained_disk_full, finish_saved, round_weights_
 from trimlingual.recipe import Dtype, QuantizeSettings
 
 # Names in the folder's config. They match the names in memory and the published ones, which vLLM uses.
@@ -121,7 +122,7 @@ def _apply(model: Any, config: Any, wanted: dict[str, int], scales: Mapping[str,
     from compressed_tensors.quantization import apply_quantization_config
 
     apply_quantization_config(model, config)
-    found = {n: m.quantization_scheme.weights.num_bits for n, m in model.named_modules() if _is_packed(m)}
+    found = {n: m.quantization_scheme.weights.num_bits for n, m in model.named_modules() if is_packed(m)}
     if found != wanted:  # ours to get right, yet silent if it were wrong
         raise PackingError(
             f"packing matched other modules than asked: {sorted(set(found.items()) ^ set(wanted.items()))[:4]}"
@@ -137,10 +138,6 @@ def _apply(model: Any, config: Any, wanted: dict[str, int], scales: Mapping[str,
         module.weight_scale.data.copy_(scale)
         module.weight_zero_point.data.zero_()
         module.weight.data.copy_(rounded)
-
-
-def _is_packed(module: nn.Module) -> bool:
-    return getattr(module, "quantization_scheme", None) is not None
 
 
 def round_to_integers(weight: Tensor, num_bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -182,35 +179,6 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it will be read from disk, float32; 1 for a group of zeros."""
     scale = scale.to(dtype).float()
     return torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
-
-
-@torch.no_grad()
-def unpack_(model: Any, dtype: torch.dtype) -> None:
-    """Turn a packed model into a plain one of `dtype`, as transformers does at the first forward of the whole model.
-
-    Done at loading, because decoding here calls the model's parts and not the model.
-    """
-    from compressed_tensors.compressors import decompress_module
-
-    for module in model.modules():
-        if _is_packed(module):
-            decompress_module(module, leave_decompressed=False)
-    hook = getattr(model, "ct_decompress_hook", None)
-    if hook is not None:
-        hook.remove()
-        del model.ct_decompress_hook
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(parameter.is_floating_point())
-
-
-def alone() -> AbstractContextManager[None]:
-    """compressed_tensors without its sharing of modules among processes: of several, one packs, or each loads for itself."""
-    from compressed_tensors.offload import as_single_threaded
-
-    return as_single_threaded()
 
 
 def _compressor() -> Any:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimlingual.decoding.decoder import PackedDecoder, Slots
-from trimlingual.decoding.loop import Rows, Stepper
+from trimlingual.decoding.decoder import PackedDecoder
+from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.ragged import Packed, chunks, common_beginnings
+from trimlingual.decoding.rows import Rows
 from trimlingual.decoding.shared_prompts import MOST_ROWS, Prefixes
+from trimlingual.decoding.slots import Slots
 
 NO_DRAFT = [-1]  # never right, so decoding begins at the beginning
 

@@ -13,7 +13,8 @@ from trimlingual.data.splits import DataSplits
 from trimlingual.decoding.translate_clips import Translation, translate_split
 from trimlingual.evaluation.answers import is_wrong_language
 from trimlingual.models.inputs import Example
-from trimlingual.models.qwen2_audio import RANDOM, load_model, load_processor, pick_device
+from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.random_weights import RANDOM
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings, languages
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.jsonl import write_jsonl

@@ -19,7 +19,7 @@ from trimlingual.evaluation.quality import (
     paired_bootstrap_ratio,
     sentence_statistics,
 )
-from trimlingual.models.qwen2_audio import load_model, load_processor, pick_device
+from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings, languages
 from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.jsonl import write_jsonl

@@ -13,8 +13,8 @@ from trimlingual import __version__
 from trimlingual.data.sources import Clip
 from trimlingual.exports.proof import prove_export
 from trimlingual.exports.shipped import Shipped
-from trimlingual.models.folders import folder_problems
-from trimlingual.models.qwen2_audio import ModelError, is_on_hub
+from trimlingual.models.folders import ModelError, folder_problems
+from trimlingual.models.loading import is_on_hub
 from trimlingual.models.saving import finish_saved
 from trimlingual.recipe import Recipe
 from trimlingual.report.tables import proof_text

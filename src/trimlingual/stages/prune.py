@@ -12,19 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trimlingual.models.layers import drop_layers_
-from trimlingual.models.qwen2_audio import (
-    embed,
-    layer_list,
-    lm_head,
-    load_model,
-    load_processor,
-    pick_device,
-    project,
-    round_weights_,
-    save_model,
-    text_decoder,
-    tower_states,
-)
+from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.qwen2_audio import embed, layer_list, lm_head, project, text_decoder, tower_states
+from trimlingual.models.saving import round_weights_, save_model
 from trimlingual.recipe import ModelSettings, Tower
 from trimlingual.run.lineage import Lineage, read_lineage
 from trimlingual.search.plan import FINETUNED, TOWERS, PlanError, check_plan, read_plan

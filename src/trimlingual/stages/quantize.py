@@ -24,26 +24,19 @@ from transformers import BitsAndBytesConfig
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.qwen2_audio import (
-    DTYPES,
-    PARTS,
-    load_model,
-    load_processor,
-    part_of,
-    pick_device,
-    round_weights_,
-    save_model,
-)
+from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.qwen2_audio import PARTS, part_of
 from trimlingual.models.random_weights import draw, is_random
+from trimlingual.models.saving import DTYPES, round_weights_, save_model
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.quantization.rounding import round_calibrated_
 from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.processes import is_main_process, wait_for_everyone
-from trimlingual.stages.finetune import read_teacher, train_
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.selection import UNGUIDED, Guide
+from trimlingual.training.trainer import read_teacher, train_
 
 PROBE_BATCH = 8
 NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured

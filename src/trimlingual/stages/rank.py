@@ -19,14 +19,9 @@ from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import Split
 from trimlingual.models.inputs import Collator, Example
-from trimlingual.models.qwen2_audio import (
-    layer_list,
-    load_model,
-    load_processor,
-    pick_device,
-    round_weights_,
-    save_model,
-)
+from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.qwen2_audio import layer_list
+from trimlingual.models.saving import round_weights_, save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, Tower
 from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.lineage import Lineage, read_lineage
@@ -34,9 +29,9 @@ from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.search.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
 from trimlingual.search.scorer import Candidate, Scorer
 from trimlingual.search.search import JOURNAL_FILE, Search
-from trimlingual.stages.finetune import train_
 from trimlingual.training.loss import answer_forward
 from trimlingual.training.optimizer import TrainingError
+from trimlingual.training.trainer import train_
 
 
 @dataclass(frozen=True)

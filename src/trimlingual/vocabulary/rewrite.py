@@ -27,8 +27,9 @@ from transformers import AutoConfig, AutoTokenizer
 from trimlingual.data.audio import DataError
 from trimlingual.data.splits import DataSplits
 from trimlingual.models.inputs import Prompter
-from trimlingual.models.qwen2_audio import ROWS_BY_TOKEN, check_folder, explained_disk_full, load_processor
-from trimlingual.models.saving import finish_saved
+from trimlingual.models.loading import check_folder, load_processor
+from trimlingual.models.qwen2_audio import ROWS_BY_TOKEN
+from trimlingual.models.saving import explained_disk_full, finish_saved
 from trimlingual.recipe import TaskSettings, VocabSettings
 from trimlingual.run.artifacts import write_json, write_text
 from trimlingual.run.lineage import Lineage

@@ -1,0 +1,137 @@
+"""Find and load a model: built in, random, in a folder, or on the Hub. Safetensors only, and no code of a model folder is ever run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from trimlingual.models.folders import ModelError
+from trimlingual.models.packed_weights import alone, unpack_
+from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
+from trimlingual.models.saving import DTYPES, save_model
+from trimlingual.recipe import Dtype
+
+BUILTIN = "builtin:"
+
+
+def is_on_hub(base: str) -> bool:
+    """Whether a base model's name is a Hub id: neither built in, nor random, nor a folder, nor spelled like a path."""
+    return not (base.startswith((BUILTIN, RANDOM, ".", "/", "~")) or Path(base).is_dir())
+
+
+def resolve_base(base: str, revision: str | None = None, download: bool = True, weights: bool = True) -> Path:
+    """Folder of a base model: `builtin:mini`, `random:...` (weights drawn when loaded), a local folder, or a Hub id.
+
+    One from the Hub is downloaded (all but the weights, if `weights` is false); ModelError if it is not there and `download` is false.
+    """
+    if base.startswith(RANDOM):
+        try:
+            return random_base(base)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    if base.startswith(BUILTIN):
+        folder = Path(__file__).parents[1] / base.removeprefix(BUILTIN) / "model"
+        if not folder.is_dir():
+            raise ModelError(f"{base!r} is not shipped with this package; built in: builtin:mini")
+        return folder
+    if Path(base).is_dir():
+        return Path(base)
+    if not is_on_hub(base):
+        raise ModelError(f"model folder {base} does not exist")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, local_files_only=not download))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {base!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}). "
+            "Check the name and the network, log in with `hf auth login` if it is gated, or give a local folder."
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU; under torchrun the process's own GPU."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        import os
+
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any = None) -> Any:
+    """Load a model for inference (eval mode). Safetensors only; code in the folder is never run.
+
+    Packed weights are unpacked, random ones drawn. Raises ModelError when the folder holds no usable model.
+    """
+    if is_random(folder):
+        return _load_random(folder, dtype, device, quantization_config)
+    check_folder(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen2_audio":
+        raise ModelError(f"{folder} holds a {config.model_type!r} model; supported: qwen2_audio")
+    try:
+        with _packed_loading(config):
+            model = Qwen2AudioForConditionalGeneration.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                device_map={"": device},
+                use_safetensors=True,
+                quantization_config=quantization_config,
+            )
+    except Exception as error:  # safetensors raises its own types for a damaged file
+        raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
+        unpack_(model, DTYPES[dtype])
+    return model.eval()
+
+
+def _packed_loading(config: Any) -> AbstractContextManager[None]:
+    """In which a model is loaded; one of compressed-tensors by each process for itself, not in shares that would be waited for."""
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") != "compressed-tensors":
+        return nullcontext()
+    return alone()
+
+
+def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any) -> Any:
+    """A random model; to be quantised it goes through the disk, because transformers quantises only what it reads."""
+    if quantization_config is None:
+        return draw(folder, DTYPES[dtype], device).eval()
+    with weights_on_disk(folder, device) as stored:
+        return load_model(stored, dtype, device, quantization_config)
+
+
+@contextmanager
+def weights_on_disk(folder: Path, device: torch.device) -> Iterator[Path]:
+    """A folder whose weights are files: `folder` itself or, if its weights are drawn, a temporary one with them in bfloat16."""
+    if not is_random(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        save_model(draw(folder, torch.bfloat16, device), load_processor(folder), Path(temporary), "bfloat16")
+        yield Path(temporary)
+
+
+def check_folder(folder: Path) -> None:
+    """ModelError unless `folder` looks like a Hugging Face model with safetensors weights."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json: not a Hugging Face model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)")
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor, padding on the left: right-padded generation is wrong and the setting is not saved with it."""
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    return processor

@@ -1,0 +1,316 @@
+"""Training, full or LoRA: the Hugging Face Trainer set up for speech translation.
+
+Because it is the Trainer, `accelerate launch`, torchrun, FSDP, DeepSpeed, mixed precision, resuming and trackers come with it. What is
+ours: the loss on answer tokens only, weighted by tokens under gradient accumulation; clips of similar length in a step, and the audio
+window cut to the longest; stored audio states when the tower is frozen; checkpoints that are either whole or not used; and a stop, with
+the batch's ids, when the loss is not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import DistributedDataParallelKwargs
+from torch.utils.data import Dataset, Sampler, get_worker_info
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trimlingual.data.audio import load_audio
+from trimlingual.data.sources import Clip
+from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.loading import load_model, pick_device
+from trimlingual.models.qwen2_audio import attention_for_unlike_lengths, freeze_, layer_list
+from trimlingual.models.saving import explained_disk_full
+from trimlingual.recipe import FLASH_ADAMW, ModelSettings, TaskSettings, TrainSettings
+from trimlingual.run import interruptions
+from trimlingual.run.processes import num_processes
+from trimlingual.training.batches import LengthGroupedSampler
+from trimlingual.training.checkpoints import Checkpoints
+from trimlingual.training.lora import add_lora, fuse_lora_
+from trimlingual.training.loss import answer_forward
+from trimlingual.training.optimizer import TrainingError, flash_adamw
+from trimlingual.training.selection import UNGUIDED, Guide, KeepBest
+from trimlingual.training.stored_audio import stored_states
+from trimlingual.training.token_distillation import TeacherTokens, teacher_tokens
+
+NEVER = 10**9  # steps
+
+
+def _load_clip(clips: Sequence[Clip], index: int) -> np.ndarray:
+    return load_audio(clips[index].audio)  # a function with a name: workers that are not forked get it pickled
+
+
+class _Examples(Dataset):
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        if get_worker_info():
+            interruptions.ignored_here()
+        return self.examples[index]
+
+
+class TranslationTrainer(Trainer):
+    """The Hugging Face Trainer with what is ours at the places it leaves for that."""
+
+    lengths: Sequence[float] | None = None  # of the examples, in seconds, when clips of similar length share a step
+    checkpoint_from_tokens = 0
+    checkpoints: Checkpoints
+
+    @cached_property
+    def _num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 a parameter and token, as transformers estimates it, which walks through all modules again at every step."""
+        return 6 * self._num_parameters * inputs["input_ids"].numel()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(self.lengths, step_size, args.seed)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Gradients are DDP's buckets themselves, not copied to them, which would hold them twice."""
+        built = super()._build_accelerator_args(**kwargs)
+        for handler in built["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True
+        return built
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the checkpoint was the last step's: transformers would do one more before it sees."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with attention_for_unlike_lengths():  # around the backward pass too: checkpointed layers run again in it
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        ids = inputs.pop("ids")
+        if self.checkpoint_from_tokens:
+            checkpoint_layers_(model, inputs["input_ids"].numel() >= self.checkpoint_from_tokens)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch holds {', '.join(ids)}. "
+                "Listen to these clips and read their references; if they are sound, lower learning_rate."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Checkpoints keep the names in memory: resuming loads them by these, and skips unknown names without an error."""
+        if hasattr(self.model, "peft_config"):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that does not fit is an error: transformers only warns, and would train on from the wrong weights."""
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise TrainingError(
+                f"the checkpoint does not fit the model ({len(load_result.missing_keys)} weights missing, "
+                f"{len(load_result.unexpected_keys)} unknown); delete the .partial folder and start this stage again"
+            )
+
+
+def read_teacher(
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    model_settings: ModelSettings,
+    settings: TrainSettings,
+    guide: Guide,
+    work_dir: Path,
+) -> dict[Example, TeacherTokens] | None:
+    """What the recipe's token-level distillation learns from; the teacher has left the GPU again when this returns."""
+    if not settings.token_distillation:
+        return None
+    assert guide.teacher_dir is not None
+    device = pick_device(model_settings.device)
+    load_teacher = partial(load_model, guide.teacher_dir, model_settings.dtype, device)
+    collator = Collator(Prompter(processor, task), partial(_load_clip, clips), mels_on=device)
+    return teacher_tokens(
+        load_teacher, collator, examples, settings.token_distillation, work_dir / "teacher.safetensors"
+    )
+
+
+def train_(
+    model: Any,
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    settings: TrainSettings,
+    seed: int,
+    work_dir: Path,
+    guide: Guide = UNGUIDED,
+    teacher: Mapping[Example, TeacherTokens] | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place; checkpoints in `work_dir`. With `method: lora` the info holds the PEFT model under `adapted`.
+
+    Where each process held its share of the weights (FSDP, DeepSpeed), `model` is of no use any more, and the info holds the whole
+    weights under `weights`, in the main process. Raises TrainingError when the loss is not finite.
+    """
+    trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir, teacher)
+    best = None
+    if settings.selection_checks and guide.select:
+        best = KeepBest(model, trained, processor, task, guide, settings.selection_checks, work_dir)
+        trainer.callback_handler.callbacks.insert(0, best)  # before Checkpoints: what is saved has been looked at
+    try:
+        with explained_disk_full(work_dir), trainer.checkpoints.told():
+            trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
+    finally:
+        del model.forward  # the class's own again
+    selection = best.finish() if best else None
+    trained.eval()
+    steps = trainer.state.global_step
+    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    info: dict[str, Any] = {
+        "num_examples": len(examples),
+        "num_clips": len(clips),
+        "steps": steps,
+        "training_loss": round(
+            trainer._total_loss_scalar / steps, 5
+        ),  # the Trainer's own forgets what came before a restart
+        "losses": losses,
+        "num_trainable": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+    }
+    if selection:
+        info["selection"] = selection
+    if trained is not model:
+        info["adapted"] = trained
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        info["weights"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return info
+
+
+def make_trainer(
+    model: Any,
+    processor: Any,
+    clips: Sequence[Clip],
+    examples: Sequence[Example],
+    task: TaskSettings,
+    settings: TrainSettings,
+    seed: int,
+    work_dir: Path,
+    teacher: Mapping[Example, TeacherTokens] | None = None,
+) -> tuple[Any, TranslationTrainer]:
+    """What is trained (`model`, or the PEFT model around it) and a Trainer ready to start.
+
+    From here on `model.forward` is the training loss's; whoever trains deletes it afterwards. Raises ValueError without examples,
+    TrainingError where the optimizer cannot run.
+    """
+    if not examples:
+        raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
+    if settings.fsdp and (num_processes() == 1 or next(model.parameters()).device.type != "cuda"):
+        raise TrainingError(
+            "fsdp needs several processes with a GPU each: start with accelerate launch or torchrun, or set fsdp: false"
+        )
+    set_seed(seed)
+    prompter = Prompter(processor, task)
+    freeze_(model, settings.freeze)
+    trained = add_lora(model, settings.lora, seed, settings.freeze) if settings.method == "lora" else model
+    if trained is not model:
+        fuse_lora_(trained)
+    optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
+    states = None
+    if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
+        states = stored_states(model, processor, clips, work_dir)
+    trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
+        True  # answer_forward divides by num_items_in_batch itself
+    )
+    model.forward = answer_forward(model, settings.token_distillation if teacher else None)
+    trainer = TranslationTrainer(
+        model=trained,
+        args=training_arguments(settings, seed, work_dir, model),
+        train_dataset=_Examples(examples),
+        data_collator=Collator(prompter, partial(_load_clip, clips), states, teacher=teacher),
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    if trainer.is_fsdp_enabled and (trained is not model or optimizer):  # by accelerate's configuration, not the recipe
+        raise TrainingError(f"FSDP goes with method: full, and not with optimizer: {FLASH_ADAMW}")
+    if settings.length_grouped:
+        trainer.lengths = [clips[example.clip].duration_s for example in examples]
+    if settings.gradient_checkpointing:
+        trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
+    trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
+    trainer.checkpoints = Checkpoints(trainer, work_dir, settings.save_minutes)
+    trainer.add_callback(trainer.checkpoints)
+    return trained, trainer
+
+
+def checkpoint_layers_(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing on or off in every layer, for the next forward; it must have been set up on the model before."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = on
+
+
+def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model: Any) -> TrainingArguments:
+    """The recipe's section as TrainingArguments, to train `model`."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )  # renamed in 5.2x
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(
+        output_dir=str(work_dir),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch" if settings.optimizer == FLASH_ADAMW else settings.optimizer,
+        optim_args=settings.optimizer_args,
+        bf16=settings.mixed_precision == "bf16",
+        fp16=settings.mixed_precision == "fp16",
+        **checkpointing,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        save_strategy="steps",
+        save_steps=settings.save_steps or NEVER,  # and whenever Checkpoints says so, and after the last step
+        save_total_limit=2,  # two, so that one is whole while the other is being written
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=settings.report_to or "none",
+        fsdp=settings.fsdp or None,
+        fsdp_config=_sharding(model) if settings.fsdp else None,
+        deepspeed=settings.deepspeed,
+        dataloader_num_workers=settings.num_workers,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,  # Checkpoints tells how it goes
+        seed=seed,
+        data_seed=seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: not DataParallel over all that are there
+    return arguments
+
+
+def _sharding(model: Any) -> dict[str, Any]:
+    """FSDP layer by layer (transformers would divide the tower's attention again); each process writes its share of a checkpoint."""
+    layers = {type(layer).__name__ for tower in ("decoder", "encoder") for layer in layer_list(model, tower)}
+    return {"transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "SHARDED_STATE_DICT"}
