@@ -1,24 +1,33 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 from typer.testing import CliRunner
 
 from trimlingual import preflight, resources
+from trimlingual.app.translate import translate_files
 from trimlingual.cli import app
 from trimlingual.estimate import Estimate, disk_peak
-from trimlingual.models.folders import folder_problems
-from trimlingual.models.loading import resolve_base
+from trimlingual.models.folders import ModelError, folder_problems
+from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.pipeline import compress, plan, run_stage
 from trimlingual.preflight import PreflightError, check
 from trimlingual.recipe import load_recipe
+from trimlingual.run.lineage import read_lineage
+from trimlingual.stages.finetune import finetune
+from trimlingual.stages.prune import prune
+from trimlingual.stages.quantize import quantize
+from trimlingual.step_inputs import model_ref
 
 MINI = resolve_base("builtin:mini")
 CUDA_WIDE = "cuda:99"  # no machine has it
@@ -206,6 +215,56 @@ def test_model_folders_that_cannot_work(folder, change, stage, said):
     change(folder)
     (found,) = folder_problems(folder, stage)
     assert said in found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: edit(f / "config.json", model_type="whisper"), "holds a 'whisper' model; supported: qwen2_audio"),
+        (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}'), "LoRA adapter, not a model"),
+        (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "holds no *.safetensors"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'), "lacks 1 of 1"),
+        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "processor_config.json").unlink(), "copy the processor's files"),
+    ],
+)  # fmt: skip
+def test_the_message_is_the_same_whatever_the_way_in(folder, tmp_path, change, said):
+    """A verb, `translate`, and the functions that load a model and a processor."""
+    change(folder)
+
+    def load():
+        load_model(folder, "float32", torch.device("cpu"))
+        load_processor(folder)
+
+    messages = set()
+    for way in (
+        load,
+        lambda: next(translate_files(folder, [tmp_path / "clip.wav"], ["de"])),
+        lambda: run_stage(load_recipe("mini"), tmp_path / "run", "teacher", replaced={"model": folder}),
+    ):
+        with pytest.raises((ModelError, PreflightError), match=re.escape(said)) as caught:
+            way()
+        messages.add(str(caught.value))
+    assert len(messages) == 1, messages
+
+
+def test_a_4_bit_model_can_be_ranked_and_nothing_else(folder, tmp_path):
+    """Which is said before the search, not after it."""
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    steps = {step.name: step for step in plan(load_recipe("mini"), tmp_path)}
+    rank = replace(steps["rank"], inputs={**steps["rank"].inputs, "model": model_ref(folder)})
+    found = check(load_recipe("mini"), tmp_path, [rank])
+    assert found.problems == []
+    (note,) = [note for note in found.notes if "4 bits" in note]
+    assert "it cannot be pruned or trained" in note
+    lineage, recipe = read_lineage(folder, "x"), load_recipe("mini")
+    for stage in (
+        lambda: finetune(folder, lineage, [], [], recipe.task, recipe.model, recipe.finetune, 0, tmp_path / "out"),
+        lambda: prune(folder, lineage, tmp_path / "plan.json", recipe.model, tmp_path / "out"),
+        lambda: quantize(folder, lineage, [], [], recipe.task, recipe.model, recipe.quantize, 0, tmp_path / "out"),
+    ):
+        with pytest.raises(ModelError, match=r"is in 4 bits .* give the model that it was made from"):
+            stage()
 
 
 def test_embedding_rows_against_the_tokenizer(folder):

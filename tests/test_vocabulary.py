@@ -17,6 +17,7 @@ from trimlingual.data.audio import DataError
 from trimlingual.data.sources import read_source
 from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.models.folders import ModelError
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model
@@ -182,7 +183,7 @@ def test_wrong_folders_are_explained(make_model, processor, model_dir, tmp_path)
     model.resize_token_embeddings(100)
     model.config.audio_token_index = model.generation_config.eos_token_id = model.config.text_config.pad_token_id = 0
     save_model(model, processor, tmp_path / "small", "float32")
-    with pytest.raises(VocabError, match="ids beyond the model's 100 embeddings"):
+    with pytest.raises(ModelError, match="the model has 100 rows"):
         trim(tmp_path / "small", tmp_path / "cut")
     with pytest.raises(VocabError, match="must hold an embedding and an output head of the same shape"):
         find_rows(tmp_path, tied=False)

@@ -74,6 +74,7 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
     if not any(problem.startswith("model.device") for problem in found.problems):
         found.notes += memory_notes(recipe, names, found.estimates)
     found.notes += _metric_notes(recipe, names)
+    found.notes += _ranking_notes(steps)
     return found
 
 
@@ -103,6 +104,19 @@ def _models(steps: Sequence[Step]) -> Iterator[str]:
             folder = ref.local if ref else None
             if folder and folder not in made and folder.is_dir():
                 yield from folder_problems(folder, step.name)
+
+
+def _ranking_notes(steps: Sequence[Step]) -> Iterator[str]:
+    """Layers of a 4-bit model can be ranked, but nothing can be made of it afterwards."""
+    from trimlingual.models.folders import is_bitsandbytes
+
+    for step in steps:
+        folder = step.inputs["model"].local if step.name == "rank" else None
+        if folder and is_bitsandbytes(folder):
+            yield (
+                f"{folder} is in 4 bits (bitsandbytes): its layers can be ranked, but it cannot be pruned or trained. The plan fits "
+                "the model that it was made from: prune --model THAT_MODEL --plan plan.json"
+            )
 
 
 def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:

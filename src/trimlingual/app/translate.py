@@ -12,7 +12,7 @@ from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.exports.shipped import SHIPPED_FILE, Shipped, read_shipped
-from trimlingual.models.folders import ModelError, folder_problems
+from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
 from trimlingual.models.qwen2_audio import window_s
 from trimlingual.recipe import Recipe, load_recipe
@@ -39,8 +39,7 @@ def translate_files(
     for files that cannot be read or are longer than the model's window.
     """
     model_dir = resolve_base(str(model_name))
-    if problems := folder_problems(model_dir, "translate"):
-        raise ModelError("; ".join(problems))
+    check_folder(model_dir, "translate")
     settings = _settings(model_dir, recipe, pick_device(device))
     if other := [code for code in languages if code not in settings.task.target_languages]:
         say(f"note: this model was made for {', '.join(settings.task.target_languages)}, not for {', '.join(other)}")

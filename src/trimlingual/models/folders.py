@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,36 @@ class ModelError(ValueError):
 
 def folder_problems(folder: Path, stage: str) -> list[str]:
     """Why `stage` cannot use the model in `folder`; empty if nothing speaks against it."""
+    found = model_problems(folder, weights=stage != "data")
+    if not _is_model(folder):
+        return found
+    if stage in CHANGES_WEIGHTS and is_bitsandbytes(folder):
+        found.append(
+            f"{folder} is in 4 bits (bitsandbytes) and cannot be trained, pruned or quantised again; "
+            "give the model that it was made from"
+        )
+    found += processor_problems(folder)
+    rows, largest = (_config(folder).get("text_config") or {}).get("vocab_size"), _largest_id(folder / "tokenizer.json")
+    if rows is not None and largest is not None and largest >= rows:
+        found.append(
+            f"the tokenizer in {folder} has token ids up to {largest}, but the model has {rows} rows; they belong to different models"
+        )
+    return found
+
+
+def check_folder(folder: Path, stage: str) -> None:
+    """ModelError, with every reason, where `stage` cannot use the model in `folder`."""
+    refuse(folder_problems(folder, stage))
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """ModelError if there are any problems."""
+    if problems:
+        raise ModelError("; ".join(problems))
+
+
+def model_problems(folder: Path, weights: bool = True) -> list[str]:
+    """Why no model can be loaded from `folder`; without `weights` only what its configuration tells."""
     if (folder / "adapter_config.json").is_file():
         base = _read(folder / "adapter_config.json").get("base_model_name_or_path", "its base model")
         return [
@@ -24,34 +55,41 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
         ]
     if not (folder / "config.json").is_file():
         return [f"{folder} holds no config.json: not a Hugging Face model folder"]
-    config = _read(folder / "config.json")
-    if config.get("model_type") != "qwen2_audio":
-        return [f"{folder} holds a {config.get('model_type')!r} model; supported: qwen2_audio"]
-    found = []
-    if stage != "data" and not list(folder.glob("*.safetensors")) and not (folder / "random.json").is_file():
-        found.append(f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method == "bitsandbytes" and stage in CHANGES_WEIGHTS:
-        found.append(
-            f"{folder} is in 4 bits (bitsandbytes), and {stage!r} needs whole weights; give the model that it was made from"
-        )
-    for names in PROCESSOR_FILES:
-        if not any((folder / name).is_file() for name in names):
-            found.append(f"{folder} has no {names[0]}; copy the processor's files from the base model's folder")
-    index = folder / "model.safetensors.index.json"
-    if stage != "data" and index.is_file():
-        shards = sorted(set(_read(index).get("weight_map", {}).values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            found.append(
-                f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}; download it again"
-            )
-    rows, largest = (config.get("text_config") or {}).get("vocab_size"), _largest_id(folder / "tokenizer.json")
-    if rows is not None and largest is not None and largest >= rows:
-        found.append(
-            f"the tokenizer in {folder} has token ids up to {largest}, but the model has {rows} rows; they belong to different models"
-        )
-    return found
+    if not _is_model(folder):
+        return [f"{folder} holds a {_config(folder).get('model_type')!r} model; supported: qwen2_audio"]
+    if not weights or (folder / "random.json").is_file():
+        return []
+    if not list(folder.glob("*.safetensors")):
+        return [f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)"]
+    shards = sorted(set(_read(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        return [
+            f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}; download it again"
+        ]
+    return []
+
+
+def processor_problems(folder: Path) -> list[str]:
+    """Which of the processor's files `folder` lacks."""
+    return [
+        f"{folder} has no {names[0]}; copy the processor's files from the base model's folder"
+        for names in PROCESSOR_FILES
+        if not any((folder / name).is_file() for name in names)
+    ]
+
+
+def is_bitsandbytes(folder: Path) -> bool:
+    """Whether the weights are 4-bit words of bitsandbytes."""
+    return (_config(folder).get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _read(folder / "config.json")
+
+
+def _is_model(folder: Path) -> bool:
+    return _config(folder).get("model_type") == "qwen2_audio"
 
 
 def _largest_id(path: Path) -> int | None:

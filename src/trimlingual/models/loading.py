@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from trimlingual.models.folders import ModelError
+from trimlingual.models.folders import ModelError, model_problems, processor_problems, refuse
 from trimlingual.models.packed_weights import alone, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
@@ -75,12 +75,9 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
     """
     if is_random(folder):
         return _load_random(folder, dtype, device, quantization_config)
-    check_folder(folder)
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen2_audio":
-        raise ModelError(f"{folder} holds a {config.model_type!r} model; supported: qwen2_audio")
+    refuse(model_problems(folder))
     try:
-        with _packed_loading(config):
+        with _packed_loading(AutoConfig.from_pretrained(folder)):
             model = Qwen2AudioForConditionalGeneration.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
@@ -122,16 +119,12 @@ def weights_on_disk(folder: Path, device: torch.device) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def check_folder(folder: Path) -> None:
-    """ModelError unless `folder` looks like a Hugging Face model with safetensors weights."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no config.json: not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)")
-
-
 def load_processor(folder: Path) -> Any:
-    """Load the processor, padding on the left: right-padded generation is wrong and the setting is not saved with it."""
+    """Load the processor, padding on the left: right-padded generation is wrong and the setting is not saved with it.
+
+    Raises ModelError when one of its files is not there.
+    """
+    refuse(processor_problems(folder))
     processor = AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
     return processor

@@ -13,7 +13,7 @@ from trimlingual import __version__
 from trimlingual.data.sources import Clip
 from trimlingual.exports.proof import prove_export
 from trimlingual.exports.shipped import Shipped
-from trimlingual.models.folders import ModelError, folder_problems
+from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import is_on_hub
 from trimlingual.models.saving import finish_saved
 from trimlingual.recipe import Recipe
@@ -34,9 +34,7 @@ def export(
     Scores and recorded translations come from `evaluation_dir` if there is one, their audio from `clips`. Raises ModelError or
     ExportError for what must not ship.
     """
-    problems = folder_problems(model_dir, "exported")
-    if problems:
-        raise ModelError("; ".join(problems))
+    check_folder(model_dir, "exported")
     shutil.copytree(model_dir, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     lineage.to_ship().save(out_dir)
     Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)

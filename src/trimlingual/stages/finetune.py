@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.data.sources import Clip
+from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Example
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.saving import save_model
@@ -35,6 +36,7 @@ def finetune(
     Returns what the artefact remembers: steps, examples, the loss curve. With `method: lora` the adapter is saved beside
     (`adapter/`) and merged into the saved weights.
     """
+    check_folder(model_dir, "teacher")  # a student's folder must be the same
     processor = load_processor(model_dir)
     teacher = read_teacher(processor, clips, examples, task, model_settings, settings, guide, out_dir / SCRATCH)
     model = load_model(model_dir, model_settings.dtype, pick_device(model_settings.device))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from trimlingual.models.folders import check_folder
 from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.qwen2_audio import embed, layer_list, lm_head, project, text_decoder, tower_states
@@ -36,6 +37,7 @@ def prune(
     brings the pruned model with it; that one is taken. Raises PlanError when the plan does not fit the model, ProofError when
     reload differs from memory, cached from uncached, or a kept layer is not bit-equal.
     """
+    check_folder(model_dir, "pruned")
     plan = read_plan(plan_path)
     positions = check_plan(plan, lineage)
     removed: dict[str, list[int]] = {tower: plan.layers_of(tower) for tower in TOWERS}

@@ -23,6 +23,7 @@ from transformers import BitsAndBytesConfig
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
+from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Collator, Example, Prompter
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.qwen2_audio import PARTS, part_of
@@ -71,6 +72,7 @@ def quantize(
     merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
     should not be, or the other way round.
     """
+    check_folder(model_dir, "quantized")
     device, scratch = pick_device(model_settings.device), out_dir / SCRATCH
     stored = _stored(model_dir, scratch / "base", device)
     processor = load_processor(stored)

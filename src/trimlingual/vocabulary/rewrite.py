@@ -26,8 +26,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from trimlingual.data.audio import DataError
 from trimlingual.data.splits import DataSplits
+from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Prompter
-from trimlingual.models.loading import check_folder, load_processor
+from trimlingual.models.loading import load_processor
 from trimlingual.models.qwen2_audio import ROWS_BY_TOKEN
 from trimlingual.models.saving import explained_disk_full, finish_saved
 from trimlingual.recipe import TaskSettings, VocabSettings
@@ -65,10 +66,10 @@ def trim_vocab(
     """Write the model in `model_dir` to `out_dir` with the tokens that `texts`, the prompts and any byte need, and prove it.
 
     `held_out` names texts that were not counted: the coverage report says what share of them is tokenised as before. Works on plain
-    and on 4-bit models. Raises VocabError when the tokenizer is no byte-level BPE, the head or the embeddings are quantised, or
-    `max_tokens` is too few; ProofError when the result is not what it should be.
+    and on 4-bit models. Raises ModelError when the folder holds no usable model, VocabError when the tokenizer is no byte-level BPE, the
+    head or the embeddings are quantised, or `max_tokens` is too few; ProofError when the result is not what it should be.
     """
-    check_folder(model_dir)
+    check_folder(model_dir, "trimmed")
     processor = load_processor(model_dir)
     full = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     bpe = read_bpe(full)
@@ -76,10 +77,6 @@ def trim_vocab(
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.text_config))
     rows = find_rows(model_dir, tied)
     num_rows, known = rows[0].shape[0], {*bpe.ids.values()}
-    if max(known) >= num_rows:
-        raise VocabError(
-            f"the tokenizer of {model_dir} has ids beyond the model's {num_rows} embeddings: they do not belong together"
-        )
     counts, sample = count_tokens(processor.tokenizer, texts)
     prompts = prompt_ids(processor, task)
     named = known.intersection(_token_ids([_attributes(part) for part in _configs(config)], generation))
