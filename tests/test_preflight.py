@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from trimlingual import preflight, resources
 from trimlingual.app.translate import translate_files
 from trimlingual.cli import app
-from trimlingual.estimate import Estimate, disk_peak
+from trimlingual.data.splits import load_splits
+from trimlingual.estimate import Estimate, disk_peak, frozen_towers
 from trimlingual.models.folders import ModelError, folder_problems
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.pipeline import compress, plan, run_stage
@@ -28,6 +29,7 @@ from trimlingual.stages.finetune import finetune
 from trimlingual.stages.prune import prune
 from trimlingual.stages.quantize import quantize
 from trimlingual.step_inputs import model_ref
+from trimlingual.training.stored_audio import stored_states
 
 MINI = resolve_base("builtin:mini")
 CUDA_WIDE = "cuda:99"  # no machine has it
@@ -174,10 +176,56 @@ def test_the_peak_counts_what_stands_and_what_stands_for_a_while():
     assert disk_peak(rows, []) == 0
 
 
+def test_what_a_frozen_tower_makes_of_the_clips_is_in_the_estimate(tmp_path):
+    """Against what training writes: of the first 40 built-in clips, told from their headers and, once prepared, from the data."""
+    data, path = MINI.parent / "data", tmp_path / "own.jsonl"
+    records = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").split("\n")[:40]]
+    path.write_text(
+        "\n".join(json.dumps(record | {"audio": str(data / record["audio"])}) for record in records), encoding="utf-8"
+    )
+    recipe = load_recipe("mini", [f"data.train={{kind: manifest, path: {path}}}"])
+    unfrozen = load_recipe("mini", [f"data.train={{kind: manifest, path: {path}}}", "finetune.freeze=[]"])
+    data_step, teacher = plan(recipe, tmp_path / "run")[:2]
+
+    def states(steps):
+        with_states, without = (check(one, tmp_path / "run", steps).estimates["teacher"] for one in (recipe, unfrozen))
+        return with_states.while_running - without.while_running
+
+    listed = states([data_step, teacher])
+    data_step.run()
+    clips = load_splits(tmp_path / "run" / "data").train.clips
+    stored_states(load_model(MINI, "float32", torch.device("cpu")), load_processor(MINI), clips, tmp_path)
+    written = sum(file.stat().st_size for file in (tmp_path / "audio-states").iterdir())
+    assert listed == pytest.approx(written, rel=0.03)
+    assert states([teacher]) == pytest.approx(written, rel=0.03)
+
+
+def test_a_tower_is_frozen_where_lora_leaves_it_out(tmp_path):
+    """The mini recipe's adapters are on the decoder alone; on all linear layers the tower trains too."""
+
+    def frozen(*settings):
+        return set(frozen_towers(load_recipe("mini", settings)))
+
+    assert frozen() == {"teacher", "recovered", "quantized"}
+    assert frozen("quantize.train.lora.target_modules=all-linear", "recover.freeze=[]") == {"teacher"}
+    assert frozen("quantize.train.lora.target_modules=[q_proj, fc1]") == {"teacher", "recovered"}
+    assert frozen("quantize.train.lora.target_modules=[gate_proj]") == {"teacher", "recovered", "quantized"}
+
+
+def test_speech_on_the_hub_is_said_not_to_be_counted(tmp_path):
+    hub = "data.train={kind: hub, path: some/set, splits: [train], references: {de: de, zh: zh}}"
+    recipe = load_recipe("mini", [hub])
+    notes = check(recipe, tmp_path, plan(recipe, tmp_path)).notes
+    assert (
+        "not in the estimates: what the frozen audio tower makes of data.train, ~69.1 MB on disk per hour of speech"
+        in notes
+    )
+
+
 def test_memory_is_a_note(tmp_path, monkeypatch):
     loaded = load_recipe("mini", ["model.device=cpu"])
     steps = plan(loaded, tmp_path)
-    monkeypatch.setattr(preflight, "estimate", lambda recipe: {"teacher": Estimate(memory=1e15)})
+    monkeypatch.setattr(preflight, "estimate", lambda recipe, speech_s: {"teacher": Estimate(memory=1e15)})
     found = check(loaded, tmp_path, steps)
     assert found.problems == []
     assert any("stage teacher wants ~1000000.00 GB of memory" in note for note in found.notes)

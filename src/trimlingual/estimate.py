@@ -3,8 +3,9 @@ they are shown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
@@ -15,6 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 SCALE_BYTES = 2  # of int4's groups and of 8-bit rows
 ADAM_STATES = 2
+STATES_PER_S = 25  # of the audio tower: 100 mel frames a second, a convolution of stride 2, a pool of 2
 CHECKPOINTS = 2  # so that one is whole while the other is written
 
 
@@ -24,7 +26,9 @@ class Estimate:
 
     disk: float = 0  # what stays
     memory: float = 0  # 0: not estimated
-    while_running: float = 0  # on disk beside it until it ends: two checkpoints
+    while_running: float = (
+        0  # on disk beside it until it ends: two checkpoints, and what a frozen tower makes of the clips
+    )
     temporary: float = 0  # in the temporary folder
     divided: bool = False  # memory is that of all GPUs together
 
@@ -49,9 +53,14 @@ def disk_peak(estimates: Mapping[str, Estimate], stages: Sequence[str]) -> float
     return peak
 
 
-def estimate(recipe: Recipe) -> dict[str, Estimate]:
-    """What each stage wants, by its name; stages that want little are left out. Needs the base model's configuration."""
-    sizes = part_sizes(recipe)
+def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dict[str, Estimate]:
+    """What each stage wants, by its name; stages that want little are left out. Needs the base model's configuration.
+
+    `speech_s` is the seconds of speech of the splits `train` and `out_of_domain`, where they are known: a frozen audio tower encodes it
+    once, and the states stand on disk until the training ends.
+    """
+    model = _on_meta(recipe)
+    sizes = part_sizes(model)
     trimmed = _trimmed(sizes, recipe)
     if recipe.vocab and recipe.vocab.when == "before":
         sizes = trimmed
@@ -81,7 +90,54 @@ def estimate(recipe: Recipe) -> dict[str, Estimate]:
     if recipe.vocab and recipe.vocab.when == "after":
         rows["trimmed"], shipped = Estimate(left), left
     rows["exported"] = Estimate(shipped)
+    for stage, splits in frozen_towers(recipe, model).items():
+        states = state_bytes(recipe, sum((speech_s or {}).get(split, 0.0) for split in splits))
+        rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states)
     return rows
+
+
+def state_bytes(recipe: Recipe, speech_s: float) -> float:
+    """Bytes of the audio tower's states of so many seconds of speech."""
+    return STATES_PER_S * speech_s * config_of(recipe).audio_config.d_model * BYTES[recipe.model.dtype]
+
+
+def frozen_towers(recipe: Recipe, model: Any = None) -> dict[str, list[str]]:
+    """The stages that train with a frozen audio tower, and the splits whose clips they train on."""
+    names = _tower_modules(model or _on_meta(recipe))
+    return {
+        stage: train.data.splits
+        for stage, (_, train) in training_sections(recipe).items()
+        if not _is_trained(names, train)
+    }
+
+
+def training_sections(recipe: Recipe) -> dict[str, tuple[str, TrainSettings]]:
+    """The stages that train, with the place of their settings in the recipe and these."""
+    each_round = recipe.rank.finetune_each_round if recipe.rank else None
+    quantized = recipe.quantize.train if recipe.quantize else None
+    sections = {
+        "teacher": ("finetune", recipe.finetune), "recovered": ("recover", recipe.recover),
+        "rank": ("rank.finetune_each_round", each_round), "quantized": ("quantize.train", quantized),
+    }  # fmt: skip
+    return {stage: (path, train) for stage, (path, train) in sections.items() if train}
+
+
+def _tower_modules(model: Any) -> list[str]:
+    from trimlingual.models.qwen2_audio import part_of
+
+    return [name for name, _ in model.named_modules() if part_of(name) == "audio_tower"]
+
+
+def _is_trained(modules: Sequence[str], train: TrainSettings) -> bool:
+    """Whether any of the modules of these names is trained; LoRA's are matched as PEFT does it."""
+    if "audio_tower" in train.freeze:
+        return False
+    wanted = train.lora.target_modules
+    if train.method != "lora" or wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        return any(re.fullmatch(wanted, name) for name in modules)
+    return any(f".{name}".endswith(f".{ending}") for name in modules for ending in wanted)
 
 
 def _training(sizes: dict[str, int], gone: float, held: int, stored: int, train: TrainSettings) -> Estimate:
@@ -114,20 +170,25 @@ def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, held: int,
     )
 
 
-def part_sizes(recipe: Recipe) -> dict[str, int]:
-    """Parameters of the base model, from its configuration alone (on the meta device).
+def _on_meta(recipe: Recipe) -> Any:
+    """The base model without weights, from its configuration alone."""
+    import torch
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    with torch.device("meta"):
+        return Qwen2AudioForConditionalGeneration(config_of(recipe))
+
+
+def part_sizes(model: Any) -> dict[str, int]:
+    """Parameters of the base model.
 
     Weights of the linear layers by part (`decoder`, `audio_tower`, `projector`, `lm_head`), which can be 4-bit; `embeddings`;
     `decoder_other`: biases and norms of the decoder's layers; `other`: the rest.
     """
-    import torch
     from torch import nn
-    from transformers import Qwen2AudioForConditionalGeneration
 
     from trimlingual.models.qwen2_audio import PARTS, layer_list, part_of, text_decoder
 
-    with torch.device("meta"):
-        model = Qwen2AudioForConditionalGeneration(config_of(recipe))
     sizes = dict.fromkeys(PARTS, 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

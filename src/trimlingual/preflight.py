@@ -7,13 +7,14 @@ headers; no weights are loaded, no audio is decoded and nothing but a configurat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimlingual.data.audio import DataError
-from trimlingual.estimate import Estimate, config_of, estimate
+from trimlingual.estimate import Estimate, config_of, estimate, frozen_towers, gb, state_bytes
 from trimlingual.evaluation.quality import bleu_problem, comet_problem
 from trimlingual.recipe import Recipe
 from trimlingual.recipe.languages import language
@@ -56,7 +57,9 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
     config: Any = None
     try:
         config = config_of(recipe)
-        found.estimates = estimate(recipe)
+        speech_s, unknown = _speech(recipe, run_dir, names)
+        found.estimates = estimate(recipe, speech_s)
+        found.notes += unknown
     except OSError as error:  # not cached, no network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         found.notes.append(
@@ -76,6 +79,29 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
     found.notes += _metric_notes(recipe, names)
     found.notes += _ranking_notes(steps)
     return found
+
+
+def _speech(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Seconds of speech by split that a frozen audio tower encodes, and a note for each that cannot be told."""
+    from trimlingual.data.sources import speech_seconds
+    from trimlingual.data.splits import load_splits
+
+    wanted = {split for stage, splits in frozen_towers(recipe).items() if stage in names for split in splits}
+    if wanted and "data" not in names:
+        with suppress(DataError):  # the stage says it
+            splits = load_splits(run_dir / "data")
+            return {name: split.hours * 3600 for name in wanted if (split := getattr(splits, name))}, []
+    seconds, unknown = {}, []
+    for name in sorted(wanted):
+        source = getattr(recipe.data, name)
+        found = speech_seconds(source, recipe.task.target_languages) if source else 0.0
+        if found is None:
+            hour = gb(state_bytes(recipe, 3600))
+            unknown.append(
+                f"not in the estimates: what the frozen audio tower makes of data.{name}, {hour} on disk per hour of speech"
+            )
+        seconds[name] = found or 0.0
+    return seconds, unknown
 
 
 def _languages(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trimlingual.estimate import Estimate, disk_peak, gb
+from trimlingual.estimate import Estimate, disk_peak, gb, training_sections
 from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
 
 # Libraries of the trackers that transformers can report to, where they differ from the tracker's name.
@@ -39,18 +39,9 @@ def device_problems(recipe: Recipe) -> Iterator[str]:
 
 def training_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
     """What the training sections need installed."""
-    for path, train in _training_sections(recipe, names):
-        yield from (f"{path}.{problem}" for problem in _training(recipe, train))
-
-
-def _training_sections(recipe: Recipe, names: Sequence[str]) -> list[tuple[str, TrainSettings]]:
-    each_round = recipe.rank.finetune_each_round if recipe.rank else None
-    quantized = recipe.quantize.train if recipe.quantize else None
-    sections = {
-        "teacher": ("finetune", recipe.finetune), "recovered": ("recover", recipe.recover),
-        "rank": ("rank.finetune_each_round", each_round), "quantized": ("quantize.train", quantized),
-    }  # fmt: skip
-    return [(path, train) for stage, (path, train) in sections.items() if stage in names and train]
+    for stage, (path, train) in training_sections(recipe).items():
+        if stage in names:
+            yield from (f"{path}.{problem}" for problem in _training(recipe, train))
 
 
 def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:

@@ -10,9 +10,13 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import soundfile
 
 from trimlingual.data.audio import DataError, Recording, inspect_audio, is_file
 from trimlingual.data.hub import hub_rows, missing_columns, stored_columns
@@ -21,6 +25,7 @@ from trimlingual.recipe import Covost2Source, FolderSource, HubSource, Reference
 from trimlingual.run.artifacts import hash_file
 from trimlingual.run.progress import progress
 
+NUM_HEADERS = 64  # files whose length stands for that of all of a source
 MAX_LISTED = 3  # in one line of the check before a run
 
 
@@ -152,6 +157,21 @@ def _verify(rows: Rows) -> tuple[list[Clip], dict[Path, Recording]]:
             clip = Clip(row.id, row.audio, row.references, row.source, heard.duration_s, heard.samples_sha256)
             clips.append(clip)
     return clips, {path: heard for path, heard in found.items() if isinstance(heard, Recording)}
+
+
+def speech_seconds(source: Source, languages: Sequence[str]) -> float | None:
+    """About how many seconds of speech a source lists, by the headers of a few of its files; None for a set on the Hub."""
+    if isinstance(source, HubSource):
+        return None
+    try:
+        rows = listed_rows(source, languages)
+    except DataError:
+        return None
+    durations = []
+    for row in list(rows)[:: max(1, len(rows) // NUM_HEADERS)]:
+        with suppress(RuntimeError, OSError):  # whoever reads the source says what is wrong with a file
+            durations.append(soundfile.info(row.audio).duration)
+    return len(rows) * fmean(durations) if durations else None
 
 
 def source_files(source: Source) -> list[Path]:

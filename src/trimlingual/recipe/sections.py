@@ -233,6 +233,15 @@ class MixSettings(Section):
         return self
 
     @property
+    def splits(self) -> list[str]:
+        """The splits whose clips are trained on."""
+        uses = {
+            "train": self.gold or self.distilled,
+            "out_of_domain": self.out_of_domain or self.distilled_out_of_domain,
+        }
+        return [split for split, used in uses.items() if used]
+
+    @property
     def taught(self) -> bool:
         """Whether anything that the teacher translated is learned from."""
         return bool(self.distilled or self.distilled_out_of_domain)

@@ -66,8 +66,8 @@ def trim_vocab(
     """Write the model in `model_dir` to `out_dir` with the tokens that `texts`, the prompts and any byte need, and prove it.
 
     `held_out` names texts that were not counted: the coverage report says what share of them is tokenised as before. Works on plain
-    and on 4-bit models. Raises ModelError when the folder holds no usable model, VocabError when the tokenizer is no byte-level BPE, the
-    head or the embeddings are quantised, or `max_tokens` is too few; ProofError when the result is not what it should be.
+    and on 4-bit models. Raises ModelError when the folder holds no usable model, VocabError when the tokenizer is no byte-level BPE,
+    the head or the embeddings are quantised, or `max_tokens` is too few; ProofError when the result is not what it should be.
     """
     check_folder(model_dir, "trimmed")
     processor = load_processor(model_dir)
