@@ -37,6 +37,8 @@ from trimlingual.run.artifacts import hash_file
 from trimlingual.run.lineage import Lineage, read_lineage
 from trimlingual.training.trainer import TranslationTrainer
 
+from .processes import Command
+
 WINDOW_S = 2
 TEXTS = [
     "Der Hund sieht den kleinen Ball.", "Wir trainieren das Modell.", "Das ist gut.", "Die Ergebnisse sind besser.",
@@ -182,6 +184,20 @@ def manifests(tmp_path_factory) -> list[str]:
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
         overrides.append(f"data.{split}={{kind: manifest, path: '{folder / split}.jsonl'}}")
     return overrides
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
+    """A function that starts `trimlingual` in a process, or in several that work together; what still runs at the end is killed."""
+    started: list[Command] = []
+
+    def begin(words: list[str], processes: int = 1, **environment: str) -> Command:
+        started.append(Command(words, tmp_path_factory.mktemp("said"), processes, environment))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        command.kill()
 
 
 class _Killed(Exception):

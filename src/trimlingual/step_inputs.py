@@ -160,11 +160,11 @@ def _window_files(folder: Path) -> list[Path]:
     return [path for name in ("preprocessor_config.json", "processor_config.json") if (path := folder / name).is_file()]
 
 
-def processor_ref(base: Ref) -> Ref:
+def processor_ref(base: Ref, remembered: HashCache) -> Ref:
     """The base model's processor as an input of its own: other weights leave the data as they are."""
     if isinstance(base, HubRef):
         return HubProcessorRef(None, "", base.name, base.revision, base.remembered)
-    return Ref(base.path, lambda: hash_files(_window_files(base.folder), HashCache()))
+    return Ref(base.path, lambda: hash_files(_window_files(base.folder), remembered))
 
 
 def base_ref(recipe: Recipe, remembered: HashCache | None = None) -> Ref:

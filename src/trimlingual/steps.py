@@ -148,7 +148,7 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
             recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["processor"].folder))
         )
 
-    return Step("data", out, settings, {"processor": processor_ref(base), **read}, work)
+    return Step("data", out, settings, {"processor": processor_ref(base, remembered), **read}, work)
 
 
 def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: HashCache | None = None) -> Step:
