@@ -235,6 +235,25 @@ def test_a_process_dies_and_one_goes_on_for_two(manifests, tmp_path):
     assert not (two / "scratch").exists()
 
 
+def test_accelerate_launch_is_torchrun(manifests, tmp_path):
+    """It starts the processes, which share the clips out; the result is printed once. With `--cpu` it would start one process."""
+    launcher = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines=1",
+        "--num_processes=2",
+        "--mixed_precision=no",
+    ]
+    words = [*launcher, "--dynamo_backend=no", "-m", "trimlingual", "evaluate", "mini", "--run-dir", str(tmp_path)]
+    words += with_settings([*manifests, "task.target_languages=[de]", "decode.batch_size=1"])
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["stage"] == "evaluate base"
+    assert "process 1 of 2" in done.stderr
+    assert read_result(tmp_path / "evaluations" / "base")["speed"]["num_processes"] == 2
+
+
 def test_what_is_wrong_for_all_is_said_once(manifests, tmp_path):
     """A wrong recipe is every process's error; a missing file only the main one's, while the others wait for it."""
     said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path), "--set", "decode.batch_size=0"))
