@@ -16,9 +16,9 @@ FORKS.set_forkserver_preload(["trimlingual.stages.finetune", "trimlingual.stages
 
 
 class Command:
-    """`trimlingual` with these words, in one process or in several that work together, with the variables that torchrun sets.
+    """`trimlingual` with these words, in one process or in several that work together.
 
-    What they print is kept in files of `folder`.
+    These get the variables that torchrun sets, and are ended as torchrun ends them. What they print is kept in files of `folder`.
     """
 
     def __init__(
@@ -56,11 +56,18 @@ class Command:
         return self.wait()
 
     def wait(self, seconds: float = 120) -> int:
-        """Exit code of the first process (negative: the signal that ended it), once all have ended."""
-        for process in self._processes:
-            process.join(seconds)
-            assert process.exitcode is not None, f"still running after {seconds} s"
+        """Exit code of the first process (negative: the signal that ended it), once all have ended; one that fails ends the others."""
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive() for process in self._processes):
+            assert time.monotonic() < deadline, f"still running after {seconds} s"
+            if any(process.exitcode for process in self._processes):
+                self.send_signal(signal.SIGTERM)
+            time.sleep(0.01)
         return self._processes[0].exitcode
+
+    def succeed(self) -> None:
+        """Wait for an end without error."""
+        assert self.wait(300) == 0, self.stderr()
 
     def stdout(self) -> str:
         """What all have printed."""

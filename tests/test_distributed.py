@@ -1,4 +1,7 @@
-"""Several processes under torchrun: on the CPU (gloo), and on two GPUs (NCCL; `pytest -m gpu`)."""
+"""Several processes that work together: on the CPU (gloo), and on two GPUs (NCCL; `pytest -m gpu`).
+
+Where the launcher is not what is tested, the processes are started without it (processes.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,27 +19,29 @@ import torch
 from safetensors.torch import load_file
 
 from trimlingual import cli
-from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.models.loading import resolve_base
 from trimlingual.pipeline import compress
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.search.plan import read_plan
+from trimlingual.stages.evaluate import read_result, read_translations
 
-from .test_pipeline import SMALL
+from .test_pipeline import SMALL, as_words
 
 
-def command(processes: int, *arguments: str) -> list[str]:
+def torchrun(processes: int, words: list[str]) -> subprocess.Popen:
+    """The true launcher; a process without it for one."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "trimlingual", *arguments]
+    command = [sys.executable, *launcher, "-m", "trimlingual", *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
-def with_settings(settings: list[str], device: str = "cpu") -> list[str]:
-    return [word for setting in [*settings, f"model.device={device}"] for word in ("--set", setting)]
-
-
-def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+def until(launcher: subprocess.Popen, there: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert launcher.poll() is None, launcher.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def kill(launcher: subprocess.Popen) -> None:
@@ -43,37 +49,36 @@ def kill(launcher: subprocess.Popen) -> None:
     processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
     for process in processes:
         process.kill()
-    launcher.wait()
+    launcher.communicate()
     psutil.wait_procs(processes)
 
 
-def run(words: list[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def failing(words: list[str]) -> str:
-    """Standard error of a run that must end by itself, and not well."""
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode != 0
-    assert not done.stdout
-    return done.stderr
+def succeed(launcher: subprocess.Popen) -> None:
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 0, said[-3000:]
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+CPU = "model.device=cpu"
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model(manifests, tmp_path):
+def test_two_processes_train_one_model(manifests, tmp_path, start):
     """Two processes with batch 2 are one process with batch 4, but for the order of additions."""
     losses = {}
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
-        settings = [*SMALL, *manifests, f"finetune.batch_size={batch}", "finetune.logging_steps=1"]
-        run(command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings)))
+        overrides = [
+            *SMALL,
+            *manifests,
+            f"finetune.batch_size={batch}",
+            "finetune.logging_steps=1",
+            "finetune.max_steps=2",
+            CPU,
+        ]
+        start(["finetune", "mini", "--run-dir", str(folder), *as_words(*overrides)], processes).succeed()
         info = read_artifact(folder / "teacher").info
-        assert info["steps"] == 4
+        assert info["steps"] == 2
         losses[processes] = [entry["loss"] for entry in info["losses"]]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
 
@@ -86,19 +91,17 @@ def test_shares_of_the_weights_train_one_model_also_when_killed(manifests, tmp_p
     losses, weights = {}, {}
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
-        settings = [
+        overrides = [
             *SMALL, *manifests, "finetune.max_steps=40", "finetune.logging_steps=1", "finetune.freeze=[]",
             f"finetune.batch_size={batch}", f"finetune.fsdp={str(processes > 1).lower()}", f"finetune.mixed_precision={precision}",
         ]  # fmt: skip
-        words = command(processes, "finetune", "mini", "--run-dir", str(folder), *with_settings(settings, "auto"))
+        words = ["finetune", "mini", "--run-dir", str(folder), *as_words(*overrides)]
         if processes > 1:
-            killed = start(words)
-            deadline = time.monotonic() + 120
-            while not list(folder.rglob("complete.json")) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            killed = torchrun(processes, words)
+            until(killed, lambda folder=folder: list(folder.rglob("complete.json")))
             kill(killed)
             assert not (folder / "teacher").exists(), "too late to be killed in the middle"
-        run(words)
+        succeed(torchrun(processes, words))
         losses[processes] = [entry["loss"] for entry in read_artifact(folder / "teacher").info["losses"]]
         weights[processes] = load_file(folder / "teacher" / "model.safetensors")
     assert losses[1] == pytest.approx(losses[2], rel=loss)
@@ -113,17 +116,16 @@ def test_shares_of_the_weights_train_one_model_also_when_killed(manifests, tmp_p
 @two_gpus
 def test_two_gpus_search_like_one(manifests, tmp_path):
     for processes in (1, 2):
-        run(search(processes, manifests, tmp_path / str(processes), "auto"))
+        succeed(torchrun(processes, search(manifests, tmp_path / str(processes))))
     one, two = (read_plan(tmp_path / str(processes) / "rank") for processes in (1, 2))
     assert two.removals == one.removals
     assert two.curve == one.curve
 
 
-def search(processes: int, manifests: list[str], folder: Path, device: str = "cpu") -> list[str]:
-    settings = [*manifests, "rank.num_layers_to_remove=2", "rank.protected=[2,4,6,8]", "decode.batch_size=4"]
-    model = str(resolve_base("builtin:mini"))
-    words = ["rank", "mini", "--run-dir", str(folder), "--model", model, *with_settings(settings, device)]
-    return command(processes, *words)
+def search(manifests: list[str], folder: Path, *overrides: str) -> list[str]:
+    shorter = ["rank.num_layers_to_remove=2", "rank.protected=[2,4,6,8]", "decode.batch_size=4"]
+    words = ["rank", "mini", "--run-dir", str(folder), "--model", str(resolve_base("builtin:mini"))]
+    return [*words, *as_words(*manifests, *shorter, *overrides)]
 
 
 def journal(folder: Path) -> list[dict]:
@@ -132,19 +134,16 @@ def journal(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path):
+def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path, start):
     """Same plan; after `kill -9` of everything in the middle, the records that were written are not made again."""
-    run(search(1, manifests, tmp_path / "one"))
-    words = search(2, manifests, tmp_path / "two")
-    killed = start(words)
-    try:
-        deadline = time.monotonic() + 120
-        while len(before := journal(tmp_path / "two")) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        kill(killed)
+    start(search(manifests, tmp_path / "one", CPU)).succeed()
+    words = search(manifests, tmp_path / "two", CPU)
+    killed = start(words, 2)
+    killed.until(lambda: len(journal(tmp_path / "two")) >= 3)
+    killed.kill()
+    before = journal(tmp_path / "two")
     assert 3 <= len(before) < 11, f"{len(before)} of 12 records: too late to be killed in the middle"
-    run(words)
+    start(words, 2).succeed()
     one, two = read_plan(tmp_path / "one" / "rank"), read_plan(tmp_path / "two" / "rank")
     assert two.removals == one.removals
     assert two.curve == one.curve
@@ -180,18 +179,16 @@ def few_clips(manifests, tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_compress_like_one(few_clips, tmp_path):
+def test_two_processes_compress_like_one(few_clips, tmp_path, start):
     """The whole recipe: same plan, distilled data and translations; losses of the same global batch up to the order of additions."""
     one, two = tmp_path / "one", tmp_path / "two"
     batches = {size: [f"{section}.batch_size={size}" for section in TRAINED.values()] for size in (4, 2)}
-    settings = [*WHOLE, *few_clips, "model.device=cpu"]
-    compress(load_recipe("mini", [*settings, *batches[4]]), one)
-    words = command(2, "compress", "mini", "--run-dir", str(two), *with_settings([*settings, *batches[2]]))
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('"report"') == 1
+    compress(load_recipe("mini", [*WHOLE, *few_clips, CPU, *batches[4]]), one)
+    done = start(["compress", "mini", "--run-dir", str(two), *as_words(*WHOLE, *few_clips, CPU, *batches[2])], 2)
+    done.succeed()
+    assert done.stdout().count('"report"') == 1
     for stage in ("data", "pruned", "exported", "report"):
-        assert done.stderr.count(f"  {stage}: the main process works; the other 1 wait") == 1
+        assert done.stderr().count(f"  {stage}: the main process works; the other 1 wait") == 1
     assert read_plan(two / "rank").removals == read_plan(one / "rank").removals
     for name in ("distilled.jsonl", "translations.jsonl"):
         assert (two / "distilled" / name).read_bytes() == (one / "distilled" / name).read_bytes()
@@ -205,29 +202,33 @@ def test_two_processes_compress_like_one(few_clips, tmp_path):
         assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
 
 
-def test_a_process_dies_and_one_goes_on_for_two(manifests, tmp_path):
+def test_a_process_dies_and_one_goes_on_for_two(manifests, tmp_path, start):
     """`kill -9` of the second process ends the run; a single one takes over what both have translated."""
-    settings = with_settings([*manifests, "decode.batch_size=1"])
 
-    def words(processes: int, name: str) -> list[str]:
-        return command(processes, "evaluate", "mini", "--run-dir", str(tmp_path / name), *settings)
+    def words(name: str) -> list[str]:
+        return [
+            "evaluate",
+            "mini",
+            "--run-dir",
+            str(tmp_path / name),
+            *as_words(*manifests, "decode.batch_size=1", CPU),
+        ]
 
-    launcher = start(words(2, "two"))
+    launcher = torchrun(2, words("two"))
     partial = tmp_path / "two" / "evaluations" / "base.partial" / "scratch" / "translated"
     try:
-        deadline = time.monotonic() + 120
-        while not all((partial / f"{i}.jsonl").is_file() for i in (0, 1)) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(launcher, lambda: all((partial / f"{i}.jsonl").is_file() for i in (0, 1)))
         second = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1")
         second.kill()
-        assert launcher.wait(60) != 0
+        launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
     finally:
         if launcher.poll() is None:
             kill(launcher)
     before = sum(len((partial / f"{i}.jsonl").read_text(encoding="utf-8").splitlines()) for i in (0, 1))
     assert 2 <= before < 8, "too late to be killed in the middle"
-    run(words(1, "two"))
-    run(words(1, "one"))
+    for name in ("two", "one"):
+        start(words(name)).succeed()
     one, two = (tmp_path / name / "evaluations" / "base" for name in ("one", "two"))
     for language in ("de", "zh"):
         assert read_translations(two, language) == read_translations(one, language)
@@ -245,7 +246,7 @@ def test_accelerate_launch_is_torchrun(manifests, tmp_path):
         "--mixed_precision=no",
     ]
     words = [*launcher, "--dynamo_backend=no", "-m", "trimlingual", "evaluate", "mini", "--run-dir", str(tmp_path)]
-    words += with_settings([*manifests, "task.target_languages=[de]", "decode.batch_size=1"])
+    words += as_words(*manifests, "task.target_languages=[de]", "decode.batch_size=1", CPU)
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
@@ -254,16 +255,16 @@ def test_accelerate_launch_is_torchrun(manifests, tmp_path):
     assert read_result(tmp_path / "evaluations" / "base")["speed"]["num_processes"] == 2
 
 
-def test_what_is_wrong_for_all_is_said_once(manifests, tmp_path):
+def test_what_is_wrong_for_all_is_said_once(manifests, tmp_path, start):
     """A wrong recipe is every process's error; a missing file only the main one's, while the others wait for it."""
-    said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path), "--set", "decode.batch_size=0"))
-    assert said.count("decode.batch_size") == 1
-    (tmp_path / "test.jsonl").write_text(
-        '{"audio": "gone.wav", "references": {"de": "x", "zh": "x"}}\n', encoding="utf-8"
-    )
-    settings = with_settings([*manifests, f"data.test={{kind: manifest, path: '{tmp_path / 'test.jsonl'}'}}"])
-    said = failing(command(2, "evaluate", "mini", "--run-dir", str(tmp_path / "run"), *settings))
-    assert said.count("gone.wav") == 1
+    listing = tmp_path / "test.jsonl"
+    listing.write_text('{"audio": "gone.wav", "references": {"de": "x", "zh": "x"}}\n', encoding="utf-8")
+    gone = [*manifests, f"data.test={{kind: manifest, path: '{listing}'}}", CPU]
+    for overrides, what in ((["decode.batch_size=0"], "decode.batch_size"), (gone, "gone.wav")):
+        failing = start(["evaluate", "mini", "--run-dir", str(tmp_path / "run"), *as_words(*overrides)], 2)
+        assert failing.wait() == 1
+        assert not failing.stdout()
+        assert failing.stderr().count(what) == 1
 
 
 def test_one_process_that_fails_alone_says_so(monkeypatch, capsys):
@@ -286,9 +287,8 @@ def test_one_process_that_fails_alone_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "once"), [(("compress", "mini", "--dry-run"), "mini in runs/mini"), (("recipes",), "builtin:mini")]
 )
-def test_what_takes_one_process_is_done_by_one(words, once, tmp_path):
-    done = subprocess.run(
-        command(2, *words), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(once) == 1
+def test_what_takes_one_process_is_done_by_one(words, once, tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    done = start(words, 2)
+    done.succeed()
+    assert done.stdout().count(once) == 1

@@ -19,13 +19,13 @@ import trimlingual
 from trimlingual import pipeline
 from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import max_new_tokens
-from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.shipped import Shipped, read_shipped
-from trimlingual.models.errors import ModelError
+from trimlingual.models.folders import ModelError
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.artifacts import ArtifactError, read_artifact
 from trimlingual.run.lineage import LeakError, read_lineage
+from trimlingual.stages.evaluate import read_translations
 
 # A run that goes through every stage in well under a minute: few clips, few small steps, two layers. The steps are small so that
 # the models still translate: near-ties of a broken model would make any comparison of its words meaningless.
@@ -51,7 +51,7 @@ def run_dir(recipe, tmp_path_factory) -> Path:
     return folder
 
 
-def settings(*overrides: str) -> list[str]:
+def as_words(*overrides: str) -> list[str]:
     """Overrides as words of a command line."""
     return [word for override in overrides for word in ("--set", override)]
 
@@ -274,7 +274,7 @@ MIDDLE = {
 def test_killed_in_every_stage_ends_the_same(recipe, run_dir, manifests, tmp_path, start):
     """kill -9 as soon as each stage is in the middle of its work, in turn; then the run that is left alone."""
     folder = tmp_path / "killed"
-    words = ["compress", "mini", "--run-dir", str(folder), *settings(*SMALL, *manifests)]
+    words = ["compress", "mini", "--run-dir", str(folder), *as_words(*SMALL, *manifests)]
     killed = []
     for stage, marker in MIDDLE.items():
         middle = folder / marker
@@ -286,7 +286,7 @@ def test_killed_in_every_stage_ends_the_same(recipe, run_dir, manifests, tmp_pat
         assert run.kill() == -signal.SIGKILL, f"{stage}: the run ended by itself before it could be killed"
     assert {"teacher", "rank", "distilled", "recovered", "quantized"} <= set(killed)
     last = start(words)
-    assert last.wait(300) == 0, last.stderr()
+    last.succeed()
     assert outcome(folder) == outcome(run_dir)
     summary = json.loads(last.stdout().splitlines()[-1])
     assert Path(summary["report"]).is_file()
@@ -351,7 +351,7 @@ def test_exported_folder_has_a_card_and_nothing_else_of_ours(run_dir):
 def dry_run(start, folder: Path, *overrides: str, **environment: str) -> tuple[dict[str, str], str]:
     """Rows of the table by stage, and what is said beside it."""
     run = start(
-        ["compress", "mini", "--dry-run", "--run-dir", str(folder), *settings(*SMALL, *overrides)],
+        ["compress", "mini", "--dry-run", "--run-dir", str(folder), *as_words(*SMALL, *overrides)],
         COLUMNS="250",
         **environment,
     )
@@ -380,7 +380,7 @@ def test_dry_run_reads_nothing_and_names_what_is_the_users(run_dir, manifests, t
 
 
 def test_errors_are_one_message_without_traceback(tmp_path, start):
-    run = start(["compress", "mini", "--run-dir", str(tmp_path), *settings("rank.num_layers_to_remove=-1")])
+    run = start(["compress", "mini", "--run-dir", str(tmp_path), *as_words("rank.num_layers_to_remove=-1")])
     assert run.wait() == 1
     assert "rank.num_layers_to_remove" in run.stderr()
     assert "Traceback" not in run.stderr()

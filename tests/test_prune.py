@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 
-from trimlingual.models.errors import ProofError
 from trimlingual.models.loading import load_model
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages import prune as module
-from trimlingual.stages.prune import prune
+from trimlingual.stages.prune import ProofError, prune
 
 CPU = torch.device("cpu")
 

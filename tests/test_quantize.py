@@ -23,7 +23,7 @@ from trimlingual.stages.quantize import (
     sqnr_db,
 )
 
-from .test_distributed import command, run, with_settings
+from .test_pipeline import as_words
 
 CPU = torch.device("cpu")
 TRAIN = TrainSettings(method="lora", max_steps=3, learning_rate=5e-3, lora=LoraSettings(r=4, alpha=8))
@@ -149,20 +149,20 @@ def test_sqnr_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nf4", "int4"])
-def test_two_processes_quantise_like_one(manifests, tmp_path, scheme):
+def test_two_processes_quantise_like_one(manifests, tmp_path, scheme, start):
     """Both train, one merges and saves while the other waits; batches of 2 in two processes are one of 4."""
     if scheme == "int4":
         pytest.importorskip("compressed_tensors")
     records = {}
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
-        settings = [
+        overrides = [
             *manifests, "quantize.start=base", f"quantize.scheme={scheme}", "quantize.group_size=64",
             f"quantize.train.batch_size={batch}", "quantize.train.max_steps=3", "quantize.train.logging_steps=1",
-            "quantize.train.data={gold: 1}", "quantize.train.learning_rate=1e-3",
+            "quantize.train.data={gold: 1}", "quantize.train.learning_rate=1e-3", "model.device=cpu",
         ]  # fmt: skip
         words = ["quantize", "mini", "--run-dir", str(folder), "--model", str(resolve_base("builtin:mini"))]
-        run(command(processes, *words, *with_settings(settings)))
+        start([*words, *as_words(*overrides)], processes).succeed()
         records[processes] = read_artifact(folder / "quantized").info
         assert load_model(folder / "quantized", "float32", CPU) is not None
     one, two = (records[processes] for processes in (1, 2))
