@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from trimlingual import cli
+from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.models.loading import resolve_base
 from trimlingual.pipeline import compress
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.search.plan import read_plan
-from trimlingual.stages.evaluate import read_result, read_translations
 
 from .test_pipeline import SMALL, as_words
 

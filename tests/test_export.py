@@ -19,7 +19,7 @@ from trimlingual.data.sources import Clip
 from trimlingual.exports import proof
 from trimlingual.exports.proof import ExportError, most_different, prove_export
 from trimlingual.exports.shipped import SHIPPED_FILE, read_shipped
-from trimlingual.models.folders import ModelError
+from trimlingual.models.errors import ModelError
 from trimlingual.models.loading import load_model, load_processor
 from trimlingual.models.saving import (
     DOUBLED,

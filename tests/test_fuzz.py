@@ -25,6 +25,7 @@ import trimlingual
 from trimlingual import cli
 from trimlingual.data.audio import DataError, inspect_audio, load_audio
 from trimlingual.data.splits import load_splits, prepare_data
+from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.recipe import (
     Covost2Source,
     FolderSource,
@@ -39,7 +40,6 @@ from trimlingual.run.artifacts import ARTIFACT_FILE, hash_file, produce, read_ar
 from trimlingual.run.lineage import Lineage, read_lineage
 from trimlingual.search.plan import check_plan, read_plan
 from trimlingual.stages.distill import read_distilled
-from trimlingual.stages.evaluate import read_result, read_translations
 
 PACKAGE = Path(trimlingual.__file__).parent
 # Cases of each test. Their sum is part of what is promised: at least 1,000.

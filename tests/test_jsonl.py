@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from trimlingual.evaluation.results import read_translations
 from trimlingual.run.jsonl import JsonlError, read_jsonl, write_jsonl
 from trimlingual.stages.distill import DISTILLED_FILE, read_distilled
-from trimlingual.stages.evaluate import read_translations
 
 # Everything at which str.splitlines() splits, and a text beyond the BMP
 SEPARATORS = "a\nb\rc\r\nd\x0be\x0cf\x1cg\x1dh\x1ei\x85j\u2028k\u2029l\U0001f600"

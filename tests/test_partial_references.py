@@ -11,11 +11,12 @@ from trimlingual.data.audio import DataError
 from trimlingual.data.sources import listing_problems, read_recordings
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, TaskSettings
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.search.plan import read_plan
-from trimlingual.stages.evaluate import evaluate, read_result, read_translations
+from trimlingual.stages.evaluate import evaluate
 from trimlingual.stages.rank import rank
 
 METRICS = {"de": "chrfpp", "zh": "chrf"}

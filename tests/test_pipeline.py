@@ -19,13 +19,13 @@ import trimlingual
 from trimlingual import pipeline
 from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import max_new_tokens
+from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.shipped import Shipped, read_shipped
-from trimlingual.models.folders import ModelError
+from trimlingual.models.errors import ModelError
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.artifacts import ArtifactError, read_artifact
 from trimlingual.run.lineage import LeakError, read_lineage
-from trimlingual.stages.evaluate import read_translations
 
 # A run that goes through every stage in well under a minute: few clips, few small steps, two layers. The steps are small so that
 # the models still translate: near-ties of a broken model would make any comparison of its words meaningless.

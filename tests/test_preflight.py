@@ -19,7 +19,8 @@ from trimlingual.app.translate import translate_files
 from trimlingual.cli import app
 from trimlingual.data.splits import load_splits
 from trimlingual.estimate import Estimate, disk_peak, frozen_towers
-from trimlingual.models.folders import ModelError, folder_problems
+from trimlingual.models.errors import ModelError
+from trimlingual.models.folders import folder_problems
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.pipeline import compress, plan, run_stage
 from trimlingual.preflight import PreflightError, check

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from trimlingual.models.errors import ProofError
 from trimlingual.models.loading import load_model
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages import prune as module
-from trimlingual.stages.prune import ProofError, prune
+from trimlingual.stages.prune import prune
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from trimlingual.estimate import estimate, gb
 from trimlingual.evaluation.cost import count_parameters, disk_bytes
-from trimlingual.models.folders import ModelError
+from trimlingual.models.errors import ModelError
 from trimlingual.models.loading import is_on_hub, load_model, load_processor, resolve_base, weights_on_disk
 from trimlingual.models.qwen2_audio import window_s
 from trimlingual.models.random_weights import random_config

@@ -17,7 +17,7 @@ from trimlingual.data.audio import DataError
 from trimlingual.data.sources import read_source
 from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import translate_clips
-from trimlingual.models.folders import ModelError
+from trimlingual.models.errors import ModelError
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model

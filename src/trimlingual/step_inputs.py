@@ -101,7 +101,7 @@ class HubRef(Ref):
         return f"{self.name}@{hub_commit(here)}" if here else None
 
     def _here(self) -> Path | None:
-        from trimlingual.models.folders import ModelError
+        from trimlingual.models.errors import ModelError
         from trimlingual.models.loading import resolve_base
 
         try:
@@ -140,7 +140,7 @@ class HubProcessorRef(HubRef):
         return self._here() or self._download()
 
     def _here(self) -> Path | None:
-        from trimlingual.models.folders import ModelError
+        from trimlingual.models.errors import ModelError
         from trimlingual.models.loading import resolve_base
 
         try:

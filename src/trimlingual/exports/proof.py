@@ -15,9 +15,9 @@ from scipy.stats import binom
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
+from trimlingual.evaluation.results import read_translations
 from trimlingual.models.loading import pick_device
 from trimlingual.recipe import Recipe
-from trimlingual.stages.evaluate import read_translations
 
 NUM_CLIPS = 8  # compared, in every target language
 DIFFERING = 0.05  # share of translations that may differ in 16 and in 4 bits, where near-ties fall either way

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimlingual.models.errors import ModelError
+
 # Stages that need the weights themselves, which 4-bit words of bitsandbytes are not.
 CHANGES_WEIGHTS = ("teacher", "recovered", "pruned", "quantized")
 PROCESSOR_FILES = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
-
-
-class ModelError(ValueError):
-    """A model that cannot be used here; the message says what to do."""
 
 
 def folder_problems(folder: Path, stage: str) -> list[str]:

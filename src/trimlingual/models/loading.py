@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from trimlingual.models.folders import ModelError, model_problems, processor_problems, refuse
+from trimlingual.models.errors import ModelError
+from trimlingual.models.folders import model_problems, processor_problems, refuse
 from trimlingual.models.packed_weights import alone, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from trimlingual import __version__
 from trimlingual.run.artifacts import fingerprint, write_json
+from trimlingual.run.version import version as own_version
 
 RANDOM = "random:"
 MARK = "random.json"  # in a folder whose weights are drawn instead of read
@@ -54,7 +54,7 @@ def random_base(name: str) -> Path:
     if shape not in SHAPES:
         raise ValueError(f"{name!r} is not known; random models: {', '.join(RANDOM + known for known in SHAPES)}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimlingual" / "random"
-    made_by = {"trimlingual": __version__, "transformers": version("transformers"), "settings": SHAPES[shape]}
+    made_by = {"trimlingual": own_version(), "transformers": version("transformers"), "settings": SHAPES[shape]}
     folder = cache / f"{shape}-{fingerprint('random', made_by, {})}"
     if is_random(folder):
         return folder

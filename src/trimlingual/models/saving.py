@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimlingual.models.folders import ModelError
+from trimlingual.models.errors import ModelError
 from trimlingual.recipe import Dtype
 from trimlingual.run.artifacts import write_json
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from trimlingual.models.qwen2_audio import layer_list
 from trimlingual.quantization.int4 import best_scale, modules_to_pack
-from trimlingual.recipe import QuantizeSettings
+from trimlingual.recipe import TOWERS, QuantizeSettings
 from trimlingual.run.progress import progress
-from trimlingual.search.plan import TOWERS
 
 BLOCK = 128  # columns whose errors are moved on to the columns behind them at once
 DAMPING = 0.01  # of the mean diagonal, added to it: directions that no input has must not be divided by nothing

@@ -3,6 +3,7 @@
 from trimlingual.recipe.loading import Recipe, RecipeError, list_recipes, load_recipe, parse_recipe, recipes_dir
 from trimlingual.recipe.sections import (
     FLASH_ADAMW,
+    TOWERS,
     BuiltinSource,
     Covost2Source,
     DataSettings,
@@ -31,6 +32,7 @@ from trimlingual.recipe.sections import (
 
 __all__ = [
     "FLASH_ADAMW",
+    "TOWERS",
     "BuiltinSource",
     "Covost2Source",
     "DataSettings",

@@ -15,6 +15,7 @@ from trimlingual.recipe import languages
 Dtype = Literal["float32", "bfloat16", "float16"]
 Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
+TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 References = Literal["all", "any"]
 
 FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers has no name for (optimizer.py)

@@ -40,6 +40,7 @@ from trimlingual.run.ownership import (
 )
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
 from trimlingual.run.progress import LOG_FILE
+from trimlingual.run.version import version as own_version
 
 __all__ = [
     "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "append_jsonl", "find_artifact", "fingerprint",
@@ -99,9 +100,7 @@ class Artifact:
 
 def machine() -> dict[str, Any]:
     """Versions and hardware a number was made with (no host name, no paths)."""
-    from trimlingual import __version__  # asks git in a source checkout, so not before it is needed
-
-    versions = {"trimlingual": __version__, "python": platform.python_version()}
+    versions = {"trimlingual": own_version(), "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)

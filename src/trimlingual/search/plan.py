@@ -8,11 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trimlingual.recipe import Tower
+from trimlingual.recipe import TOWERS, Tower
 from trimlingual.run.jsonl import parse_json
 from trimlingual.run.lineage import Lineage
 
-TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 PLAN_FILE = "plan.json"
 FINETUNED = "model"  # folder beside the plan, when the search fine-tuned after every removal
 

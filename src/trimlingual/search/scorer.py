@@ -32,13 +32,12 @@ from trimlingual.evaluation.quality import SentenceStatistics, sentence_statisti
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.layers import drop_layers_, without_layers
 from trimlingual.models.qwen2_audio import eos_token_ids
-from trimlingual.recipe import DecodeSettings, RankSettings, TaskSettings, Tower
+from trimlingual.recipe import TOWERS, DecodeSettings, RankSettings, TaskSettings, Tower
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.progress import say
 from trimlingual.search.bounds import best_possible, settled_counts
 from trimlingual.search.from_parent import NO_DRAFT, Trace, losses, losses_without, trace, translate_without
-from trimlingual.search.plan import TOWERS
 
 MIN_ACCEPTED = 0.1  # of the drafts' tokens: below this, verifying them costs more than decoding from the beginning
 TRACE_SHARE = 0.5  # of the memory that is free, what candidates share may take

@@ -10,17 +10,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_difference
+from trimlingual.recipe import TOWERS
 from trimlingual.run.artifacts import SCRATCH, append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index
 from trimlingual.run.progress import progress, say
-from trimlingual.search.approximate import bootstrap_racing, successive_halving
-from trimlingual.search.plan import TOWERS, PrunePlan, Removal
+from trimlingual.search.approximate import better_half, not_beaten, race
+from trimlingual.search.plan import PrunePlan, Removal
 from trimlingual.search.scorer import Candidate, Scorer, Tally
 
 JOURNAL_FILE = "candidates.jsonl"
@@ -189,8 +191,16 @@ class Search:
         if number == 1:
             self._probe(candidates)
         if settings.selection != "exact":
-            race = successive_halving if settings.selection == "successive-halving" else bootstrap_racing
-            return race(self, number, candidates, advance)
+            halving = settings.selection == "successive-halving"
+            won = race(
+                candidates,
+                len(self.scorer.select.clips),
+                settings.first_clips,
+                lambda standing, clips, last: self.share_out(number, standing, [clips], earlier=last),
+                better_half if halving else partial(not_beaten, statistics=self.statistics),
+            )
+            advance(len(candidates), f"round {number}")
+            return won
         floor = second_best if settings.early_stopping else None
         records = self.share_out(number, ordered, self.scorer.blocks, floor, advance)
         records = sorted(records, key=lambda r: candidates.index(Candidate(r["tower"], r["layer"])))

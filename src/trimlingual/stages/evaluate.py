@@ -19,21 +19,15 @@ from trimlingual.evaluation.quality import (
     paired_bootstrap_ratio,
     sentence_statistics,
 )
+from trimlingual.evaluation.results import RESULT_FILE, read_result, read_translations, translations_file
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings, languages
 from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.run.lineage import Lineage, check_unseen
 from trimlingual.run.processes import is_main_process
-from trimlingual.run.records import read_record, read_records
 
-RESULT_FILE = "result.json"
 METRICS = ("bleu", "chrf", "chrfpp")
-DAMAGED = "run the evaluation again with --force"
-
-
-class EvaluationError(ValueError):
-    """An evaluation whose files cannot be read."""
 
 
 def evaluate(
@@ -175,18 +169,6 @@ def _read_baseline(folder: Path, split: Split) -> dict[str, Any]:
     return {"name": result["name"], "hypotheses": hypotheses}
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """The EvalResult in `folder`."""
-    return read_record(folder / RESULT_FILE, dict[str, Any], EvaluationError, DAMAGED, ("name", "split", "languages"))
-
-
-def read_translations(folder: Path, language: str) -> list[dict[str, Any]]:
-    """The recorded translations, in the split's order."""
-    return read_records(
-        folder / f"translations.{language}.jsonl", dict[str, Any], EvaluationError, DAMAGED, ("id", "hypothesis")
-    )
-
-
 def _write_translations(out_dir: Path, language: str, rows: Sequence[Translation], clips: Sequence[Clip]) -> None:
     records = (
         {
@@ -200,4 +182,4 @@ def _write_translations(out_dir: Path, language: str, rows: Sequence[Translation
         }
         for clip, row in zip(clips, rows)
     )
-    write_jsonl(out_dir / f"translations.{language}.jsonl", records)
+    write_jsonl(translations_file(out_dir, language), records)

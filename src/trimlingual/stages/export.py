@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from trimlingual import __version__
 from trimlingual.data.sources import Clip
+from trimlingual.evaluation.results import read_result
 from trimlingual.exports.proof import prove_export
 from trimlingual.exports.shipped import Shipped
 from trimlingual.models.folders import check_folder
@@ -21,7 +21,7 @@ from trimlingual.report.tables import proof_text
 from trimlingual.run.artifacts import ARTIFACT_FILE, write_text
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.progress import LOG_FILE, say
-from trimlingual.stages.evaluate import read_result
+from trimlingual.run.version import version
 
 LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
 
@@ -67,7 +67,7 @@ def model_card(
         result=result,
         proof=proof_text(proof) if proof else None,
         removed=lineage.removed("decoder"),
-        version=__version__,
+        version=version(),
         prompt=recipe.task.prompt_for(recipe.task.target_languages[0]),
         base=lineage.to_ship().base.removeprefix("builtin:"),
         on_hub=is_on_hub(lineage.base),

@@ -11,21 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from trimlingual.models.errors import ProofError
 from trimlingual.models.folders import check_folder
 from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.qwen2_audio import embed, layer_list, lm_head, project, text_decoder, tower_states
 from trimlingual.models.saving import round_weights_, save_model
-from trimlingual.recipe import ModelSettings, Tower
+from trimlingual.recipe import TOWERS, ModelSettings, Tower
 from trimlingual.run.lineage import Lineage, read_lineage
-from trimlingual.search.plan import FINETUNED, TOWERS, PlanError, check_plan, read_plan
+from trimlingual.search.plan import FINETUNED, PlanError, check_plan, read_plan
 
 # Cached and uncached attention add up in another order; logits may differ by rounding only. Relative to the largest logit.
 CACHE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
-class ProofError(RuntimeError):
-    """A pruned model that is not what it should be: a defect of this tool or of a library, not of the input."""
 
 
 def prune(

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from trimlingual.data.audio import DataError
 from trimlingual.data.splits import DataSplits
+from trimlingual.models.errors import ProofError
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_processor
@@ -34,7 +35,6 @@ from trimlingual.models.saving import explained_disk_full, finish_saved
 from trimlingual.recipe import TaskSettings, VocabSettings
 from trimlingual.run.artifacts import write_json, write_text
 from trimlingual.run.lineage import Lineage
-from trimlingual.stages.prune import ProofError
 from trimlingual.vocabulary.bpe import Bpe, Kept, VocabError, choose, read_bpe, trimmed_tokenizer
 
 BATCH = 1000  # sentences tokenised at a time
