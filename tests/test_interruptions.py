@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from trimlingual.run.interruptions import Interrupted
 
-from .test_pipeline import SMALL
+from .test_distributed import torchrun, until
+from .test_pipeline import SMALL, as_words
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def started(folder: Path, manifests: list[str], *settings: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
-    words = [sys.executable, *launcher, "-m", "trimlingual", "finetune", "mini", "--run-dir", str(folder)]
-    words += [word for value in [*SMALL, *manifests, *settings] for word in ("--set", value)]
-    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+LONG = ["finetune.max_steps=1000", "finetune.save_steps=1000", "finetune.save_minutes=1000"]
 
 
-def until(process: subprocess.Popen, there) -> None:
-    while not there():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+def finetune(folder: Path, *overrides: str) -> list[str]:
+    return ["finetune", "mini", "--run-dir", str(folder), *as_words(*SMALL, *overrides)]
 
 
 def position(folder: Path) -> int:
@@ -42,8 +32,7 @@ def position(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_all_processes_of_torchrun_stop_at_the_same_step(manifests, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = started(tmp_path, manifests, "finetune.max_steps=1000", "finetune.batch_size=2", launcher=launcher)
+    process = torchrun(2, finetune(tmp_path, *manifests, "finetune.max_steps=1000", "finetune.batch_size=2"))
     until(process, lambda: position(tmp_path) >= 2)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
@@ -53,29 +42,26 @@ def test_all_processes_of_torchrun_stop_at_the_same_step(manifests, tmp_path):
     assert said.count("Traceback") == said.count("SignalException: Process")  # torchrun's own, none of ours
 
 
-def test_sigterm_saves_the_step_under_way_and_ends(manifests, tmp_path):
-    long = ["finetune.max_steps=1000", "finetune.save_steps=1000", "finetune.save_minutes=1000"]
-    process = started(tmp_path, manifests, *long)
-    until(process, lambda: position(tmp_path) >= 2)
+def test_sigterm_saves_the_step_under_way_and_ends(manifests, tmp_path, start):
+    process = start(finetune(tmp_path, *manifests, *LONG))
+    process.until(lambda: position(tmp_path) >= 2)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "Traceback" not in said
+    assert process.wait() == 143, process.stderr()
+    assert "Traceback" not in process.stderr()
     scratch = tmp_path / "teacher.partial" / "scratch"
     step = position(tmp_path)
-    assert f"stopped: training stopped after step {step} of 1000, which is saved" in said
+    assert f"stopped: training stopped after step {step} of 1000, which is saved" in process.stderr()
     assert (scratch / f"checkpoint-{step}" / "complete.json").is_file()
     log = (tmp_path / "teacher.partial" / "log.txt").read_text(encoding="utf-8")
     assert f"training, step {step} of 1000" in log
 
-    again = started(tmp_path, manifests, *long)
-    until(again, lambda: position(tmp_path) > step)
+    again = start(finetune(tmp_path, *manifests, *LONG))
+    again.until(lambda: position(tmp_path) > step)
     again.send_signal(signal.SIGINT)
     again.send_signal(signal.SIGINT)  # the second ends it at once
-    _, said = again.communicate(timeout=60)
-    assert again.returncode in (-signal.SIGINT, 130)
-    assert f"training goes on at step {step} of 1000; no step was lost" in said
-    assert "Traceback" not in said
+    assert again.wait() in (-signal.SIGINT, 130)
+    assert f"training goes on at step {step} of 1000; no step was lost" in again.stderr()
+    assert "Traceback" not in again.stderr()
 
 
 WORK = """
