@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from trimlingual.data.audio import DataError
 from trimlingual.data.sources import source_files, source_fingerprint
@@ -60,18 +61,20 @@ class HubRef(Ref):
     revision: str | None
     remembered: HashCache
 
+    with_weights: ClassVar[bool] = True
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the content, so that a local copy of the same files is the same model."""
-        key, here = f"hub:{self.name}@{self.revision}", self._here()
-        if here is None and (content := self.remembered.named(key)):
+        here = self._here()
+        if here is None and (content := self.remembered.named(self._key)):
             return content
         if here is None and not self.remembered.reading:
-            self.remembered.absent.append(self.name)
+            self.remembered.absent.append(self.name if self.with_weights else f"the processor of {self.name}")
             return UNREAD
-        content = hash_model(here or self._download(), self.remembered)
+        content = self._content(here or self._download())
         if content != UNREAD:
-            self.remembered.remember_named(key, content)
+            self.remembered.remember_named(self._key, content)
         return content
 
     @property
@@ -80,9 +83,9 @@ class HubRef(Ref):
         here = self._here()
         if here is None:
             here, planned = self._download(), self.fingerprint
-            content = hash_model(here, self.remembered)
+            content = self._content(here)
             if content != planned:
-                self.remembered.remember_named(f"hub:{self.name}@{self.revision}", content)
+                self.remembered.remember_named(self._key, content)
                 raise ArtifactError(
                     f"{self.name} has changed on the Hub since this run was made (now {hub_commit(here)}). Set model.revision to "
                     "the commit in the run's artifact.json (`origins`), or start again to see what the new one makes stale."
@@ -100,59 +103,52 @@ class HubRef(Ref):
         here = self._here()
         return f"{self.name}@{hub_commit(here)}" if here else None
 
+    @property
+    def _key(self) -> str:
+        return f"hub:{self.name}@{self.revision}"
+
+    def _content(self, folder: Path) -> str:
+        return hash_model(folder, self.remembered)
+
+    def _usable(self, folder: Path) -> bool:
+        return is_whole(folder)
+
     def _here(self) -> Path | None:
         from trimlingual.models.errors import ModelError
         from trimlingual.models.loading import resolve_base
 
         try:
-            folder = resolve_base(self.name, self.revision, download=False)
+            folder = resolve_base(self.name, self.revision, download=False, weights=self.with_weights)
         except ModelError:
             return None
-        return folder if is_whole(folder) else None
+        return folder if self._usable(folder) else None
 
     def _download(self) -> Path:
         from trimlingual.models.loading import resolve_base
 
-        return resolve_base(self.name, self.revision)
+        return resolve_base(self.name, self.revision, weights=self.with_weights)
 
 
 @dataclass(frozen=True)
 class HubProcessorRef(HubRef):
-    """The processor of a base model on the Hub, for which no weights are fetched."""
+    """The processor of a base model on the Hub, for which no weights are fetched: the files that say what the model hears."""
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the files that say what the model hears."""
-        key, here = f"hub-processor:{self.name}@{self.revision}", self._here()
-        if here is None and (content := self.remembered.named(key)):
-            return content
-        if here is None and not self.remembered.reading:
-            self.remembered.absent.append(f"the processor of {self.name}")
-            return UNREAD
-        content = hash_files(_window_files(here or self._download()), self.remembered)
-        if content != UNREAD:
-            self.remembered.remember_named(key, content)
-        return content
+    with_weights: ClassVar[bool] = False
 
     @property
     def folder(self) -> Path:
         """The folder, with the processor's files in it and perhaps no others."""
         return self._here() or self._download()
 
-    def _here(self) -> Path | None:
-        from trimlingual.models.errors import ModelError
-        from trimlingual.models.loading import resolve_base
+    @property
+    def _key(self) -> str:
+        return f"hub-processor:{self.name}@{self.revision}"
 
-        try:
-            folder = resolve_base(self.name, self.revision, download=False, weights=False)
-        except ModelError:
-            return None
-        return folder if _window_files(folder) else None
+    def _content(self, folder: Path) -> str:
+        return hash_files(_window_files(folder), self.remembered)
 
-    def _download(self) -> Path:
-        from trimlingual.models.loading import resolve_base
-
-        return resolve_base(self.name, self.revision, weights=False)
+    def _usable(self, folder: Path) -> bool:
+        return bool(_window_files(folder))
 
 
 def _window_files(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -67,6 +68,13 @@ def pick_device(device: str) -> torch.device:
 
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give the GPU back what nothing uses any more. Trainers, models and CUDA graphs refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any = None) -> Any:

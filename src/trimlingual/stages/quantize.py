@@ -9,7 +9,6 @@ steps, it survives on average. So that is the default (`merge_base`); benchmarks
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Collator, Example, Prompter
-from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.loading import free_memory, load_model, load_processor, pick_device
 from trimlingual.models.qwen2_audio import PARTS, part_of
 from trimlingual.models.random_weights import draw, is_random
 from trimlingual.models.saving import DTYPES, round_weights_, save_model
@@ -89,14 +88,14 @@ def quantize(
         adapted = info.pop("adapted")
     if not is_main_process():
         return info
-    _free_memory()  # of the optimizer
+    free_memory()  # of the optimizer
     merged = load_model(stored, model_settings.dtype, torch.device("cpu"))
     if adapted:
         adapted.save_pretrained(out_dir / "adapter")
         trained = measure(adapted)
         merge_(merged, adapted, settings.merge_base)
         del adapted
-        _free_memory()
+        free_memory()
     round_weights_(merged, model_settings.storage_dtype)
     config = bitsandbytes_config(settings)
     if settings.scheme != "int4":
@@ -107,7 +106,7 @@ def quantize(
         scales = _calibrated(merged, settings, collator, examples, model_settings)
         info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype, scales)
     del merged
-    _free_memory()
+    free_memory()
     if settings.scheme == "int4":
         final = measure(load_model(out_dir, model_settings.dtype, device))
     else:
@@ -174,16 +173,9 @@ def _stored(model_dir: Path, folder: Path, device: torch.device) -> Path:
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
         save_model(draw(model_dir, torch.bfloat16, device), load_processor(model_dir), folder, "bfloat16")
-        _free_memory()
+        free_memory()
     wait_for_everyone()
     return folder
-
-
-def _free_memory() -> None:
-    """Give the GPU back what nothing refers to any more. Trainers, fused layers and their models refer to each other in circles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _change(

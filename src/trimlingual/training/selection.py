@@ -7,7 +7,6 @@ worse on these clips than what went in.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import TrainerCallback
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.loading import free_memory
 from trimlingual.recipe import DecodeSettings, TaskSettings, languages
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index, wait_for_everyone
@@ -121,7 +121,7 @@ class KeepBest(TrainerCallback):
         mine = self.clips[process_index() :: num_processes()]
         said = translate_clips(self.model, self.processor, self.task, mine, self.decode, label="selection clips")
         self.trained.train()
-        _free_graphs()
+        free_memory()  # decoding leaves its memory and CUDA graphs, and training needs the room now
         every = {(t.id, t.language): t.hypothesis for part in gather(said) for t in part}
         return {
             language: corpus_score(
@@ -133,10 +133,3 @@ class KeepBest(TrainerCallback):
     def _pairs(self, said: dict[tuple[str, str], str], language: str) -> tuple[Sequence[str], Sequence[str]]:
         chosen = [clip for clip in self.clips if language in clip.references]
         return [said[clip.id, language] for clip in chosen], [clip.references[language] for clip in chosen]
-
-
-def _free_graphs() -> None:
-    """Decoding leaves its memory and CUDA graphs to the collector; training needs the room now."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

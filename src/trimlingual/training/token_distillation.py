@@ -9,7 +9,6 @@ Shapes: N answer tokens, K tokens kept of each distribution.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimlingual.models.inputs import Collator, Example
+from trimlingual.models.loading import free_memory
 from trimlingual.recipe import TokenDistillation
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.run.progress import progress
@@ -46,9 +46,7 @@ def teacher_tokens(
     """
     if is_main_process() and not store.is_file():
         _write(store, read_examples(load_teacher(), collator, examples, settings.top_k, settings.temperature))
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     wait_for_everyone()
     return dict(zip(examples, _read(store, len(examples))))
 
