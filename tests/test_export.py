@@ -29,6 +29,7 @@ from trimlingual.models.saving import (
     tensor_names,
     use_published_names,
 )
+from trimlingual.pipeline import run_stage
 from trimlingual.recipe import load_recipe
 from trimlingual.run.lineage import LeakError, check_unseen, read_lineage
 from trimlingual.stages.export import export
@@ -126,7 +127,7 @@ def test_export_ships_settings_and_nothing_local(base, tmp_path, capsys):
     assert made["proof"]["compared"] == 0
     assert made["proof"]["versions"] == {"transformers": transformers.__version__, "torch": torch.__version__}
     for told in (capsys.readouterr().err, (tmp_path / "out" / "README.md").read_text(encoding="utf-8")):
-        assert "nothing was recorded to compare its translations with" in told
+        assert "nothing was recorded that its translations could be compared with" in told
         assert "0 of 0" not in told
     assert not {*PUBLISHED} - {"do_sample"} & {*json.loads((tmp_path / "out" / "generation_config.json").read_text())}
     for path in (tmp_path / "out").glob("*.json"):
@@ -155,6 +156,21 @@ def test_plain_generate_gives_what_was_recorded(base, mini_clips, monkeypatch):
     monkeypatch.setattr(proof, "_recorded", lambda *given: [(*recorded[0][:2], "Etwas anderes."), *recorded[1:]])
     with pytest.raises(ExportError, match="not the recorded ones"):
         prove_export(base, recipe, None, [], exact=True)
+
+
+def test_no_file_of_what_ships_names_a_path(base, tmp_path):
+    """Through the verb, so with artifact.json and log.txt; the base, the model and the run are folders of this machine."""
+    out = tmp_path / "out"
+    recipe = load_recipe("mini", [f"model.base={base}"])
+    run_stage(recipe, tmp_path / "run", "exported", replaced={"model": base}, out=out)
+    files = sorted(out.iterdir())
+    assert {"artifact.json", "log.txt", "README.md", SHIPPED_FILE} <= {path.name for path in files}
+    assert [path.name for path in files if str(tmp_path).encode() in path.read_bytes()] == []
+    settings = json.loads((out / "artifact.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["model"]["base"] == "base"
+    assert not {"is_local", "local_files_only"} & {
+        *json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    }
 
 
 def test_what_is_no_model_is_refused(base, tmp_path):

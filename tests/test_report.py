@@ -301,7 +301,7 @@ def test_comet_gets_a_column_and_its_model_is_named(run_dir, tmp_path):
     ("proof", "said"),
     [
         (PROOF, "plain transformers 5.23.0 with torch 2.13.0 loads the folder whole, and generate() in bfloat16 gives 15 of 16"),
-        (PROOF | {"compared": 0, "equal": 0}, "nothing was recorded to compare its translations with"),
+        (PROOF | {"compared": 0, "equal": 0}, "nothing was recorded that its translations could be compared with"),
         ({"compared": 16, "equal": 16}, "plain transformers loads the folder whole, and generate() gives 16 of 16"),  # version 0.1
         (None, ""),  # of a random model
     ],

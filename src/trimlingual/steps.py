@@ -17,7 +17,7 @@ from trimlingual.exports.shipped import Shipped
 from trimlingual.recipe import MixSettings, Recipe, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
-from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.run.lineage import Lineage, public_name, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.run.processes import is_main_process, num_processes
 from trimlingual.run.progress import LOG_FILE, log_to, say
@@ -325,13 +325,16 @@ def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, data: Ref, o
         model = inputs["model"]
         scores = inputs["evaluation"].folder if "evaluation" in inputs else None
         scored = find_artifact(scores) if scores else None
-        if scored and scored.inputs.get("model") != model.fingerprint:
-            say(f"the scores in {scores} are another model's: the card goes without them")
+        if scores and scored and scored.inputs.get("model") != model.fingerprint:
+            say(f"the scores in evaluations/{scores.name} are another model's: the card goes without them")
             scores = None
         clips = load_splits(data.folder).test.clips if scores else []
         return export(model.folder, lineage_of(model, recipe), recipe, scores, clips, folder)
 
-    settings = _settings(recipe) | {"name": recipe.name}
+    base = recipe.model.model_copy(
+        update={"base": public_name(recipe.model.base)}
+    )  # artifact.json stands in what ships
+    settings = _settings(recipe) | {"model": base, "name": recipe.name}
     return Step("exported", out, settings, _inputs(model=model, evaluation=evaluation), work)
 
 

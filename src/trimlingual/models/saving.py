@@ -30,6 +30,7 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 DOUBLED, PUBLISHED = "language_model.model.model.", "language_model.model."
 # Of a generation config, what says which tokens are what. All else would change what greedy decoding gives.
 TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+HOW_LOADED = ("is_local", "local_files_only", "name_or_path")  # says nothing of the tokenizer
 INDEX = "model.safetensors.index.json"
 
 
@@ -122,16 +123,14 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer's settings with its special tokens under a name that transformers 4 and 5 read.
+    """The tokenizer's settings with its special tokens under a name that transformers 4 and 5 read, and without how it was loaded.
 
     transformers 5 writes them as a list under `extra_special_tokens`, where 4.57 expects a mapping.
     """
-    tokens = config.get("extra_special_tokens")
-    if not isinstance(tokens, list):
-        return dict(config)
-    return {key: value for key, value in config.items() if key != "extra_special_tokens"} | {
-        "additional_special_tokens": tokens
-    }
+    wanted = {key: value for key, value in config.items() if key not in HOW_LOADED}
+    if isinstance(wanted.get("extra_special_tokens"), list):
+        wanted["additional_special_tokens"] = wanted.pop("extra_special_tokens")
+    return wanted
 
 
 def greedy_generation(config: Mapping[str, Any], max_new_tokens: int | None = None) -> dict[str, Any]:

@@ -174,6 +174,6 @@ def proof_text(proof: Mapping[str, Any]) -> str:
     with_what = " with ".join(f"{name} {version}" for name, version in proof.get("versions", {}).items())
     loads = f"plain {with_what or 'transformers'} loads the folder whole"
     if not proof["compared"]:
-        return f"{loads}; nothing was recorded to compare its translations with (this model was not evaluated)"
+        return f"{loads}; nothing was recorded that its translations could be compared with"
     generate = f"generate() in {proof['dtype']}" if "dtype" in proof else "generate()"
     return f"{loads}, and {generate} gives {proof['equal']} of {proof['compared']} recorded translations unchanged"

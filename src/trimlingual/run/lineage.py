@@ -83,12 +83,16 @@ class Lineage:
         digests = {
             use: {"count": len(set(hashes)), "sha256": _digest(hashes)} for use, hashes in self.seen.items() if hashes
         }
-        base = Path(self.base).name if Path(self.base).is_dir() or self.base.startswith(("/", ".", "~")) else self.base
-        return replace(self, base=base, seen={}, seen_digests=self.seen_digests | digests)
+        return replace(self, base=public_name(self.base), seen={}, seen_digests=self.seen_digests | digests)
 
     def save(self, folder: Path) -> None:
         """Write `lineage.json`."""
         write_json(folder / LINEAGE_FILE, asdict(self))
+
+
+def public_name(base: str) -> str:
+    """A base model's name for others: of a local one only the folder's name."""
+    return Path(base).name if Path(base).is_dir() or base.startswith(("/", ".", "~")) else base
 
 
 def read_lineage(folder: Path, name: str | None = None) -> Lineage:

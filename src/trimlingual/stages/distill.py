@@ -72,7 +72,8 @@ def distill(
         if reason is None or (rehearsal and gold):
             records.append({"id": translation.id, "language": translation.language, "text": text})
     if not records:
-        raise ValueError(f"no teacher translation is fit to learn from: {counts}; look at {TRANSLATIONS_FILE}")
+        why = [f"{code}: {count} {reason}" for code, of in counts.items() for reason, count in of.items() if count]
+        raise ValueError(f"no teacher translation is fit to learn from ({', '.join(why)}); look at {TRANSLATIONS_FILE}")
     write_jsonl(out_dir / DISTILLED_FILE, records)
     return {"counts": {language: dict(counter) for language, counter in counts.items()}, "decode": decode.model_dump()}
 
