@@ -12,6 +12,22 @@ import transformers
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 
+def margin(model, processor, inputs, ids, recorded):
+    """By how much this model prefers its own next token to the recorded one where the two answers part, as a difference of logits.
+
+    `ids` are its own new tokens, `recorded` is a text. Infinite where one answer merely ends before the other.
+    """
+    tokenizer = processor.tokenizer
+    theirs = [*tokenizer(recorded, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    parted = next((i for i, pair in enumerate(zip(ids, theirs)) if pair[0] != pair[1]), None)
+    if parted is None:
+        return float("inf")
+    prompt = inputs["input_ids"]
+    forced = torch.cat([prompt, torch.tensor([ids[:parted]], dtype=prompt.dtype, device=prompt.device)], dim=1)
+    logits = model(**{**inputs, "input_ids": forced, "attention_mask": torch.ones_like(forced)}).logits[0, -1].float()
+    return float(logits[ids[parted]] - logits[theirs[parted]])
+
+
 def main() -> None:
     """Load the folder, translate the samples with `generate()`, one at a time."""
     request = json.load(sys.stdin)
@@ -30,7 +46,7 @@ def main() -> None:
         kind: sorted(map(str, loading.get(kind) or ()))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
-    said = []
+    said, margins = [], []
     for item in request["items"]:
         conversation = [
             {"role": "system", "content": request["system_prompt"]},
@@ -45,11 +61,13 @@ def main() -> None:
         )
         inputs["input_features"] = inputs["input_features"].to(model.dtype)
         with torch.inference_mode():
-            ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        said.append(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
+            ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+            said.append(processor.decode(ids, skip_special_tokens=True).strip())
+            recorded = item.get("recorded", said[-1])
+            margins.append(0.0 if recorded == said[-1] else margin(model, processor, inputs, ids.tolist(), recorded))
     assert not any(name.partition(".")[0] == "trimlingual" for name in sys.modules)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    print(json.dumps({"versions": versions, "keys": keys, "said": said}))
+    print(json.dumps({"versions": versions, "keys": keys, "said": said, "margins": margins}))
 
 
 if __name__ == "__main__":

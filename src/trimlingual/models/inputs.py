@@ -115,7 +115,8 @@ def log_mels(
         return_tensors="pt",
         device=str(device),
     )
-    return features["input_features"], features["attention_mask"]
+    # A copy: NumPy aligns memory by 16 bytes, PyTorch by 64, and what a kernel gives may depend on it in its last bits.
+    return features["input_features"].clone(), features["attention_mask"]
 
 
 class Collator:
