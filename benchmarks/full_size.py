@@ -38,8 +38,8 @@ from trimlingual.models.loading import load_processor, resolve_base
 from trimlingual.pipeline import plan
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import machine, write_json
-from trimlingual.stages import finetune
 from trimlingual.steps import Step, model_ref
+from trimlingual.training import trainer
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "qwen2-audio-en-de"
@@ -182,18 +182,18 @@ def no_checkpoints(part: str) -> Iterator[None]:
     if part not in ("teacher", "recovered"):
         yield
         return
-    usual = finetune.training_arguments
+    usual = trainer.training_arguments
 
     def without(*args: Any) -> Any:
         arguments = usual(*args)
         arguments.save_strategy = "no"
         return arguments
 
-    finetune.training_arguments = without
+    trainer.training_arguments = without
     try:
         yield
     finally:
-        finetune.training_arguments = usual
+        trainer.training_arguments = usual
 
 
 def shipped(folder: Path) -> int | None:

@@ -28,7 +28,7 @@ from trimlingual.data.sources import Clip, read_source
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.evaluation.quality import corpus_score
-from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model
 from trimlingual.quantization.int4 import round_to_integers, save_packed
@@ -36,13 +36,15 @@ from trimlingual.recipe import (
     BuiltinSource,
     DecodeSettings,
     LoraSettings,
+    ModelSettings,
     QuantizeSettings,
+    SharedSettings,
     TaskSettings,
     TrainSettings,
     load_recipe,
 )
 from trimlingual.run.artifacts import SCRATCH, machine
-from trimlingual.run.lineage import read_lineage
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.finetune import finetune
 from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
 from trimlingual.training.loss import answer_logits
@@ -60,6 +62,7 @@ class Bench:
 
     def __init__(self, folder: Path, num_clips: int):
         self.task = TaskSettings(target_languages=list(LANGUAGES))
+        self.shared = SharedSettings(self.task, ModelSettings(base="builtin:mini"), DecodeSettings(batch_size=32))
         self.folder = folder
         self.base = folder / "teacher"
         self.processor = load_processor(resolve_base("builtin:mini"))
@@ -84,7 +87,7 @@ class Bench:
         if against:
             row["against"] = against
             row["sqnr_db"] = round(sqnr_db(self.rows[against]["logits"], logits), 2)
-        said = translate_clips(model, self.processor, self.task, self.test, DecodeSettings(batch_size=32))
+        said = translate_clips(model, self.processor, self.task, self.test, self.shared.decode)
         for code, metric in LANGUAGES.items():
             hypotheses = [row.hypothesis for row in said if row.language == code]
             references = [clip.references[code] for clip in self.test]
@@ -108,9 +111,8 @@ def teach(bench: Bench, steps: int) -> None:
     """Fine-tune the built-in model with the mini recipe's settings; for `steps` steps (the recipe: 112)."""
     recipe = load_recipe("mini", [f"finetune.max_steps={steps}"])
     train, start = bench.clips("train"), resolve_base(recipe.model.base)
-    lineage = read_lineage(start, recipe.model.base)
-    examples = bench.examples(train)
-    finetune(start, lineage, train, examples, bench.task, recipe.model, recipe.finetune, recipe.seed, bench.base)
+    folder = ModelFolder(start, read_lineage(start, recipe.model.base))
+    finetune(folder, TrainingData(train, bench.examples(train)), recipe.shared, recipe.finetune, bench.base)
     shutil.rmtree(bench.base / SCRATCH)  # checkpoints
 
 
@@ -144,7 +146,12 @@ def merges(bench: Bench, steps: int, rate: float) -> dict[str, Any]:
     )  # fmt: skip
     four = bench.load(bench.base, NF4)
     info = train_(
-        four, bench.processor, train, bench.examples(train), bench.task, settings, 0, bench.folder / "training"
+        four,
+        bench.processor,
+        TrainingData(train, bench.examples(train)),
+        bench.shared,
+        settings,
+        bench.folder / "training",
     )
     adapted = info.pop("adapted")
     bench.measure("adapter on the nf4 model", adapted, None)

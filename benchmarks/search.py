@@ -43,7 +43,7 @@ from trimlingual.decoding.translate_clips import encode_clips, greedy
 from trimlingual.evaluation.cost import peak_memory
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.qwen2_audio import eos_token_ids
-from trimlingual.recipe import RankSettings, load_recipe
+from trimlingual.recipe import ModelSettings, RankSettings, SharedSettings, load_recipe
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.run.lineage import Lineage
 from trimlingual.search import from_parent
@@ -87,8 +87,8 @@ def make_search(case: Case, journal: Path, settings: RankSettings) -> Search:
     layers = {"decoder": list(range(count)), "encoder": list(range(len(case.model.model.audio_tower.layers)))}
     lineage = Lineage("benchmark", layers, {tower: len(indices) for tower, indices in layers.items()})
     kind = FixedLengths if case.num_tokens else Scorer
-    arguments = (case.model, case.processor, case.split, case.task, case.decode, settings, lineage, layers)
-    scorer = kind(*arguments)
+    shared = SharedSettings(case.task, ModelSettings(base="benchmark"), case.decode)
+    scorer = kind(case.model, case.processor, case.split, shared, settings, lineage, layers)
     if isinstance(scorer, FixedLengths):
         assert case.num_tokens is not None
         scorer.num_tokens, scorer.eos, scorer._stepper.eos = case.num_tokens, (), ()

@@ -38,15 +38,24 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from true_size import build, make_data, quantize_
 
 from trimlingual.data.audio import load_audio
-from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_processor, resolve_base
-from trimlingual.recipe import LoraSettings, TaskSettings, TrainSettings, load_recipe
+from trimlingual.recipe import (
+    DecodeSettings,
+    LoraSettings,
+    ModelSettings,
+    SharedSettings,
+    TaskSettings,
+    TrainSettings,
+    load_recipe,
+)
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.training.lora import add_lora
 from trimlingual.training.loss import answer_forward
 from trimlingual.training.trainer import checkpoint_layers_, make_trainer
 
 TASK = TaskSettings(target_languages=["de"])
+SHARED = SharedSettings(TASK, ModelSettings(base="benchmark"), DecodeSettings())
 BATCH = 4  # the notebook's
 WARM_UP = 3  # steps
 DECODER_LINEAR = r".*language_model.*_proj"
@@ -141,7 +150,7 @@ class Bench:
         shutil.rmtree(self.folder / "work", ignore_errors=True)  # audio states of another model
         started = time.perf_counter()
         trained, trainer = make_trainer(
-            model, self.processor, self.clips, self.examples, TASK, settings, 0, self.folder / "work"
+            model, self.processor, TrainingData(self.clips, self.examples), SHARED, settings, self.folder / "work"
         )
         set_up_s = round(
             time.perf_counter() - started, 2

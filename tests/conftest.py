@@ -31,10 +31,11 @@ from tools.mini.network import train_processor
 from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import Split
+from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.saving import save_model
-from trimlingual.recipe import DecodeSettings, ModelSettings, TaskSettings
+from trimlingual.recipe import DecodeSettings, ModelSettings, SharedSettings, TaskSettings
 from trimlingual.run.artifacts import hash_file
-from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.training.trainer import TranslationTrainer
 
 from .processes import Command
@@ -168,6 +169,23 @@ def decode_settings() -> DecodeSettings:
 @pytest.fixture
 def model_settings() -> ModelSettings:
     return ModelSettings(base="tiny", dtype="float32", storage_dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def shared(task: TaskSettings, model_settings: ModelSettings, decode_settings: DecodeSettings) -> SharedSettings:
+    return SharedSettings(task, model_settings, decode_settings)
+
+
+@pytest.fixture
+def given(model_dir: Path, lineage: Lineage) -> ModelFolder:
+    """The saved random model."""
+    return ModelFolder(model_dir, lineage)
+
+
+@pytest.fixture
+def data(split: Split, examples: list[Example]) -> TrainingData:
+    """The test file's examples."""
+    return TrainingData(split.clips, examples)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from trimlingual.data.splits import DataSplits, Split
 from trimlingual.decoding.translate_clips import Translation
 from trimlingual.models.loading import load_model
 from trimlingual.models.saving import save_model
-from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings
+from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, SharedSettings
 from trimlingual.stages.distill import distill, has_repetition_loop, mix, read_distilled, reject
 
 from .conftest import make_clips
@@ -58,7 +58,9 @@ def test_teacher_translations_are_filtered_and_counted(model_dir, processor, spl
     with torch.no_grad():
         model.lm_head.weight[processor.tokenizer.eos_token_id] *= 3
     save_model(model, processor, tmp_path / "teacher", "float32")
-    info = distill(tmp_path / "teacher", split.clips, task, model_settings, decode, DistillSettings(), tmp_path)
+    info = distill(
+        tmp_path / "teacher", split.clips, SharedSettings(task, model_settings, decode), DistillSettings(), tmp_path
+    )
     kept = read_distilled(tmp_path)
     assert sum(sum(counts.values()) for counts in info["counts"].values()) == 2 * len(split.clips)
     assert 0 < len(kept) == sum(counts["kept"] for counts in info["counts"].values())
@@ -68,7 +70,7 @@ def test_teacher_translations_are_filtered_and_counted(model_dir, processor, spl
 def test_nothing_fit_to_learn_from_is_an_error(model_dir, split, task, model_settings, tmp_path):
     decode = DecodeSettings(batch_size=3, max_new_tokens=1)
     with pytest.raises(ValueError, match="no teacher translation is fit to learn from"):
-        distill(model_dir, split.clips, task, model_settings, decode, DistillSettings(), tmp_path)
+        distill(model_dir, split.clips, SharedSettings(task, model_settings, decode), DistillSettings(), tmp_path)
 
 
 def test_mixture(tmp_path):

@@ -31,7 +31,7 @@ from trimlingual.models.saving import (
 )
 from trimlingual.pipeline import run_stage
 from trimlingual.recipe import load_recipe
-from trimlingual.run.lineage import LeakError, check_unseen, read_lineage
+from trimlingual.run.lineage import LeakError, ModelFolder, check_unseen, read_lineage
 from trimlingual.stages.export import export
 
 MINI = Path(trimlingual.__file__).parent / "mini" / "model"
@@ -122,7 +122,7 @@ def test_so_many_may_differ_as_keep_the_promise_of_95_percent():
 def test_export_ships_settings_and_nothing_local(base, tmp_path, capsys):
     recipe = load_recipe("mini")
     lineage = read_lineage(base).with_seen("train", ["a", "b"])
-    made = export(base, lineage, recipe, None, [], tmp_path / "out")
+    made = export(ModelFolder(base, lineage), recipe, None, [], tmp_path / "out")
     assert made["proof"]["loads_whole"]
     assert made["proof"]["compared"] == 0
     assert made["proof"]["versions"] == {"transformers": transformers.__version__, "torch": torch.__version__}
@@ -179,10 +179,10 @@ def test_what_is_no_model_is_refused(base, tmp_path):
         json.dumps({"weight_map": {"x": "model-00002-of-00002.safetensors"}})
     )
     with pytest.raises(ModelError, match="lacks 1 of 1"):
-        export(base, lineage, recipe, None, [], tmp_path / "shard")
+        export(ModelFolder(base, lineage), recipe, None, [], tmp_path / "shard")
     (base / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="LoRA adapter"):
-        export(base, lineage, recipe, None, [], tmp_path / "adapter")
+        export(ModelFolder(base, lineage), recipe, None, [], tmp_path / "adapter")
 
 
 def test_weights_that_do_not_cover_the_architecture_are_refused(base, tmp_path):
@@ -190,7 +190,7 @@ def test_weights_that_do_not_cover_the_architecture_are_refused(base, tmp_path):
     tensors.pop("language_model.model.layers.3.mlp.up_proj.weight")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="1 missing keys"):
-        export(base, read_lineage(base), load_recipe("mini"), None, [], tmp_path / "out")
+        export(ModelFolder(base, read_lineage(base)), load_recipe("mini"), None, [], tmp_path / "out")
 
 
 def test_a_local_base_ships_by_name(base):

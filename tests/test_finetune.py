@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import shutil
@@ -12,7 +11,7 @@ import torch
 
 from trimlingual.data.audio import load_audio
 from trimlingual.decoding.translate_clips import encode_audio
-from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model
 from trimlingual.recipe import LoraSettings, TrainSettings
 from trimlingual.run.lineage import read_lineage
@@ -52,7 +51,7 @@ def test_labels_cover_the_answer_and_its_end_only(processor, split, task, exampl
 
 
 @pytest.mark.parametrize("freeze", [[], ["audio_tower"]], ids=["whole", "stored-audio"])
-def test_accumulated_gradients_equal_one_large_batch(make_model, processor, split, task, examples, tmp_path, freeze):
+def test_accumulated_gradients_equal_one_large_batch(make_model, processor, split, shared, examples, tmp_path, freeze):
     """Answers differ in length, so this fails when steps are averaged instead of tokens."""
     weights = []
     for batch_size, accumulate in ((6, 1), (2, 3)):
@@ -61,7 +60,7 @@ def test_accumulated_gradients_equal_one_large_batch(make_model, processor, spli
             batch_size=batch_size, gradient_accumulation_steps=accumulate, max_steps=2, learning_rate=1e-2,
             optimizer="sgd", max_grad_norm=1e9, lr_scheduler="constant", freeze=freeze,
         )  # fmt: skip
-        train_(model, processor, split.clips, examples[:12], task, settings, 0, tmp_path / str(batch_size))
+        train_(model, processor, TrainingData(split.clips, examples[:12]), shared, settings, tmp_path / str(batch_size))
         weights.append(model.lm_head.weight.detach().clone())
     start = make_model(layers=2).lm_head.weight
     assert (weights[0] - start).abs().max() > 1e-4
@@ -83,26 +82,26 @@ def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, sp
     )
 
 
-def test_training_learns_and_records(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+def test_training_learns_and_records(given, split, shared, data, tmp_path):
     settings = TrainSettings(epochs=6.0, batch_size=4, learning_rate=3e-3, logging_steps=1)
-    info = finetune(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    info = finetune(given, data, shared, settings, tmp_path)
     assert info["losses"][-1]["loss"] < 0.6 * info["losses"][0]["loss"]
     assert read_lineage(tmp_path).seen["train"] == sorted({c.audio_sha256 for c in split.clips})
     assert load_model(tmp_path, "float32", torch.device("cpu")) is not None
 
 
-def test_frozen_parts_do_not_move(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+def test_frozen_parts_do_not_move(given, model_dir, shared, data, tmp_path):
     settings = TrainSettings(max_steps=2, learning_rate=1e-2, freeze=["audio_tower", "embeddings"])
-    finetune(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    finetune(given, data, shared, settings, tmp_path)
     before, after = (load_model(d, "float32", torch.device("cpu")).state_dict() for d in (model_dir, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert not [n for n in changed if "audio_tower" in n or "embed_tokens" in n]
 
 
-def test_lora_saves_a_merged_model_and_its_adapter(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+def test_lora_saves_a_merged_model_and_its_adapter(given, model_dir, shared, data, tmp_path):
     settings = TrainSettings(method="lora", max_steps=4, learning_rate=1e-2, lora=LoraSettings(r=4, alpha=8))
-    finetune(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    finetune(given, data, shared, settings, tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     before, after = (load_model(d, "float32", torch.device("cpu")) for d in (model_dir, tmp_path))
     assert set(before.state_dict()) == set(after.state_dict())
@@ -112,10 +111,10 @@ def test_lora_saves_a_merged_model_and_its_adapter(model_dir, lineage, split, ta
     )
 
 
-def test_batches_hold_clips_of_similar_length(make_model, processor, split, task, examples, tmp_path):
+def test_batches_hold_clips_of_similar_length(make_model, processor, split, shared, data, tmp_path):
     def durations(length_grouped):
         settings = TrainSettings(batch_size=2, length_grouped=length_grouped)
-        _, trainer = make_trainer(make_model(), processor, split.clips, examples, task, settings, 0, tmp_path)
+        _, trainer = make_trainer(make_model(), processor, data, shared, settings, tmp_path)
         batches = [batch["ids"] for batch in trainer.get_train_dataloader()]
         seconds = {clip.id: clip.duration_s for clip in split.clips}
         return [[seconds[name.partition(":")[0]] for name in ids] for ids in batches]
@@ -125,7 +124,7 @@ def test_batches_hold_clips_of_similar_length(make_model, processor, split, task
     assert sum(map(max, grouped)) < sum(map(max, shuffled))
 
 
-def test_short_batches_keep_their_activations(make_model, processor, split, task, examples, tmp_path, monkeypatch):
+def test_short_batches_keep_their_activations(make_model, processor, shared, data, tmp_path, monkeypatch):
     """Above the bound layers run twice (forward and again in backward), below it once; the weights come out equal."""
     weights, calls = [], []
     for bound in (0, 10**6):
@@ -139,17 +138,17 @@ def test_short_batches_keep_their_activations(make_model, processor, split, task
 
         model.model.language_model.layers[0].mlp.forward = counted
         settings = TrainSettings(max_steps=2, gradient_checkpointing=True, checkpoint_from_tokens=bound)
-        train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / str(bound))
+        train_(model, processor, data, shared, settings, tmp_path / str(bound))
         weights.append(model.lm_head.weight.detach().clone())
         calls.append(count)
     assert calls == [4, 2]
     torch.testing.assert_close(weights[0], weights[1])
 
 
-def test_workers_load_the_same_batches(make_model, processor, split, task, examples, tmp_path):
+def test_workers_load_the_same_batches(make_model, processor, shared, data, tmp_path):
     def batches(num_workers):
         settings = TrainSettings(num_workers=num_workers)
-        _, trainer = make_trainer(make_model(), processor, split.clips, examples, task, settings, 0, tmp_path)
+        _, trainer = make_trainer(make_model(), processor, data, shared, settings, tmp_path)
         pickle.dumps(trainer.data_collator)  # as workers get it where they are not forked
         return list(trainer.get_train_dataloader())
 
@@ -158,10 +157,10 @@ def test_workers_load_the_same_batches(make_model, processor, split, task, examp
         assert torch.equal(ours["input_features"], theirs["input_features"])
 
 
-def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, split, task, examples, tmp_path):
+def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, shared, data, tmp_path):
     model = make_model(layers=2).to(torch.bfloat16)
     settings = TrainSettings(method="lora", max_steps=3, learning_rate=1e-2, mixed_precision="bf16", logging_steps=1)
-    info = train_(model, processor, split.clips, examples, task, settings, 0, tmp_path)
+    info = train_(model, processor, data, shared, settings, tmp_path)
     assert info["losses"][-1]["loss"] < info["losses"][0]["loss"]
     adapter = [p for name, p in info["adapted"].named_parameters() if "lora_" in name]
     assert {p.dtype for p in adapter} == {torch.float32}  # small updates would be lost in bfloat16
@@ -175,10 +174,10 @@ def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, split, 
         ({"fsdp": True}, "several processes with a GPU each: start with accelerate launch"),
     ],
 )
-def test_training_says_what_it_needs(make_model, processor, split, task, examples, tmp_path, change, message):
+def test_training_says_what_it_needs(make_model, processor, shared, data, tmp_path, change, message):
     settings = TrainSettings(max_steps=1, **change)
     with pytest.raises(TrainingError, match=message):
-        train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path)
+        train_(make_model(layers=2), processor, data, shared, settings, tmp_path)
 
 
 def test_scaled_gradients_change_nothing():
@@ -203,7 +202,7 @@ def test_scaled_gradients_change_nothing():
     ("method", "optimizer"), [("full", "adamw_torch"), ("lora", "adamw_torch"), ("full", "adamw_bnb_8bit")]
 )
 def test_resumed_training_ends_with_equal_weights(
-    make_model, processor, split, task, examples, tmp_path, killed_in_step, method, optimizer
+    make_model, processor, shared, data, tmp_path, killed_in_step, method, optimizer
 ):
     """Stopped in step 6 after a checkpoint at step 5, in the midst of an epoch of 4 steps, with a later checkpoint half written."""
     settings = TrainSettings(
@@ -215,10 +214,10 @@ def test_resumed_training_ends_with_equal_weights(
         return {n: p.detach().clone() for n, p in info.get("adapted", model).named_parameters()}
 
     model = make_model(layers=2)
-    straight = weights(train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / "straight"), model)
+    straight = weights(train_(model, processor, data, shared, settings, tmp_path / "straight"), model)
 
     with killed_in_step(6):
-        train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path / "stopped")
+        train_(make_model(layers=2), processor, data, shared, settings, tmp_path / "stopped")
     half = tmp_path / "stopped" / "checkpoint-6"
     shutil.copytree(tmp_path / "stopped" / "checkpoint-5", half)
     (half / "complete.json").unlink()
@@ -226,20 +225,20 @@ def test_resumed_training_ends_with_equal_weights(
     assert last_complete_checkpoint(tmp_path / "stopped").endswith("checkpoint-5")
 
     model = make_model(layers=2)
-    resumed = weights(train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / "stopped"), model)
+    resumed = weights(train_(model, processor, data, shared, settings, tmp_path / "stopped"), model)
     assert straight.keys() == resumed.keys()
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
 
 
 @pytest.fixture
-def trained(make_model, processor, split, task, examples, tmp_path):
+def trained(make_model, processor, shared, data, tmp_path):
     """Trains a small model for some steps in one folder; a clock that goes on by so many seconds a step, and the steps saved."""
 
     def train(seconds_per_step=0.0, writing=0.0, folder="training", **settings):
         model, saved = make_model(layers=2), []
         settings = TrainSettings(max_steps=6, learning_rate=1e-3, freeze=["audio_tower"], logging_steps=4, **settings)
-        _, trainer = make_trainer(model, processor, split.clips, examples, task, settings, 0, tmp_path / folder)
+        _, trainer = make_trainer(model, processor, data, shared, settings, tmp_path / folder)
         now = [0.0]
         step, save = trainer.training_step, trainer._save_checkpoint
 
@@ -344,41 +343,41 @@ def test_stored_audio_survives_a_restart(make_model, processor, split, tmp_path,
     assert len(calls) == 9  # in another order they are other states
 
 
-def test_a_checkpoint_that_does_not_fit_is_an_error(make_model, processor, split, task, examples, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_an_error(make_model, processor, shared, data, tmp_path):
     settings = TrainSettings(max_steps=2, save_steps=2)
-    train_(make_model(layers=2), processor, split.clips, examples, task, settings, 0, tmp_path)
+    train_(make_model(layers=2), processor, data, shared, settings, tmp_path)
     state = tmp_path / "checkpoint-2" / "trainer_state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 1}))
     with pytest.raises(TrainingError, match="does not fit"):
-        train_(make_model(layers=3), processor, split.clips, examples, task, settings, 0, tmp_path)
+        train_(make_model(layers=3), processor, data, shared, settings, tmp_path)
 
 
-def test_non_finite_loss_stops_with_step_and_ids(make_model, processor, split, task, examples, tmp_path):
+def test_non_finite_loss_stops_with_step_and_ids(make_model, processor, shared, data, tmp_path):
     model = make_model(layers=2)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(TrainingError, match=r"nan at step 1; the batch holds clip-\d+:(de|zh)"):
-        train_(model, processor, split.clips, examples, task, TrainSettings(max_steps=2), 0, tmp_path)
+        train_(model, processor, data, shared, TrainSettings(max_steps=2), tmp_path)
 
 
-def test_nothing_to_train_on(make_model, processor, split, task, tmp_path):
+def test_nothing_to_train_on(make_model, processor, split, shared, tmp_path):
     with pytest.raises(ValueError, match="nothing to train on"):
-        train_(make_model(layers=2), processor, split.clips, [], task, TrainSettings(), 0, tmp_path)
+        train_(make_model(layers=2), processor, TrainingData(split.clips, []), shared, TrainSettings(), tmp_path)
 
 
-def test_forward_is_the_classs_own_after_training(make_model, processor, split, task, examples, tmp_path):
+def test_forward_is_the_classs_own_after_training(make_model, processor, shared, data, tmp_path):
     model = make_model(layers=2)
-    train_(model, processor, split.clips, copy.copy(examples), task, TrainSettings(max_steps=1), 0, tmp_path)
+    train_(model, processor, data, shared, TrainSettings(max_steps=1), tmp_path)
     assert "forward" not in vars(model)
 
 
-def test_no_attention_that_is_built_for_each_shape(make_model, processor, split, task, examples, tmp_path):
+def test_no_attention_that_is_built_for_each_shape(make_model, processor, shared, data, tmp_path):
     """cuDNN's kernels are off in the forward pass and while checkpointed layers run again, and as before afterwards."""
     model, seen = make_model(layers=2), []
     before = torch.backends.cuda.cudnn_sdp_enabled()
     attention = model.model.language_model.layers[1].self_attn
     attention.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
     settings = TrainSettings(max_steps=1, gradient_checkpointing=True)
-    train_(model, processor, split.clips, examples, task, settings, 0, tmp_path)
+    train_(model, processor, data, shared, settings, tmp_path)
     assert seen == [False, False]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -12,7 +12,7 @@ from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.shared_prompts import Prefixes, SharedPrefixes
 from trimlingual.decoding.slots import Slots
 from trimlingual.decoding.translate_clips import embed_prompt, encode_clips, greedy
-from trimlingual.models.inputs import Example, Prompter
+from trimlingual.models.inputs import Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import TrainSettings, load_recipe
@@ -131,7 +131,7 @@ def test_small_steps_are_not_rounded_away(scale):
     assert moved[1] < 0.5e-3
 
 
-def test_flash_adamw_resumes(make_model, processor, split, task, tmp_path, killed_in_step):
+def test_flash_adamw_resumes(make_model, processor, split, shared, task, tmp_path, killed_in_step):
     """A run that was stopped ends where one without a stop does, but for the order of sums in the backward pass."""
     pytest.importorskip("flashoptim")
     examples = [
@@ -144,7 +144,7 @@ def test_flash_adamw_resumes(make_model, processor, split, task, tmp_path, kille
     def movement(folder):
         model = make_model(layers=2).to("cuda", torch.bfloat16)
         before = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
-        train_(model, processor, split.clips, examples, task, settings, 0, tmp_path / folder)
+        train_(model, processor, TrainingData(split.clips, examples), shared, settings, tmp_path / folder)
         return torch.cat([(p.detach().float() - before[n]).flatten() for n, p in model.named_parameters()])
 
     straight = movement("straight")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trimlingual.models.inputs import Example
+from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.qwen2_audio import freeze_, text_decoder
 from trimlingual.recipe import LoraSettings, TrainSettings
 from trimlingual.training import lora
@@ -187,7 +187,7 @@ def test_nothing_left_to_train_is_explained(make_model):
         add_lora(make_model(layers=2), settings, 0, ["audio_tower"])
 
 
-def test_a_frozen_tower_stays_as_it_is_with_lora(make_model, processor, split, task, tmp_path):
+def test_a_frozen_tower_stays_as_it_is_with_lora(make_model, processor, split, shared, tmp_path):
     """Not only counted: after training with adapters everywhere else the tower's weights are the same bits."""
     train = TrainSettings(
         method="lora", freeze=["audio_tower"], max_steps=2, learning_rate=1e-2, lora=LoraSettings(r=2, alpha=4)
@@ -195,7 +195,7 @@ def test_a_frozen_tower_stays_as_it_is_with_lora(make_model, processor, split, t
     model = make_model(layers=2)
     before = copy.deepcopy(model.model.audio_tower.state_dict())
     examples = [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
-    trained = train_(model, processor, split.clips, examples, task, train, 0, tmp_path)["adapted"]
+    trained = train_(model, processor, TrainingData(split.clips, examples), shared, train, tmp_path)["adapted"]
     assert trainable(trained)["audio_tower"] == 0
     after = trained.merge_and_unload().model.audio_tower.state_dict()
     assert before.keys() == after.keys()

@@ -13,7 +13,7 @@ from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.models.loading import load_model, load_processor, pick_device
-from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, TaskSettings
+from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, SharedSettings, TaskSettings
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.search.plan import read_plan
 from trimlingual.stages.evaluate import evaluate
@@ -41,14 +41,12 @@ def test_translated_into_their_own_languages(model_dir, parts, task, decode_sett
     assert len(translate_clips(model, processor, task, unasked, decode_settings)) == 4
 
 
-def test_scores_are_those_of_each_language_alone(
-    model_dir, lineage, parts, task, model_settings, decode_settings, tmp_path: Path
-):
+def test_scores_are_those_of_each_language_alone(given, parts, model_settings, decode_settings, tmp_path: Path):
     def result(name: str, languages: list[str], baseline: Path | None = None):
         out, asked = tmp_path / name, TaskSettings(target_languages=languages)
         out.mkdir()
         evaluate(
-            name, model_dir, lineage, parts[name], asked, model_settings, decode_settings,
+            name, given, parts[name], SharedSettings(asked, model_settings, decode_settings),
             EvaluateSettings(bootstrap_samples=100), baseline, out,
         )  # fmt: skip
         return read_result(out)["languages"], out
@@ -62,13 +60,13 @@ def test_scores_are_those_of_each_language_alone(
 
 @pytest.mark.parametrize("metric", [METRICS, "loss", {"de": "chrfpp", "zh": "loss"}])
 def test_candidates_score_the_mean_of_each_language_alone(
-    model_dir, lineage, parts, task, model_settings, decode_settings, tmp_path: Path, metric
+    given, parts, model_settings, decode_settings, tmp_path: Path, metric
 ):
     def plan(name: str, languages: list[str]):
         out, asked = tmp_path / name, TaskSettings(target_languages=languages)
         out.mkdir()
         settings = RankSettings(num_layers_to_remove=1, metric=metric, early_stopping=False)
-        rank(model_dir, lineage, parts[name], asked, model_settings, decode_settings, settings, None, 0, out)
+        rank(given, parts[name], SharedSettings(asked, model_settings, decode_settings), settings, None, out)
         return {record["layer"]: record["scores"] for record in read_plan(out).candidates}
 
     both = plan("both", ["de", "zh"])

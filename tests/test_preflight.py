@@ -21,11 +21,12 @@ from trimlingual.data.splits import load_splits
 from trimlingual.estimate import Estimate, disk_peak, frozen_towers
 from trimlingual.models.errors import ModelError
 from trimlingual.models.folders import folder_problems
+from trimlingual.models.inputs import TrainingData
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.pipeline import compress, plan, run_stage
 from trimlingual.preflight import PreflightError, check
 from trimlingual.recipe import load_recipe
-from trimlingual.run.lineage import read_lineage
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.finetune import finetune
 from trimlingual.stages.prune import prune
 from trimlingual.stages.quantize import quantize
@@ -306,11 +307,12 @@ def test_a_4_bit_model_can_be_ranked_and_nothing_else(folder, tmp_path):
     assert found.problems == []
     (note,) = [note for note in found.notes if "4 bits" in note]
     assert "it cannot be pruned or trained" in note
-    lineage, recipe = read_lineage(folder, "x"), load_recipe("mini")
+    given, nothing = ModelFolder(folder, read_lineage(folder, "x")), TrainingData([], [])
+    recipe, out = load_recipe("mini"), tmp_path / "out"
     for stage in (
-        lambda: finetune(folder, lineage, [], [], recipe.task, recipe.model, recipe.finetune, 0, tmp_path / "out"),
-        lambda: prune(folder, lineage, tmp_path / "plan.json", recipe.model, tmp_path / "out"),
-        lambda: quantize(folder, lineage, [], [], recipe.task, recipe.model, recipe.quantize, 0, tmp_path / "out"),
+        lambda: finetune(given, nothing, recipe.shared, recipe.finetune, out),
+        lambda: prune(given, tmp_path / "plan.json", recipe.model, out),
+        lambda: quantize(given, nothing, recipe.shared, recipe.quantize, out),
     ):
         with pytest.raises(ModelError, match=r"is in 4 bits .* give the model that it was made from"):
             stage()

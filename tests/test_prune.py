@@ -7,7 +7,7 @@ import torch
 
 from trimlingual.models.errors import ProofError
 from trimlingual.models.loading import load_model
-from trimlingual.run.lineage import read_lineage
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages import prune as module
 from trimlingual.stages.prune import prune
 
@@ -21,8 +21,8 @@ def plan_file(folder, layers, tower="decoder"):
     return path
 
 
-def test_hand_written_plan_is_applied_and_proven(model_dir, lineage, model_settings, tmp_path):
-    info = prune(model_dir, lineage, plan_file(tmp_path, [1, 4]), model_settings, tmp_path / "out")
+def test_hand_written_plan_is_applied_and_proven(given, model_dir, model_settings, tmp_path):
+    info = prune(given, plan_file(tmp_path, [1, 4]), model_settings, tmp_path / "out")
     assert info["num_decoder_layers"] == 4
     assert info["proof"]["reload_equal"] is True
     assert info["proof"]["layers_bit_equal"] == 4 + 2
@@ -36,30 +36,30 @@ def test_hand_written_plan_is_applied_and_proven(model_dir, lineage, model_setti
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
-def test_maps_compose_over_two_prunings(model_dir, lineage, model_settings, tmp_path):
-    prune(model_dir, lineage, plan_file(tmp_path, [1]), model_settings, tmp_path / "a")
+def test_maps_compose_over_two_prunings(given, model_settings, tmp_path):
+    prune(given, plan_file(tmp_path, [1]), model_settings, tmp_path / "a")
     once = read_lineage(tmp_path / "a")
-    prune(tmp_path / "a", once, plan_file(tmp_path, [3, 4]), model_settings, tmp_path / "b")
-    prune(model_dir, lineage, plan_file(tmp_path, [4, 1, 3]), model_settings, tmp_path / "c")
+    prune(ModelFolder(tmp_path / "a", once), plan_file(tmp_path, [3, 4]), model_settings, tmp_path / "b")
+    prune(given, plan_file(tmp_path, [4, 1, 3]), model_settings, tmp_path / "c")
     assert read_lineage(tmp_path / "b").layers["decoder"] == [0, 2, 5]
     b, c = (load_model(tmp_path / name, "float32", CPU).state_dict() for name in "bc")
     assert all(torch.equal(b[name], c[name]) for name in c)
 
 
-def test_encoder_layers_too(model_dir, lineage, model_settings, tmp_path):
-    prune(model_dir, lineage, plan_file(tmp_path, [0], "encoder"), model_settings, tmp_path / "out")
+def test_encoder_layers_too(given, model_settings, tmp_path):
+    prune(given, plan_file(tmp_path, [0], "encoder"), model_settings, tmp_path / "out")
     assert load_model(tmp_path / "out", "float32", CPU).config.audio_config.encoder_layers == 1
 
 
-def test_storage_in_bfloat16_is_what_is_proven(model_dir, lineage, model_settings, tmp_path):
+def test_storage_in_bfloat16_is_what_is_proven(given, model_settings, tmp_path):
     settings = model_settings.model_copy(update={"storage_dtype": "bfloat16"})
-    info = prune(model_dir, lineage, plan_file(tmp_path, [2]), settings, tmp_path / "out")
+    info = prune(given, plan_file(tmp_path, [2]), settings, tmp_path / "out")
     assert info["proof"]["reload_equal"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("damage", ["changed-layer", "lost-config"])
-def test_the_proof_can_fail(model_dir, lineage, model_settings, tmp_path, monkeypatch, damage):
+def test_the_proof_can_fail(given, model_settings, tmp_path, monkeypatch, damage):
     save = module.save_model
 
     def spoiled(model, processor, folder, dtype):
@@ -77,4 +77,4 @@ def test_the_proof_can_fail(model_dir, lineage, model_settings, tmp_path, monkey
 
     monkeypatch.setattr(module, "save_model", spoiled)
     with pytest.raises(ProofError):
-        prune(model_dir, lineage, plan_file(tmp_path, [2]), model_settings, tmp_path / "out")
+        prune(given, plan_file(tmp_path, [2]), model_settings, tmp_path / "out")

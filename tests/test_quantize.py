@@ -36,9 +36,9 @@ def examples(split, task):
     ]
 
 
-def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path):
     settings = QuantizeSettings(compute_dtype="float32", merge_base="dequantized", train=TRAIN)
-    info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    info = quantize(given, data, shared, settings, tmp_path)
     change = info["change"]
     # Merging is exact in float32, but CPUs with AVX512-BF16 run 4-bit layers in bfloat16 whatever compute dtype is asked for.
     assert change["merged_sqnr_db"] > 30
@@ -51,12 +51,12 @@ def test_qlora_merge_and_quantise_again(model_dir, lineage, split, task, model_s
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_integers_that_ship(model_dir, lineage, split, task, model_settings, examples, tmp_path):
+def test_integers_that_ship(given, model_dir, shared, data, tmp_path):
     pytest.importorskip("compressed_tensors")
     settings = QuantizeSettings(
         scheme="int4", group_size=64, eight_bit=["embeddings", "lm_head"], compute_dtype="float32", train=TRAIN
     )
-    info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    info = quantize(given, data, shared, settings, tmp_path)
     assert info["num_4bit_modules"] > 40
     assert info["num_8bit_modules"] == 2
     assert info["change"]["final_sqnr_db"] > 2

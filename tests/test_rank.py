@@ -20,10 +20,10 @@ from trimlingual.stages.rank import JOURNAL_FILE, TrainingData, rank
 
 
 @pytest.fixture
-def search(model_dir, lineage, split, task, model_settings, decode_settings):
+def search(given, split, shared):
     def run(out_dir, settings, training=None):
         out_dir.mkdir(exist_ok=True)
-        rank(model_dir, lineage, split, task, model_settings, decode_settings, settings, training, 0, out_dir)
+        rank(given, split, shared, settings, training, out_dir)
         return read_plan(out_dir)
 
     return run
@@ -141,7 +141,7 @@ def test_too_many_layers(search, tmp_path):
         search(tmp_path, RankSettings(num_layers_to_remove=5))
 
 
-def test_finetuning_after_every_removal(search, split, task, model_dir, lineage, model_settings, tmp_path, monkeypatch):
+def test_finetuning_after_every_removal(search, split, given, model_settings, tmp_path, monkeypatch):
     """Killed in the second round's training, the search goes on from the first round's model and ends the same."""
     from trimlingual.stages import rank as module
 
@@ -166,7 +166,7 @@ def test_finetuning_after_every_removal(search, split, task, model_dir, lineage,
     assert len(calls) == 3, "round 1 must not be trained again"
     assert resumed.removals == whole.removals
     pruned = tmp_path / "pruned"
-    prune(model_dir, lineage, tmp_path / "stopped", model_settings, pruned)
+    prune(given, tmp_path / "stopped", model_settings, pruned)
     assert read_lineage(pruned).removed("decoder") == sorted(whole.layers_of("decoder"))
     assert read_lineage(pruned).seen["train"]
     a, b = (load_model(p, "float32", torch.device("cpu")).state_dict() for p in (tmp_path / "whole" / "model", pruned))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimlingual.models.inputs import Example
+from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.loading import load_model, pick_device
 from trimlingual.pipeline import run_stage
 from trimlingual.quantization.int4 import best_scale, round_to_integers
@@ -89,14 +89,12 @@ def test_layers_see_what_the_changed_ones_below_give() -> None:
     assert seen == [1.0, 4.0]
 
 
-def test_stage_without_training_ships_what_was_measured(
-    model_dir, lineage, split, task, model_settings, tmp_path: Path
-) -> None:
+def test_stage_without_training_ships_what_was_measured(given, model_dir, split, shared, tmp_path: Path) -> None:
     examples = [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
     settings = QuantizeSettings(
         start="base", scheme="int4", group_size=32, rounding="calibrated", calibration_examples=4, train=None
     )
-    info = quantize(model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path)
+    info = quantize(given, TrainingData(split.clips, examples), shared, settings, tmp_path)
     assert info["change"]["trained_loss"] == info["change"]["merged_loss"]
     assert info["change"]["final_sqnr_db"] > 5
     assert info["quantization"]["rounding"] == "calibrated"

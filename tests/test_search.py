@@ -18,8 +18,8 @@ from trimlingual.models.layers import drop_layers_, without_layers
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.models.saving import save_model
-from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, TaskSettings, load_recipe
-from trimlingual.run.lineage import read_lineage
+from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, SharedSettings, TaskSettings, load_recipe
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search import scorer
 from trimlingual.search.from_parent import NO_DRAFT
 from trimlingual.search.plan import read_plan
@@ -36,7 +36,8 @@ NEAR_TIE = 1e-3  # of a logit; float32 sums in another order may choose either s
 def run(model_dir, split, task, decode, settings, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     model_settings = ModelSettings(base="tiny", dtype="float32", storage_dtype="float32", device="cpu")
-    rank(model_dir, read_lineage(model_dir, "tiny"), split, task, model_settings, decode, settings, None, 0, out_dir)
+    folder = ModelFolder(model_dir, read_lineage(model_dir, "tiny"))
+    rank(folder, split, SharedSettings(task, model_settings, decode), settings, None, out_dir)
     return read_plan(out_dir)
 
 

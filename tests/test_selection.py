@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimlingual.models.inputs import Example
+from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.loading import load_model, pick_device
 from trimlingual.recipe import TrainSettings
 from trimlingual.run.lineage import read_lineage
@@ -19,15 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture
-def train(model_dir, lineage, split, task, model_settings, decode_settings):
+def train(given, split, shared):
     examples = [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
+    data = TrainingData(split.clips, examples)
 
     def run(out: Path, **settings):
         defaults = {"max_steps": 4, "batch_size": 4, "freeze": ["audio_tower"], "selection_checks": 2}
-        return finetune(
-            model_dir, lineage, split.clips, examples, task, model_settings, TrainSettings(**{**defaults, **settings}), 0, out,
-            Guide(split, decode_settings),
-        )  # fmt: skip
+        return finetune(given, data, shared, TrainSettings(**{**defaults, **settings}), out, Guide(split))
 
     return run
 

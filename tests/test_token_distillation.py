@@ -86,7 +86,7 @@ def test_store_is_read_again_without_the_teacher(model_dir, examples, collator, 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_student_comes_nearer_to_its_teacher(
-    make_model, model_dir, lineage, split, examples, task, model_settings, collator, tmp_path: Path, method
+    make_model, given, model_dir, data, examples, shared, collator, tmp_path: Path, method
 ) -> None:
     settings = TrainSettings(
         method=method,
@@ -99,8 +99,7 @@ def test_a_student_comes_nearer_to_its_teacher(
     teacher_dir = tmp_path / "teacher"
     save_model(make_model(layers=2, seed=1), load_processor(model_dir), teacher_dir, "float32")
     guide = Guide(teacher_dir=teacher_dir)
-    args = (model_dir, lineage, split.clips, examples, task, model_settings, settings, 0, tmp_path / "out")
-    finetune(*args, guide)
+    finetune(given, data, shared, settings, tmp_path / "out", guide)
     device = pick_device("cpu")
     stored = read_examples(load_model(teacher_dir, "float32", device), collator, examples, 64, 1.0)
     collator.teacher = dict(zip(examples, stored))

@@ -32,7 +32,7 @@ from trimlingual.recipe import (
     load_recipe,
 )
 from trimlingual.run.artifacts import read_artifact
-from trimlingual.run.lineage import read_lineage
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.prune import probe
 from trimlingual.stages.quantize import bitsandbytes_config, check_quantized
 from trimlingual.vocabulary.bpe import VocabError
@@ -44,7 +44,7 @@ SETTINGS = VocabSettings(pad_to_multiple=32)
 
 
 def trim(folder: Path, out: Path, texts=TEXTS[:3], settings=SETTINGS, held_out=None):
-    return trim_vocab(folder, read_lineage(folder), texts, held_out or {}, GERMAN, settings, out)
+    return trim_vocab(ModelFolder(folder, read_lineage(folder)), texts, held_out or {}, GERMAN, settings, out)
 
 
 def new_ids(before: Path, after: Path) -> list[tuple[int, int]]:

@@ -11,24 +11,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trimlingual.data.sources import Clip
 from trimlingual.data.splits import load_splits, prepare_data
 from trimlingual.exports.shipped import Shipped
 from trimlingual.recipe import MixSettings, Recipe, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
-from trimlingual.run.lineage import Lineage, public_name, read_lineage
+from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.run.processes import is_main_process, num_processes
 from trimlingual.run.progress import LOG_FILE, log_to, say
 from trimlingual.step_inputs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
 
 if TYPE_CHECKING:
-    from trimlingual.models.inputs import Example
+    from trimlingual.models.inputs import TrainingData
     from trimlingual.training.selection import Guide
 
 __all__ = [
-    "Ref", "Status", "Step", "base_ref", "data_step", "distill_step", "evaluate_step", "export_step", "finetune_step", "lineage_of",
+    "Ref", "Status", "Step", "base_ref", "data_step", "distill_step", "evaluate_step", "export_step", "finetune_step", "folder_of",
     "model_ref", "prune_step", "quantize_step", "rank_step", "report_step", "vocab_step",
 ]  # fmt: skip
 
@@ -160,11 +159,11 @@ def vocab_step(recipe: Recipe, model: Ref, data: Ref, out: Path, remembered: Has
         from trimlingual.vocabulary.rewrite import counted_texts, trim_vocab
 
         splits = load_splits(inputs["data"].folder) if "data" in inputs else None
-        lineage = lineage_of(inputs["model"], recipe)
+        given = folder_of(inputs["model"], recipe)
         for split in (splits.train, splits.out_of_domain) if splits else ():
-            lineage = lineage.with_seen("train", split.audio_hashes if split else ())
+            given = replace(given, lineage=given.lineage.with_seen("train", split.audio_hashes if split else ()))
         texts, held_out = counted_texts(splits, recipe.task.target_languages, settings)
-        return trim_vocab(inputs["model"].folder, lineage, texts, held_out, recipe.task, settings, folder)
+        return trim_vocab(given, texts, held_out, recipe.task, settings, folder)
 
     inputs = _inputs(
         model=model,
@@ -192,12 +191,10 @@ def finetune_step(
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.stages.finetune import finetune
 
-        clips, examples = _training_data(recipe, train.data, inputs)
-        lineage = lineage_of(inputs["model"], recipe).after("finetune")
-        return finetune(
-            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, train, recipe.seed, folder,
-            _guide(recipe, train, inputs),
-        )  # fmt: skip
+        given = folder_of(inputs["model"], recipe)
+        given = replace(given, lineage=given.lineage.after("finetune"))
+        examples = _training_data(recipe, train.data, inputs)
+        return finetune(given, examples, recipe.shared, train, folder, _guide(train, inputs))
 
     inputs = _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train))
     settings = _train_settings(recipe, train, train=train)
@@ -210,25 +207,12 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
     assert settings is not None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
-        from trimlingual.stages.rank import TrainingData, rank
+        from trimlingual.stages.rank import rank
 
-        training = None
-        if settings.finetune_each_round:
-            training = TrainingData(*_training_data(recipe, settings.finetune_each_round.data, inputs))
-        lineage = lineage_of(inputs["model"], recipe)
+        between = settings.finetune_each_round
+        training = _training_data(recipe, between.data, inputs) if between else None
         select = load_splits(inputs["data"].folder).select
-        return rank(
-            inputs["model"].folder,
-            lineage,
-            select,
-            recipe.task,
-            recipe.model,
-            recipe.decode,
-            settings,
-            training,
-            recipe.seed,
-            folder,
-        )
+        return rank(folder_of(inputs["model"], recipe), select, recipe.shared, settings, training, folder)
 
     wanted = _settings(recipe, rank=settings, decode=recipe.decode)
     inputs = _inputs(model=model, data=data, deepspeed=_deepspeed(settings.finetune_each_round))
@@ -241,8 +225,7 @@ def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.stages.prune import prune
 
-        model = inputs["model"]
-        return prune(model.folder, lineage_of(model, recipe), inputs["plan"].folder, recipe.model, folder)
+        return prune(folder_of(inputs["model"], recipe), inputs["plan"].folder, recipe.model, folder)
 
     inputs = {"model": model, "plan": plan}
     return Step("pruned", out, {"model": recipe.model}, inputs, work, made_for=_made_for(recipe))
@@ -261,7 +244,7 @@ def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
         if settings.out_of_domain and splits.out_of_domain:
             # Without references a clip is translated into every target language.
             clips += [replace(clip, references={}) for clip in splits.out_of_domain.clips]
-        return distill(inputs["teacher"].folder, clips, recipe.task, recipe.model, recipe.decode, settings, folder)
+        return distill(inputs["teacher"].folder, clips, recipe.shared, settings, folder)
 
     wanted = _settings(recipe, distill=settings, decode=recipe.decode)
     return Step("distilled", out, wanted, {"teacher": teacher, "data": data}, work, everyone=True)
@@ -278,12 +261,8 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
         from trimlingual.stages.quantize import quantize
 
-        clips, examples = _training_data(recipe, settings.data, inputs)
-        lineage = lineage_of(inputs["model"], recipe)
-        return quantize(
-            inputs["model"].folder, lineage, clips, examples, recipe.task, recipe.model, settings, recipe.seed, folder,
-            _guide(recipe, train, inputs),
-        )  # fmt: skip
+        given, examples = folder_of(inputs["model"], recipe), _training_data(recipe, settings.data, inputs)
+        return quantize(given, examples, recipe.shared, settings, folder, _guide(train, inputs))
 
     return Step(
         "quantized",
@@ -303,12 +282,9 @@ def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Re
         from trimlingual.stages.evaluate import evaluate
 
         test = load_splits(inputs["data"].folder).test
-        model = inputs["model"]
+        given = folder_of(inputs["model"], recipe)
         compared = inputs["baseline"].folder if "baseline" in inputs else None
-        return evaluate(
-            name, model.folder, lineage_of(model, recipe), test, recipe.task, recipe.model, recipe.decode, recipe.evaluate,
-            compared, folder,
-        )  # fmt: skip
+        return evaluate(name, given, test, recipe.shared, recipe.evaluate, compared, folder)
 
     settings = _settings(recipe, evaluate=recipe.evaluate, decode=recipe.decode)
     return Step(
@@ -329,7 +305,7 @@ def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, data: Ref, o
             say(f"the scores in evaluations/{scores.name} are another model's: the card goes without them")
             scores = None
         clips = load_splits(data.folder).test.clips if scores else []
-        return export(model.folder, lineage_of(model, recipe), recipe, scores, clips, folder)
+        return export(folder_of(model, recipe), recipe, scores, clips, folder)
 
     base = recipe.model.model_copy(
         update={"base": public_name(recipe.model.base)}
@@ -351,9 +327,9 @@ def report_step(recipe: Recipe, run_dir: Path, inputs: Sequence[Ref]) -> Step:
     return Step("report", run_dir / "report", {"recipe": recipe.name}, roles, work, derived=True)
 
 
-def lineage_of(model: Ref, recipe: Recipe) -> Lineage:
-    """Where a model comes from; the base model's lineage starts under the recipe's name for it."""
-    return read_lineage(model.folder, recipe.model.base)
+def folder_of(model: Ref, recipe: Recipe) -> ModelFolder:
+    """A model with its lineage; the base model's starts under the recipe's name for it."""
+    return ModelFolder(model.folder, read_lineage(model.folder, recipe.model.base))
 
 
 def _made_for(recipe: Recipe) -> Shipped:
@@ -381,15 +357,16 @@ def _train_settings(recipe: Recipe, trained: TrainSettings | None, /, **sections
     return _settings(recipe, **sections, **more)
 
 
-def _guide(recipe: Recipe, train: TrainSettings | None, inputs: Mapping[str, Ref]) -> Guide:
+def _guide(train: TrainSettings | None, inputs: Mapping[str, Ref]) -> Guide:
     from trimlingual.training.selection import Guide
 
     select = load_splits(inputs["data"].folder).select if train and train.selection_checks else None
-    return Guide(select, recipe.decode, inputs["teacher"].folder if "teacher" in inputs else None)
+    return Guide(select, inputs["teacher"].folder if "teacher" in inputs else None)
 
 
-def _training_data(recipe: Recipe, mixture: MixSettings, inputs: Mapping[str, Ref]) -> tuple[list[Clip], list[Example]]:
+def _training_data(recipe: Recipe, mixture: MixSettings, inputs: Mapping[str, Ref]) -> TrainingData:
+    from trimlingual.models.inputs import TrainingData
     from trimlingual.stages.distill import mix, read_distilled
 
     pairs = read_distilled(inputs["distilled"].folder) if "distilled" in inputs else []
-    return mix(load_splits(inputs["data"].folder), pairs, mixture, recipe.task.target_languages)
+    return TrainingData(*mix(load_splits(inputs["data"].folder), pairs, mixture, recipe.task.target_languages))

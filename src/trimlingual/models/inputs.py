@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimlingual.data.sources import Clip
 from trimlingual.models.qwen2_audio import num_audio_states
 from trimlingual.recipe import TaskSettings
 
@@ -31,6 +32,14 @@ class Example:
     clip_id: str
     language: str
     text: str
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on: clips, and the examples that are made of them."""
+
+    clips: Sequence[Clip]
+    examples: Sequence[Example]
 
 
 class Prompter:

@@ -1,6 +1,14 @@
 """What can be asked for: the recipe, its sections, the languages. No torch, so that the command line answers at once."""
 
-from trimlingual.recipe.loading import Recipe, RecipeError, list_recipes, load_recipe, parse_recipe, recipes_dir
+from trimlingual.recipe.loading import (
+    Recipe,
+    RecipeError,
+    SharedSettings,
+    list_recipes,
+    load_recipe,
+    parse_recipe,
+    recipes_dir,
+)
 from trimlingual.recipe.sections import (
     FLASH_ADAMW,
     TOWERS,
@@ -53,6 +61,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "References",
+    "SharedSettings",
     "Source",
     "TaskSettings",
     "TokenDistillation",

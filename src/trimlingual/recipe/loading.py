@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem by path."""
 
 
+@dataclass(frozen=True)
+class SharedSettings:
+    """What every stage that runs a model needs to know of a recipe, beside its own section."""
+
+    task: TaskSettings
+    model: ModelSettings
+    decode: DecodeSettings
+    seed: int = 0
+
+
 class Recipe(Section):
     """A whole run. A stage whose section is null is left out."""
 
@@ -59,6 +70,11 @@ class Recipe(Section):
     recover: TrainSettings | None = TrainSettings(epochs=4.0, data=MixSettings(gold=1, distilled=1))
     quantize: QuantizeSettings | None = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @property
+    def shared(self) -> SharedSettings:
+        """The settings that the stages share."""
+        return SharedSettings(self.task, self.model, self.decode, self.seed)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

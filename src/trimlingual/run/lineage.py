@@ -90,6 +90,14 @@ class Lineage:
         write_json(folder / LINEAGE_FILE, asdict(self))
 
 
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk, and where it comes from."""
+
+    path: Path
+    lineage: Lineage
+
+
 def public_name(base: str) -> str:
     """A base model's name for others: of a local one only the folder's name."""
     return Path(base).name if Path(base).is_dir() or base.startswith(("/", ".", "~")) else base

@@ -32,7 +32,7 @@ from trimlingual.evaluation.quality import SentenceStatistics, sentence_statisti
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.layers import drop_layers_, without_layers
 from trimlingual.models.qwen2_audio import eos_token_ids
-from trimlingual.recipe import TOWERS, DecodeSettings, RankSettings, TaskSettings, Tower
+from trimlingual.recipe import TOWERS, RankSettings, SharedSettings, Tower
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.progress import say
@@ -128,17 +128,17 @@ class Scorer:
         model: Any,
         processor: Any,
         select: Split,
-        task: TaskSettings,
-        decode: DecodeSettings,
+        shared: SharedSettings,
         settings: RankSettings,
         lineage: Lineage,
         present: dict[str, list[int]],
     ):
-        self.model, self.processor, self.select, self.task = model, processor, select, task
-        self.decode, self.settings, self.lineage, self.present = decode, settings, lineage, present
-        self.prompter = Prompter(processor, task)
+        self.model, self.processor, self.select = model, processor, select
+        self.task, self.decode = shared.task, shared.decode
+        self.settings, self.lineage, self.present = settings, lineage, present
+        self.prompter = Prompter(processor, self.task)
         self.eos = eos_token_ids(model, processor)
-        self.metrics = {language: settings.metric_for(language) for language in task.target_languages}
+        self.metrics = {language: settings.metric_for(language) for language in self.task.target_languages}
         self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
         self._sharing = settings.towers != "encoder"
         self._drafting, self._accepted, self._offered = True, 0, 0  # whether drafts are verified; tokens in this round

@@ -15,7 +15,7 @@ from trimlingual.evaluation.answers import is_wrong_language
 from trimlingual.models.inputs import Example
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.random_weights import RANDOM
-from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, ModelSettings, TaskSettings, languages
+from trimlingual.recipe import DistillSettings, MixSettings, SharedSettings, languages
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.run.lineage import read_lineage
@@ -35,9 +35,7 @@ class DistillError(ValueError):
 def distill(
     teacher_dir: Path,
     clips: Sequence[Clip],
-    task: TaskSettings,
-    model_settings: ModelSettings,
-    decode: DecodeSettings,
+    shared: SharedSettings,
     settings: DistillSettings,
     out_dir: Path,
 ) -> dict[str, Any]:
@@ -48,13 +46,13 @@ def distill(
     processes of a distributed run share the clips out; the main one filters and writes, the others return {}.
     """
     rehearsal = read_lineage(teacher_dir).base.startswith(RANDOM)
-    model = load_model(teacher_dir, model_settings.dtype, pick_device(model_settings.device))
+    model = load_model(teacher_dir, shared.model.dtype, pick_device(shared.model.device))
     translations = translate_split(
         model,
         load_processor(teacher_dir),
-        task,
+        shared.task,
         clips,
-        decode,
+        shared.decode,
         out_dir / SCRATCH / "translated",
         label="teacher translates",
     ).translations
@@ -62,7 +60,9 @@ def distill(
         return {}
     write_jsonl(out_dir / TRANSLATIONS_FILE, map(asdict, translations))
     references = {clip.id: clip.references for clip in clips}
-    counts = {language: Counter({reason: 0 for reason in ("kept", *REASONS)}) for language in task.target_languages}
+    counts = {
+        language: Counter({reason: 0 for reason in ("kept", *REASONS)}) for language in shared.task.target_languages
+    }
     records = []
     for translation in translations:
         gold = references[translation.id].get(translation.language, "")
@@ -75,7 +75,10 @@ def distill(
         why = [f"{code}: {count} {reason}" for code, of in counts.items() for reason, count in of.items() if count]
         raise ValueError(f"no teacher translation is fit to learn from ({', '.join(why)}); look at {TRANSLATIONS_FILE}")
     write_jsonl(out_dir / DISTILLED_FILE, records)
-    return {"counts": {language: dict(counter) for language, counter in counts.items()}, "decode": decode.model_dump()}
+    return {
+        "counts": {language: dict(counter) for language, counter in counts.items()},
+        "decode": shared.decode.model_dump(),
+    }
 
 
 def reject(translation: Translation, gold: str, settings: DistillSettings) -> str | None:

@@ -21,10 +21,10 @@ from trimlingual.evaluation.quality import (
 )
 from trimlingual.evaluation.results import RESULT_FILE, read_result, read_translations, translations_file
 from trimlingual.models.loading import load_model, load_processor, pick_device
-from trimlingual.recipe import DecodeSettings, EvaluateSettings, ModelSettings, TaskSettings, languages
+from trimlingual.recipe import EvaluateSettings, SharedSettings, languages
 from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.jsonl import write_jsonl
-from trimlingual.run.lineage import Lineage, check_unseen
+from trimlingual.run.lineage import ModelFolder, check_unseen
 from trimlingual.run.processes import is_main_process
 
 METRICS = ("bleu", "chrf", "chrfpp")
@@ -32,65 +32,55 @@ METRICS = ("bleu", "chrf", "chrfpp")
 
 def evaluate(
     name: str,
-    model_dir: Path,
-    lineage: Lineage,
+    folder: ModelFolder,
     split: Split,
-    task: TaskSettings,
-    model_settings: ModelSettings,
-    decode: DecodeSettings,
+    shared: SharedSettings,
     settings: EvaluateSettings,
     baseline_dir: Path | None,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Evaluate the model in `model_dir` on `split`; writes `translations.<language>.jsonl` and `result.json`.
+    """Evaluate the model in `folder` on `split`; writes `translations.<language>.jsonl` and `result.json`.
 
     `baseline_dir` is an earlier evaluation on the same split: the share of its score that is kept, with a paired bootstrap interval,
     is part of the result. Raises LeakError when the model was trained on the split or chosen by it. The processes of a distributed
     run share the clips out; the main one scores and writes, the others return {}.
     """
+    lineage, device = folder.lineage, pick_device(shared.model.device)
     check_unseen(lineage, split.name, [(clip.id, clip.audio_sha256) for clip in split.clips])
-    device = pick_device(model_settings.device)
     with peak_memory(device):  # whose peak so far is in the record of every batch
-        model = load_model(model_dir, model_settings.dtype, device)
+        model = load_model(folder.path, shared.model.dtype, device)
         said = translate_split(
             model,
-            load_processor(model_dir),
-            task,
+            load_processor(folder.path),
+            shared.task,
             split.clips,
-            decode,
+            shared.decode,
             out_dir / SCRATCH / "translated",
             label=f"evaluating {name}",
         )
     if not is_main_process():
         return {}
-    translations = said.translations
     baseline = _read_baseline(baseline_dir, split) if baseline_dir else None
-    scores = {}
-    for language in task.target_languages:
-        rows = [t for t in translations if t.language == language]
-        clips = [clip for clip in split.clips if language in clip.references]
-        if not clips:
-            raise ValueError(
-                f"no clip of split {split.name!r} has a reference in {language!r}; take it out of task.target_languages"
-            )
-        _write_translations(out_dir, language, rows, clips)
-        scores[language] = _score(language, rows, clips, settings, baseline)
+    scores = {
+        language: _write_and_score(language, said.translations, split, settings, baseline, out_dir)
+        for language in shared.task.target_languages
+    }
     result = {
         "name": name,
         "params": count_parameters(model),
-        "disk_bytes": disk_bytes(model_dir),
+        "disk_bytes": disk_bytes(folder.path),
         "num_decoder_layers": len(lineage.layers["decoder"]),
         "removed_layers": lineage.removed("decoder"),
         "quantization": lineage.quantization,
         "split": {"name": split.name, "hash": split.hash, "num_clips": len(split.clips)},
         "languages": scores,
         "speed": {
-            **_speed(translations, split.clips, said.seconds),
-            "batch_size": clips_at_once(decode, device),
+            **_speed(said.translations, split.clips, said.seconds),
+            "batch_size": clips_at_once(shared.decode, device),
             "num_processes": said.num_processes,
         },
         "peak_memory_bytes": said.peak_memory_bytes,
-        "decode": decode.model_dump(),
+        "decode": shared.decode.model_dump(),
         "lineage": {key: value for key, value in asdict(lineage).items() if key != "seen"},
         "machine": machine(),
     }
@@ -105,13 +95,22 @@ def _speed(translations: Sequence[Translation], clips: Sequence[Clip], seconds: 
     return speed(len(translations), sum(t.num_tokens for t in translations), audio_s, seconds)
 
 
-def _score(
+def _write_and_score(
     language: str,
-    rows: Sequence[Translation],
-    clips: Sequence[Clip],
+    translations: Sequence[Translation],
+    split: Split,
     settings: EvaluateSettings,
     baseline: dict[str, Any] | None,
+    out_dir: Path,
 ) -> dict[str, Any]:
+    """What the result says of one language; its translations are written beside it. ValueError if no clip has a reference in it."""
+    rows = [translation for translation in translations if translation.language == language]
+    clips = [clip for clip in split.clips if language in clip.references]
+    if not clips:
+        raise ValueError(
+            f"no clip of split {split.name!r} has a reference in {language!r}; take it out of task.target_languages"
+        )
+    _write_translations(out_dir, language, rows, clips)
     hypotheses = [row.hypothesis for row in rows]
     references = [clip.references[language] for clip in clips]
     scores: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from trimlingual.models.saving import finish_saved
 from trimlingual.recipe import Recipe
 from trimlingual.report.tables import proof_text
 from trimlingual.run.artifacts import ARTIFACT_FILE, write_text
-from trimlingual.run.lineage import Lineage
+from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.progress import LOG_FILE, say
 from trimlingual.run.version import version
 
@@ -27,15 +27,16 @@ LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
 
 
 def export(
-    model_dir: Path, lineage: Lineage, recipe: Recipe, evaluation_dir: Path | None, clips: Sequence[Clip], out_dir: Path
+    folder: ModelFolder, recipe: Recipe, evaluation_dir: Path | None, clips: Sequence[Clip], out_dir: Path
 ) -> dict[str, Any]:
     """Copy the finished model to `out_dir` with a model card, and prove that plain transformers gives what was scored.
 
     Scores and recorded translations come from `evaluation_dir` if there is one, their audio from `clips`. Raises ModelError or
     ExportError for what must not ship.
     """
-    check_folder(model_dir, "exported")
-    shutil.copytree(model_dir, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    lineage = folder.lineage
+    check_folder(folder.path, "exported")
+    shutil.copytree(folder.path, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     lineage.to_ship().save(out_dir)
     Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)
     result = read_result(evaluation_dir) if evaluation_dir else None

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimlingual.data.sources import Clip
 from trimlingual.models.folders import check_folder
-from trimlingual.models.inputs import Example
+from trimlingual.models.inputs import TrainingData
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.saving import save_model
-from trimlingual.recipe import ModelSettings, TaskSettings, TrainSettings
+from trimlingual.recipe import SharedSettings, TrainSettings
 from trimlingual.run.artifacts import SCRATCH
-from trimlingual.run.lineage import Lineage
+from trimlingual.run.lineage import ModelFolder
 from trimlingual.run.processes import is_main_process
 from trimlingual.training.selection import UNGUIDED, Guide
 from trimlingual.training.trainer import read_teacher, train_
 
 
 def finetune(
-    model_dir: Path,
-    lineage: Lineage,
-    clips: Sequence[Clip],
-    examples: Sequence[Example],
-    task: TaskSettings,
-    model_settings: ModelSettings,
+    folder: ModelFolder,
+    data: TrainingData,
+    shared: SharedSettings,
     settings: TrainSettings,
-    seed: int,
     out_dir: Path,
     guide: Guide = UNGUIDED,
 ) -> dict[str, Any]:
-    """Train the model in `model_dir` and save it to `out_dir`, with its lineage; goes on from a checkpoint found there.
+    """Train the model in `folder` and save it to `out_dir`, with its lineage; goes on from a checkpoint found there.
 
     Returns what the artefact remembers: steps, examples, the loss curve. With `method: lora` the adapter is saved beside
     (`adapter/`) and merged into the saved weights.
     """
-    check_folder(model_dir, "teacher")  # a student's folder must be the same
-    processor = load_processor(model_dir)
-    teacher = read_teacher(processor, clips, examples, task, model_settings, settings, guide, out_dir / SCRATCH)
-    model = load_model(model_dir, model_settings.dtype, pick_device(model_settings.device))
-    info = train_(model, processor, clips, examples, task, settings, seed, out_dir / SCRATCH, guide, teacher)
+    check_folder(folder.path, "teacher")  # a student's folder must be the same
+    processor = load_processor(folder.path)
+    teacher = read_teacher(processor, data, shared, settings, guide, out_dir / SCRATCH)
+    model = load_model(folder.path, shared.model.dtype, pick_device(shared.model.device))
+    info = train_(model, processor, data, shared, settings, out_dir / SCRATCH, guide, teacher)
     if settings.method == "lora":
         adapted, model = info.pop("adapted"), None
         if is_main_process():
@@ -48,8 +42,8 @@ def finetune(
         model = adapted.merge_and_unload()
     weights = info.pop("weights", None)
     if is_main_process():
-        save_model(model, processor, out_dir, model_settings.storage_dtype, weights)
-        lineage = lineage.with_seen("train", {clip.audio_sha256 for clip in clips})
+        save_model(model, processor, out_dir, shared.model.storage_dtype, weights)
+        lineage = folder.lineage.with_seen("train", {clip.audio_sha256 for clip in data.clips})
         if guide.select and settings.selection_checks:
             lineage = lineage.with_seen("select", guide.select.audio_hashes)
         lineage.save(out_dir)

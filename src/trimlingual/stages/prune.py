@@ -18,29 +18,27 @@ from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.qwen2_audio import embed, layer_list, lm_head, project, text_decoder, tower_states
 from trimlingual.models.saving import round_weights_, save_model
 from trimlingual.recipe import TOWERS, ModelSettings, Tower
-from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.plan import FINETUNED, PlanError, check_plan, read_plan
 
 # Cached and uncached attention add up in another order; logits may differ by rounding only. Relative to the largest logit.
 CACHE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-def prune(
-    model_dir: Path, lineage: Lineage, plan_path: Path, model_settings: ModelSettings, out_dir: Path
-) -> dict[str, Any]:
-    """Remove the plan's layers from the model in `model_dir`, save it to `out_dir` and prove it.
+def prune(folder: ModelFolder, plan_path: Path, model_settings: ModelSettings, out_dir: Path) -> dict[str, Any]:
+    """Remove the plan's layers from the model in `folder`, save it to `out_dir` and prove it.
 
     The clips that chose the layers become part of what the pruned model has seen. A plan whose search fine-tuned between rounds
     brings the pruned model with it; that one is taken. Raises PlanError when the plan does not fit the model, ProofError when
     reload differs from memory, cached from uncached, or a kept layer is not bit-equal.
     """
-    check_folder(model_dir, "pruned")
+    check_folder(folder.path, "pruned")
     plan = read_plan(plan_path)
-    positions = check_plan(plan, lineage)
+    positions = check_plan(plan, folder.lineage)
     removed: dict[str, list[int]] = {tower: plan.layers_of(tower) for tower in TOWERS}
-    after = lineage.without(removed).after("prune").with_seen("select", plan.selection.get("audio_sha256", ()))
+    after = folder.lineage.without(removed).after("prune").with_seen("select", plan.selection.get("audio_sha256", ()))
     device = pick_device(model_settings.device)
-    processor = load_processor(model_dir)
+    processor = load_processor(folder.path)
     if plan.finetuned:
         source = (plan_path if plan_path.is_dir() else plan_path.parent) / FINETUNED
         if not source.is_dir():
@@ -50,7 +48,7 @@ def prune(
         after = after.with_seen("train", read_lineage(source).seen.get("train", ()))
         positions = {}
     else:
-        source = model_dir
+        source = folder.path
     model = load_model(source, model_settings.dtype, device)
     round_weights_(model, model_settings.storage_dtype)
     kept = _kept(layer_digests(model), positions)

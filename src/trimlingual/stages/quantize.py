@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from trimlingual.data.audio import load_audio
-from trimlingual.data.sources import Clip
 from trimlingual.models.folders import check_folder
-from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import free_memory, load_model, load_processor, pick_device
 from trimlingual.models.qwen2_audio import PARTS, part_of
 from trimlingual.models.random_weights import draw, is_random
 from trimlingual.models.saving import DTYPES, round_weights_, save_model
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.quantization.rounding import round_calibrated_
-from trimlingual.recipe import ModelSettings, QuantizeSettings, TaskSettings
+from trimlingual.recipe import ModelSettings, QuantizeSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH
-from trimlingual.run.lineage import Lineage
+from trimlingual.run.lineage import ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.selection import UNGUIDED, Guide
@@ -47,18 +46,14 @@ class QuantizationError(ValueError):
 
 
 def quantize(
-    model_dir: Path,
-    lineage: Lineage,
-    clips: Sequence[Clip],
-    examples: Sequence[Example],
-    task: TaskSettings,
-    model_settings: ModelSettings,
+    folder: ModelFolder,
+    data: TrainingData,
+    shared: SharedSettings,
     settings: QuantizeSettings,
-    seed: int,
     out_dir: Path,
     guide: Guide = UNGUIDED,
 ) -> dict[str, Any]:
-    """Make the 4-bit model of the one in `model_dir`: QLoRA on `examples`, merge, quantise again, save to `out_dir`.
+    """Make the 4-bit model of the one in `folder`: QLoRA on `data`, merge, quantise again, save to `out_dir`.
 
     Without `settings.train` the weights are rounded as they are, and the examples only calibrate and measure.
 
@@ -71,51 +66,51 @@ def quantize(
     merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
     should not be, or the other way round.
     """
-    check_folder(model_dir, "quantized")
-    device, scratch = pick_device(model_settings.device), out_dir / SCRATCH
-    stored = _stored(model_dir, scratch / "base", device)
+    check_folder(folder.path, "quantized")
+    device, scratch = pick_device(shared.model.device), out_dir / SCRATCH
+    stored = _stored(folder.path, scratch / "base", device)
     processor = load_processor(stored)
-    step = max(1, len(examples) // NUM_PROBE_EXAMPLES)
-    probe = list(examples)[::step][:NUM_PROBE_EXAMPLES]
-    collator = Collator(Prompter(processor, task), lambda index: load_audio(clips[index].audio))
+    step = max(1, len(data.examples) // NUM_PROBE_EXAMPLES)
+    probe = list(data.examples)[::step][:NUM_PROBE_EXAMPLES]
+    collator = Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
 
     def measure(model: Any) -> tuple[float, Tensor]:
         return answer_logits(model, collator, probe, PROBE_BATCH)
 
     info, trained, adapted = {}, None, None
     if settings.train:
-        info = _train(stored, processor, clips, examples, task, model_settings, settings, seed, scratch, guide)
+        info = _train(stored, processor, data, shared, settings, scratch, guide)
         adapted = info.pop("adapted")
     if not is_main_process():
         return info
     free_memory()  # of the optimizer
-    merged = load_model(stored, model_settings.dtype, torch.device("cpu"))
+    merged = load_model(stored, shared.model.dtype, torch.device("cpu"))
     if adapted:
         adapted.save_pretrained(out_dir / "adapter")
         trained = measure(adapted)
         merge_(merged, adapted, settings.merge_base)
         del adapted
         free_memory()
-    round_weights_(merged, model_settings.storage_dtype)
+    round_weights_(merged, shared.model.storage_dtype)
     config = bitsandbytes_config(settings)
     if settings.scheme != "int4":
         shutil.rmtree(scratch / "merged", ignore_errors=True)  # of a run that was killed
-        save_model(merged, processor, scratch / "merged", model_settings.storage_dtype)
+        save_model(merged, processor, scratch / "merged", shared.model.storage_dtype)
     plain = measure(merged.to(device))
     if settings.scheme == "int4":
-        scales = _calibrated(merged, settings, collator, examples, model_settings)
-        info |= save_packed(merged, processor, out_dir, settings, model_settings.storage_dtype, scales)
+        scales = _calibrated(merged, settings, collator, data.examples, shared.model)
+        info |= save_packed(merged, processor, out_dir, settings, shared.model.storage_dtype, scales)
     del merged
     free_memory()
     if settings.scheme == "int4":
-        final = measure(load_model(out_dir, model_settings.dtype, device))
+        final = measure(load_model(out_dir, shared.model.dtype, device))
     else:
-        final_model = load_model(scratch / "merged", model_settings.dtype, device, config)
+        final_model = load_model(scratch / "merged", shared.model.dtype, device, config)
         check_quantized(final_model, settings)
         final = measure(final_model)
         save_model(final_model, processor, out_dir)
     summary = config_summary(settings)
-    after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in clips})
+    after = folder.lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in data.clips})
     if guide.select and settings.train and settings.train.selection_checks:
         after = after.with_seen("select", guide.select.audio_hashes)
     replace(after, quantization=summary).save(out_dir)
@@ -125,23 +120,20 @@ def quantize(
 def _train(
     stored: Path,
     processor: Any,
-    clips: Sequence[Clip],
-    examples: Sequence[Example],
-    task: TaskSettings,
-    model_settings: ModelSettings,
+    data: TrainingData,
+    shared: SharedSettings,
     settings: QuantizeSettings,
-    seed: int,
     scratch: Path,
     guide: Guide,
 ) -> dict[str, Any]:
     """QLoRA; the info of `train_`, with the PEFT model under `adapted`."""
     train, work_dir = settings.train, scratch / "training"
     assert train is not None
-    teacher = read_teacher(processor, clips, examples, task, model_settings, train, guide, work_dir)
-    device = pick_device(model_settings.device)
-    base = load_model(stored, model_settings.dtype, device, bitsandbytes_config(settings))
+    teacher = read_teacher(processor, data, shared, train, guide, work_dir)
+    device = pick_device(shared.model.device)
+    base = load_model(stored, shared.model.dtype, device, bitsandbytes_config(settings))
     check_quantized(base, settings)
-    return train_(base, processor, clips, examples, task, train, seed, work_dir, guide, teacher)
+    return train_(base, processor, data, shared, train, work_dir, guide, teacher)
 
 
 def _calibrated(

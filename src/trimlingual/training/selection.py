@@ -21,7 +21,7 @@ from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.loading import free_memory
-from trimlingual.recipe import DecodeSettings, TaskSettings, languages
+from trimlingual.recipe import SharedSettings, languages
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index, wait_for_everyone
 from trimlingual.run.progress import say
@@ -35,7 +35,6 @@ class Guide:
     """What training looks at beside its examples: clips to choose the best weights by, and the teacher whose tokens it learns."""
 
     select: Split | None = None
-    decode: DecodeSettings | None = None
     teacher_dir: Path | None = None
 
 
@@ -49,12 +48,18 @@ class KeepBest(TrainerCallback):
     """
 
     def __init__(
-        self, model: Any, trained: Any, processor: Any, task: TaskSettings, guide: Guide, times: int, work_dir: Path
+        self,
+        model: Any,
+        trained: Any,
+        processor: Any,
+        shared: SharedSettings,
+        select: Split,
+        times: int,
+        work_dir: Path,
     ):
-        assert guide.select is not None
-        assert guide.decode is not None
-        self.model, self.trained, self.processor, self.task = model, trained, processor, task
-        self.clips, self.decode, self.times, self.work_dir = guide.select.clips, guide.decode, times, work_dir
+        self.model, self.trained, self.processor = model, trained, processor
+        self.task, self.decode = shared.task, shared.decode
+        self.clips, self.times, self.work_dir = select.clips, times, work_dir
         known = read_journal(work_dir / SCORES_FILE) if is_main_process() else []
         self.scores: list[dict[str, Any]] = gather(known)[0]
 

@@ -23,11 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
-from trimlingual.models.inputs import Collator, Example, Prompter
+from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, pick_device
 from trimlingual.models.qwen2_audio import attention_for_unlike_lengths, freeze_, layer_list
 from trimlingual.models.saving import explained_disk_full
-from trimlingual.recipe import FLASH_ADAMW, ModelSettings, TaskSettings, TrainSettings
+from trimlingual.recipe import FLASH_ADAMW, SharedSettings, TrainSettings
 from trimlingual.run import interruptions
 from trimlingual.run.processes import num_processes
 from trimlingual.training.batches import LengthGroupedSampler
@@ -131,10 +131,8 @@ class TranslationTrainer(Trainer):
 
 def read_teacher(
     processor: Any,
-    clips: Sequence[Clip],
-    examples: Sequence[Example],
-    task: TaskSettings,
-    model_settings: ModelSettings,
+    data: TrainingData,
+    shared: SharedSettings,
     settings: TrainSettings,
     guide: Guide,
     work_dir: Path,
@@ -143,22 +141,20 @@ def read_teacher(
     if not settings.token_distillation:
         return None
     assert guide.teacher_dir is not None
-    device = pick_device(model_settings.device)
-    load_teacher = partial(load_model, guide.teacher_dir, model_settings.dtype, device)
-    collator = Collator(Prompter(processor, task), partial(_load_clip, clips), mels_on=device)
+    device = pick_device(shared.model.device)
+    load_teacher = partial(load_model, guide.teacher_dir, shared.model.dtype, device)
+    collator = Collator(Prompter(processor, shared.task), partial(_load_clip, data.clips), mels_on=device)
     return teacher_tokens(
-        load_teacher, collator, examples, settings.token_distillation, work_dir / "teacher.safetensors"
+        load_teacher, collator, data.examples, settings.token_distillation, work_dir / "teacher.safetensors"
     )
 
 
 def train_(
     model: Any,
     processor: Any,
-    clips: Sequence[Clip],
-    examples: Sequence[Example],
-    task: TaskSettings,
+    data: TrainingData,
+    shared: SharedSettings,
     settings: TrainSettings,
-    seed: int,
     work_dir: Path,
     guide: Guide = UNGUIDED,
     teacher: Mapping[Example, TeacherTokens] | None = None,
@@ -168,10 +164,10 @@ def train_(
     Where each process held its share of the weights (FSDP, DeepSpeed), `model` is of no use any more, and the info holds the whole
     weights under `weights`, in the main process. Raises TrainingError when the loss is not finite.
     """
-    trained, trainer = make_trainer(model, processor, clips, examples, task, settings, seed, work_dir, teacher)
+    trained, trainer = make_trainer(model, processor, data, shared, settings, work_dir, teacher)
     best = None
     if settings.selection_checks and guide.select:
-        best = KeepBest(model, trained, processor, task, guide, settings.selection_checks, work_dir)
+        best = KeepBest(model, trained, processor, shared, guide.select, settings.selection_checks, work_dir)
         trainer.callback_handler.callbacks.insert(0, best)  # before Checkpoints: what is saved has been looked at
     try:
         with explained_disk_full(work_dir), trainer.checkpoints.told():
@@ -183,8 +179,8 @@ def train_(
     steps = trainer.state.global_step
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     info: dict[str, Any] = {
-        "num_examples": len(examples),
-        "num_clips": len(clips),
+        "num_examples": len(data.examples),
+        "num_clips": len(data.clips),
         "steps": steps,
         "training_loss": round(
             trainer._total_loss_scalar / steps, 5
@@ -204,11 +200,9 @@ def train_(
 def make_trainer(
     model: Any,
     processor: Any,
-    clips: Sequence[Clip],
-    examples: Sequence[Example],
-    task: TaskSettings,
+    data: TrainingData,
+    shared: SharedSettings,
     settings: TrainSettings,
-    seed: int,
     work_dir: Path,
     teacher: Mapping[Example, TeacherTokens] | None = None,
 ) -> tuple[Any, TranslationTrainer]:
@@ -217,37 +211,37 @@ def make_trainer(
     From here on `model.forward` is the training loss's; whoever trains deletes it afterwards. Raises ValueError without examples,
     TrainingError where the optimizer cannot run.
     """
-    if not examples:
+    if not data.examples:
         raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
     if settings.fsdp and (num_processes() == 1 or next(model.parameters()).device.type != "cuda"):
         raise TrainingError(
             "fsdp needs several processes with a GPU each: start with accelerate launch or torchrun, or set fsdp: false"
         )
-    set_seed(seed)
-    prompter = Prompter(processor, task)
+    set_seed(shared.seed)
+    prompter = Prompter(processor, shared.task)
     freeze_(model, settings.freeze)
-    trained = add_lora(model, settings.lora, seed, settings.freeze) if settings.method == "lora" else model
+    trained = add_lora(model, settings.lora, shared.seed, settings.freeze) if settings.method == "lora" else model
     if trained is not model:
         fuse_lora_(trained)
     optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
     states = None
     if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
-        states = stored_states(model, processor, clips, work_dir)
+        states = stored_states(model, processor, data.clips, work_dir)
     trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
         True  # answer_forward divides by num_items_in_batch itself
     )
     model.forward = answer_forward(model, settings.token_distillation if teacher else None)
     trainer = TranslationTrainer(
         model=trained,
-        args=training_arguments(settings, seed, work_dir, model),
-        train_dataset=_Examples(examples),
-        data_collator=Collator(prompter, partial(_load_clip, clips), states, teacher=teacher),
+        args=training_arguments(settings, shared.seed, work_dir, model),
+        train_dataset=_Examples(data.examples),
+        data_collator=Collator(prompter, partial(_load_clip, data.clips), states, teacher=teacher),
         optimizer_cls_and_kwargs=optimizer,
     )
     if trainer.is_fsdp_enabled and (trained is not model or optimizer):  # by accelerate's configuration, not the recipe
         raise TrainingError(f"FSDP goes with method: full, and not with optimizer: {FLASH_ADAMW}")
     if settings.length_grouped:
-        trainer.lengths = [clips[example.clip].duration_s for example in examples]
+        trainer.lengths = [data.clips[example.clip].duration_s for example in data.examples]
     if settings.gradient_checkpointing:
         trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results

@@ -34,7 +34,7 @@ from trimlingual.models.qwen2_audio import ROWS_BY_TOKEN
 from trimlingual.models.saving import explained_disk_full, finish_saved
 from trimlingual.recipe import TaskSettings, VocabSettings
 from trimlingual.run.artifacts import write_json, write_text
-from trimlingual.run.lineage import Lineage
+from trimlingual.run.lineage import ModelFolder
 from trimlingual.vocabulary.bpe import Bpe, Kept, VocabError, choose, read_bpe, trimmed_tokenizer
 
 BATCH = 1000  # sentences tokenised at a time
@@ -55,20 +55,20 @@ class RowTensor:
 
 
 def trim_vocab(
-    model_dir: Path,
-    lineage: Lineage,
+    folder: ModelFolder,
     texts: Iterable[str],
     held_out: Mapping[str, Iterable[str]],
     task: TaskSettings,
     settings: VocabSettings,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Write the model in `model_dir` to `out_dir` with the tokens that `texts`, the prompts and any byte need, and prove it.
+    """Write the model in `folder` to `out_dir` with the tokens that `texts`, the prompts and any byte need, and prove it.
 
     `held_out` names texts that were not counted: the coverage report says what share of them is tokenised as before. Works on plain
     and on 4-bit models. Raises ModelError when the folder holds no usable model, VocabError when the tokenizer is no byte-level BPE,
     the head or the embeddings are quantised, or `max_tokens` is too few; ProofError when the result is not what it should be.
     """
+    model_dir = folder.path
     check_folder(model_dir, "trimmed")
     processor = load_processor(model_dir)
     full = json.loads(processor.tokenizer.backend_tokenizer.to_str())
@@ -92,7 +92,7 @@ def trim_vocab(
         removed = write_rows(model_dir, out_dir, rows, kept.ids, tied)
         _write_configs(config, generation, kept, out_dir)
         _write_tokenizer(processor, trimmed_tokenizer(full, kept.ids), kept, out_dir)
-        lineage.after("trim-vocab").save(out_dir)
+        folder.lineage.after("trim-vocab").save(out_dir)
     trimmed = prove(model_dir, out_dir, rows, bpe, kept)
     finish_saved(out_dir)
     if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in prompts]:

@@ -1,0 +1,81 @@
+"""The strategies that do not search: all layers that go are chosen at once. What the layer search is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trimlingual.data.audio import load_audio
+from trimlingual.models.inputs import Collator, Example
+from trimlingual.models.qwen2_audio import layer_list
+from trimlingual.recipe import Tower
+from trimlingual.search.plan import PrunePlan, Removal
+from trimlingual.search.scorer import Candidate, Scorer
+from trimlingual.training.loss import answer_forward
+
+
+def middle(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
+    """The block around the middle (the paper's ablation: layers 12-19 of 32)."""
+    if scorer.settings.towers == "both":
+        raise ValueError("rank.strategy middle works on one tower; set rank.towers to decoder or encoder")
+    tower = allowed[0][0]
+    layers = scorer.lineage.layers[tower]
+    start = (len(layers) - scorer.settings.num_layers_to_remove) // 2
+    chosen = layers[start : start + scorer.settings.num_layers_to_remove]
+    blocked = sorted(set(chosen) - {layer for _, layer in allowed})
+    if blocked:
+        raise ValueError(f"the middle block {chosen} holds protected layers {blocked}; remove fewer or protect less")
+    return PrunePlan(removals=[Removal(tower=tower, layer=layer) for layer in chosen])
+
+
+@torch.inference_mode()
+def block_influence(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
+    """Lowest Block Influence first: 1 - E[cos(layer input, layer output)] (Men et al. 2024, ShortGPT, eq. 1).
+
+    Measured on the selection set with its references, teacher-forced, over all positions that are not padding.
+    """
+    sums: dict[tuple[Tower, int], list[float]] = {}
+    hooks = []
+    valid: list[torch.Tensor] = []  # attention mask of the batch in flight; the tower sees other lengths and no mask
+
+    def watch(key: tuple[Tower, int]) -> Callable[..., None]:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            cosine = torch.nn.functional.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
+            if key[0] == "decoder":
+                cosine = cosine[valid[0].bool()]
+            total = sums.setdefault(key, [0.0, 0])
+            total[0] += (1 - cosine).sum().item()
+            total[1] += cosine.numel()
+
+        return hook
+
+    for tower, layer in allowed:
+        position = scorer.lineage.layers[tower].index(layer)
+        hooks.append(layer_list(scorer.model, tower)[position].register_forward_hook(watch((tower, layer))))
+    collator = Collator(scorer.prompter, lambda i: load_audio(scorer.select.clips[i].audio))
+    forward, device = answer_forward(scorer.model), next(scorer.model.parameters()).device
+    examples = [example for language in scorer.task.target_languages for example in _examples(scorer, language)]
+    try:
+        for start in range(0, len(examples), scorer.decode.batch_size):
+            batch = collator(examples[start : start + scorer.decode.batch_size])
+            batch.pop("ids")
+            valid[:] = [batch["attention_mask"].to(device)]
+            forward(**{name: tensor.to(device) for name, tensor in batch.items()})
+    finally:
+        for handle in hooks:
+            handle.remove()
+    influence = {key: total / count for key, (total, count) in sums.items()}
+    chosen = sorted(allowed, key=lambda key: (influence[key], key))[: scorer.settings.num_layers_to_remove]
+    return PrunePlan(
+        removals=[Removal(tower=tower, layer=layer, score=influence[tower, layer]) for tower, layer in chosen],
+        candidates=[{"round": 1, "tower": t, "layer": i, "score": influence[t, i]} for t, i in allowed],
+    )
+
+
+def _examples(scorer: Scorer, language: str) -> list[Example]:
+    """The selection set with its references."""
+    clips = enumerate(scorer.select.clips)
+    return [Example(i, c.id, language, c.references[language]) for i, c in clips if language in c.references]
