@@ -140,8 +140,8 @@ def stereo(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         (sine() * 1e-3, "silent", None),
         (sine(0.05), "too short", None),
         (np.array([0.1]), "too short", None),
-        (stereo(sine(), -sine()), "opposite-phase", None),
-        (stereo(sine(), -0.95 * sine()), "opposite-phase", None),
+        (stereo(sine(), -sine()), "opposite phase", None),
+        (stereo(sine(), -0.95 * sine()), "opposite phase", None),
         (np.clip(sine() * 3, -1, 1), None, "clipped"),
         (np.clip(sine() * 3, -1, 32767 / 32768), None, "clipped"),
     ],
@@ -149,9 +149,9 @@ def stereo(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def test_what_cannot_be_heard_or_is_cut_off_is_told(tmp_path, samples, unusable, suspicious):
     sf.write(tmp_path / "a.wav", samples, 16_000)
     found = describe_audio(tmp_path / "a.wav")
-    assert (found.unusable or "").startswith(unusable or "")
+    assert (unusable or "") in (found.unusable or "")
     assert bool(found.unusable) == bool(unusable)
-    assert (found.suspicious or "").startswith(suspicious or "")
+    assert (suspicious or "") in (found.suspicious or "")
     assert bool(found.suspicious) == bool(suspicious)
 
 

@@ -278,7 +278,7 @@ def test_clipped_clips_are_said_and_kept(tmp_path):
     )
     info = prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)
     assert info["splits"]["train"]["num_clips"] == 2
-    assert "1 clip(s) of train may be damaged: 'train-0' clipped" in info["warnings"][0]
+    assert "1 clip(s) of train may be damaged: 'train-0' is clipped" in info["warnings"][0]
 
 
 def test_equal_source_sentences_are_said_or_dropped_from_training(tmp_path):

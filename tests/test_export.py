@@ -7,7 +7,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -195,6 +197,19 @@ def test_weights_that_do_not_cover_the_architecture_are_refused(base, tmp_path):
 
 def test_a_local_base_ships_by_name(base):
     assert replace(read_lineage(base), base=str(base)).to_ship().base == "base"
+
+
+def test_what_holds_no_speech_is_answered_in_a_sentence(tmp_path, capsys):
+    """And is not given to the model, which would make up a translation."""
+    soundfile.write(tmp_path / "silent.wav", np.zeros(32000), 16000)
+    soundfile.write(tmp_path / "tiny.wav", np.array([0.1]), 16000)
+    silent, tiny = translate_files("builtin:mini", [tmp_path], ["de"])
+    assert silent["text"] == tiny["text"] == ""
+    assert silent["warning"] == "not translated: the recording is silent (every sample is 0)"
+    assert (
+        tiny["warning"] == "not translated: the recording is too short for speech (0.062 ms; it takes at least 100 ms)"
+    )
+    assert "0 to do" not in capsys.readouterr().err
 
 
 def test_translate_takes_folders_of_audio_and_the_built_in_model(mini_clips, base, capsys):

@@ -61,7 +61,10 @@ def translate_files(
     usable = [clip for clip in clips if not heard[clip.id].unusable]
     said = {(t.id, t.language): t for t in translate_clips(model, processor, task, usable, settings.decode)}
     for clip in clips:
-        warning = heard[clip.id].unusable or heard[clip.id].suspicious
+        unusable, suspicious = heard[clip.id].unusable, heard[clip.id].suspicious
+        warning = (
+            f"not translated: the recording {unusable}" if unusable else suspicious and f"the recording {suspicious}"
+        )
         for language in languages:
             translation = said.get((clip.id, language))
             yield {

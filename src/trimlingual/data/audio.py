@@ -179,23 +179,25 @@ class _Levels:
         self.num_clipped += int((full[1:] & full[:-1]).any(axis=1).sum())  # three equal samples in a row: a flat top
 
     def unusable(self, duration_s: float) -> str | None:
-        """Why there is no speech to hear, or None."""
+        """Why there is no speech to hear, as what is said of the recording; or None."""
         if duration_s < SHORTEST_S:
-            return f"too short ({duration_s * 1000:.3g} ms; speech takes {SHORTEST_S * 1000:g} ms at least)"
+            return f"is too short for speech ({duration_s * 1000:.2g} ms; it takes at least {SHORTEST_S * 1000:g} ms)"
         if self.peak < SILENCE:
-            return f"silent (peak {_decibels(self.peak)} dB of full scale)"
+            return f"is silent ({_loudest(self.peak)})"
         if self.mono_energy < OPPOSITE * self.energy:
-            return "opposite-phase (the channels cancel each other when mixed to mono; keep one of them)"
+            return "is of opposite phase (its channels cancel each other when mixed to mono; keep one of them)"
         return None
 
     def suspicious(self) -> str | None:
-        """What may be wrong, or None."""
+        """What may be wrong, as what is said of the recording; or None."""
         share = self.num_clipped / self.num_frames
-        return f"clipped ({share:.1%} of the samples are cut off at full scale)" if share > CLIPPED else None
+        return f"is clipped ({share:.1%} of the samples are cut off at full scale)" if share > CLIPPED else None
 
 
-def _decibels(amplitude: float) -> str:
-    return f"{20 * math.log10(amplitude):.0f}" if amplitude else "-infinity"
+def _loudest(peak: float) -> str:
+    if not peak:
+        return "every sample is 0"
+    return f"its loudest sample is at {20 * math.log10(peak):.0f} dB of full scale, speech above {20 * math.log10(SILENCE):.0f} dB"
 
 
 class _SamplesHash:

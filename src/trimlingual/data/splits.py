@@ -149,7 +149,7 @@ def _drop_unusable(clips: dict[str, list[Clip]], recordings: Mapping[Path, Recor
     named = []
     for role, found in clips.items():
         bad = [clip for clip in found if recordings[clip.audio].unusable]
-        named += [f"{role} {clip.id!r} ({clip.audio}): {recordings[clip.audio].unusable}" for clip in bad]
+        named += [f"{role} {clip.id!r} ({clip.audio}) {recordings[clip.audio].unusable}" for clip in bad]
         num_dropped[role] = len(bad)
         clips[role] = [clip for clip in found if not recordings[clip.audio].unusable]
     if named and unusable == "error":

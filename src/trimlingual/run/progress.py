@@ -60,12 +60,12 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int, stops: bool = True) -> Iterator[Callable[..., None]]:
-    """Show work on `total` items; yields `advance(count, note="", earlier=False)`.
+    """Show work on `total` items, if there are any; yields `advance(count, note="", earlier=False)`.
 
     `note` is shown if there is news; `earlier` items were done by an earlier run, and tell nothing about the time that is left. A run
     that was asked to stop ends in `advance`, so what was advanced over must be on disk; without `stops` the caller sees to it.
     """
-    if not is_main_process():
+    if not is_main_process() or not total:
         with interruptions.deferred():
             yield lambda *_, **__: interruptions.check() if stops else None
         return
