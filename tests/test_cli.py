@@ -60,22 +60,11 @@ def test_shell_completion_is_offered():
     assert "--install-completion" in run(app, ["--help"], env={"COLUMNS": "200"}).stdout
 
 
-def test_a_missing_model_folder_is_explained(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "trimlingual",
-        "rank",
-        "mini",
-        "--run-dir",
-        str(tmp_path),
-        "--model",
-        str(tmp_path / "none"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "does not exist (given as the model of stage 'rank')" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_missing_model_folder_is_explained(tmp_path, start):
+    done = start(["rank", "mini", "--run-dir", str(tmp_path), "--model", str(tmp_path / "none")])
+    assert done.wait() == 1
+    assert "does not exist (given as the model of stage 'rank')" in done.stderr()
+    assert "Traceback" not in done.stderr()
 
 
 def test_translate_prints_one_json_line_a_file(tmp_path):

@@ -24,9 +24,10 @@ IDS = torch.arange(20, 120).reshape(4, 25)
 PLAIN = """
 import sys, torch
 from transformers import Qwen2AudioForConditionalGeneration
-model = Qwen2AudioForConditionalGeneration.from_pretrained(sys.argv[1], dtype="auto", device_map={"": "cpu"}).eval()
-with torch.no_grad():
-    torch.save(model(input_ids=torch.arange(20, 120).reshape(4, 25)).logits, sys.argv[2])
+for folder in sys.argv[1:]:
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map={"": "cpu"}).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.arange(20, 120).reshape(4, 25)).logits, folder + "/logits.pt")
 assert "trimlingual" not in sys.modules
 """
 
@@ -70,22 +71,24 @@ def test_rounding_by_hand():
     assert torch.equal(rounded, -weight)
 
 
-@pytest.mark.parametrize(("parts", "eight_bit"), [(["decoder"], []), (["decoder", "audio_tower", "projector"], BOTH)])
-def test_plain_transformers_loads_it_bit_for_bit(model_dir, processor, tmp_path, parts, eight_bit):
-    model = load_model(model_dir, "float32", CPU)
-    before, size = logits(model), disk_bytes(model_dir)
-    asked = settings(parts=parts, eight_bit=eight_bit)
-    counts = save_packed(model, processor, tmp_path, asked, "bfloat16")
-    wanted = list(modules_to_pack(model, asked).values())
-    assert counts == {"num_4bit_modules": wanted.count(4), "num_8bit_modules": len(eight_bit)}
-    assert disk_bytes(tmp_path) < size / 2
-    in_memory = logits(model)
-    assert (
-        sqnr_db(before, in_memory.float()) > 4
-    )  # wide random weights lose more than learned ones; see test_quality.py
-    assert torch.equal(in_memory, logits(load_model(tmp_path, "bfloat16", CPU)))
-    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path), str(tmp_path / "logits.pt")], check=True)
-    assert torch.equal(in_memory, torch.load(tmp_path / "logits.pt"))
+def test_plain_transformers_loads_it_bit_for_bit(model_dir, processor, tmp_path):
+    in_memory = {}
+    for name, parts, eight_bit in (("one", ["decoder"], []), ("all", ["decoder", "audio_tower", "projector"], BOTH)):
+        folder = tmp_path / name
+        model = load_model(model_dir, "float32", CPU)
+        before, size = logits(model), disk_bytes(model_dir)
+        asked = settings(parts=parts, eight_bit=eight_bit)
+        counts = save_packed(model, processor, folder, asked, "bfloat16")
+        wanted = list(modules_to_pack(model, asked).values())
+        assert counts == {"num_4bit_modules": wanted.count(4), "num_8bit_modules": len(eight_bit)}
+        assert disk_bytes(folder) < size / 2
+        in_memory[folder] = logits(model)
+        # wide random weights lose more than learned ones; see test_quality.py
+        assert sqnr_db(before, in_memory[folder].float()) > 4
+        assert torch.equal(in_memory[folder], logits(load_model(folder, "bfloat16", CPU)))
+    subprocess.run([sys.executable, "-c", PLAIN, *map(str, in_memory)], check=True)
+    for folder, expected in in_memory.items():
+        assert torch.equal(expected, torch.load(folder / "logits.pt"))
 
 
 def test_a_loaded_model_is_a_plain_one(model_dir, processor, tmp_path):
