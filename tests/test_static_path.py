@@ -51,7 +51,7 @@ def static(monkeypatch):
 
 
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("number", [0, 3, 5, 8, 13])
+@pytest.mark.parametrize("number", [0, 3, 5, 8, pytest.param(13, marks=pytest.mark.slow)])
 def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, static, number, flash):
     model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
     plain, stepper = Stepper(PackedDecoder(model), eos), static(model, eos, flash)
