@@ -1,6 +1,7 @@
-"""Rows of unlike length without padding: which row and position each token has, and what rows have in common.
+"""Rows of unlike length without padding: which row and position each token has, and which beginnings rows have in common.
 
-Shapes: B rows, N tokens of all rows packed, C of them computed, M in rows' tails, D width.
+Shapes: B rows, N tokens of all rows packed one row after the other, C of them computed, M of them in tails, D width. Row, position,
+packed_index and computed_index: see decoding/__init__.py.
 """
 
 from __future__ import annotations
@@ -14,55 +15,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Tokens prefilled at once: on a GPU enough to fill it, with activations below 2 GB for 7B parameters; on a CPU what its caches hold.
+# Tokens of one prefill pass. On a GPU they are enough to keep it busy, with activations below 2 GB for 7B parameters; on a CPU its
+# caches hold them.
 CHUNK_TOKENS = {"cuda": 16384, "cpu": 4096}
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Which row and which position each of N tokens has, rows one after the other.
+    """N tokens of B rows, one row after the other.
 
-    A row may begin like the one before it. What they have in common is then computed once, so that C <= N tokens are computed.
+    A row may begin like the row before it. The beginning is then computed once, so C <= N tokens are computed.
     """
 
-    lengths: tuple[int, ...]
-    row: Tensor  # (N,)
-    position: Tensor  # (N,)
-    offsets: Tensor  # (B + 1,) int32, where each row's tokens begin
+    lengths: tuple[int, ...]  # tokens of each row
+    row: Tensor  # (N,) row of each token
+    position: Tensor  # (N,) position of each token in its row
+    offsets: Tensor  # (B + 1,) int32, packed_index of each row's first token
     shared: tuple[int, ...]  # tokens at the beginning of each row that are those of the row before
-    source: Tensor | None  # (N,) which computed token each token is; None where each is its own
-    _tails: dict[tuple[int, ...], Tail] = field(
-        default_factory=dict, repr=False
-    )  # made before; making one waits for the GPU
+    computed_index: (
+        Tensor | None
+    )  # (N,) which computed token gives this token's values; None if all tokens are computed
+    # Tails by their lengths. They are kept, because making one waits for the GPU.
+    _tails: dict[tuple[int, ...], Tail] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, shared: Sequence[int] = ()) -> Packed:
-        """Rows of the given lengths."""
+        """Rows of the given lengths; row b begins with `shared[b]` tokens of the row before (default: none)."""
         counts = torch.tensor(lengths, device=device)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         row = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts, output_size=sum(lengths))
         position = torch.arange(sum(lengths), device=device) - offsets[row]
-        source = torch.from_numpy(_sources(lengths, shared)).to(device) if any(shared) else None
+        computed = torch.from_numpy(_computed_indices(lengths, shared)).to(device) if any(shared) else None
         shared = tuple(shared) or (0,) * len(lengths)
-        return cls(tuple(lengths), row, position, offsets.int(), shared, source)
+        return cls(tuple(lengths), row, position, offsets.int(), shared, computed)
 
     @cached_property
     def computed(self) -> Tail:
-        """The tokens that are computed."""
+        """The C tokens that are computed, as the last tokens of their rows."""
         return self.tail([length - shared for length, shared in zip(self.lengths, self.shared)])
 
     def tail(self, counts: Sequence[int]) -> Tail:
-        """The last `counts` tokens of each row, which must be computed ones."""
+        """The last `counts[b]` tokens of each row b. They must be tokens that are computed."""
         if tuple(counts) not in self._tails:
             self._tails[tuple(counts)] = self._tail(counts)
         return self._tails[tuple(counts)]
 
     @cached_property
-    def repeated(self) -> Tensor:
-        """Which tokens are not computed (N - C,)."""
-        there = torch.zeros_like(self.row, dtype=torch.bool)
-        there[self.computed.place] = True
-        return (~there).nonzero()[:, 0]
+    def copied(self) -> Tensor:
+        """packed_index (N - C,) of the tokens that are not computed, but copied from the row before."""
+        is_computed = torch.zeros_like(self.row, dtype=torch.bool)
+        is_computed[self.computed.packed_index] = True
+        return (~is_computed).nonzero()[:, 0]
 
     def _tail(self, counts: Sequence[int]) -> Tail:
         device = self.row.device
@@ -70,33 +73,35 @@ class Packed:
         tokens = torch.tensor(counts, device=device)
         offsets = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
         row = torch.repeat_interleave(torch.arange(len(tokens), device=device), tokens, output_size=sum(counts))
-        inner = torch.arange(sum(counts), device=device) - offsets[row]
-        place = self.offsets[row] + skipped[row] + inner
-        index = place if self.source is None else self.source[place]
-        return Tail(tuple(counts), row, inner, offsets.int(), skipped, place, index, max(self.lengths))
+        tail_position = torch.arange(sum(counts), device=device) - offsets[row]
+        packed_index = self.offsets[row] + skipped[row] + tail_position
+        computed_index = packed_index if self.computed_index is None else self.computed_index[packed_index]
+        return Tail(
+            tuple(counts), row, tail_position, offsets.int(), skipped, packed_index, computed_index, max(self.lengths)
+        )
 
 
 @dataclass(frozen=True)
 class Tail:
-    """The last tokens of rows, M in all, as queries that see the whole rows."""
+    """The last tokens of each row, M in all. In attention they are the queries, which see their whole row up to themselves."""
 
-    lengths: tuple[int, ...]
-    row: Tensor  # (M,)
-    inner: Tensor  # (M,) position among the row's last tokens
-    offsets: Tensor  # (B + 1,) int32
-    skipped: Tensor  # (B,) tokens of the row before them
-    place: Tensor  # (M,) which of all the rows' tokens they are
-    index: Tensor  # (M,) which computed tokens they are
-    longest: int  # row
+    lengths: tuple[int, ...]  # tokens of each tail
+    row: Tensor  # (M,) row of each token
+    tail_position: Tensor  # (M,) position counted from the tail's first token
+    offsets: Tensor  # (B + 1,) int32, where each tail begins among the M tokens
+    skipped: Tensor  # (B,) tokens of each row before its tail
+    packed_index: Tensor  # (M,)
+    computed_index: Tensor  # (M,)
+    longest_row: int  # tokens
 
     @property
     def position(self) -> Tensor:
-        """(M,) position in the row."""
-        return self.inner + self.skipped[self.row]
+        """(M,) position of each token in its row."""
+        return self.tail_position + self.skipped[self.row]
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The rows for attention with padding: those with long tails and, apart, those with less than half as much."""
+        """The rows in one or two groups that are padded apart: tails of at least half the longest one's length, and shorter tails."""
         counts = torch.tensor(self.lengths, device=self.row.device)
         short = 2 * counts < counts.max()
         return [self._group(rows) for rows in ((~short).nonzero()[:, 0], short.nonzero()[:, 0]) if len(rows)]
@@ -109,38 +114,38 @@ class Tail:
         longest = max(self.lengths[row] for row in rows.tolist())
         skipped, mask = self.skipped[rows], None
         if skipped.any():
-            positions = torch.arange(self.longest, device=device)
-            itself = skipped[:, None] + positions[:longest]
-            mask = (positions <= itself[..., None])[:, None]
-        return Group(rows, tokens, number[self.row[tokens]], self.inner[tokens], longest, mask)
+            positions = torch.arange(self.longest_row, device=device)
+            query_position = skipped[:, None] + positions[:longest]
+            mask = (positions <= query_position[..., None])[:, None]
+        return Group(rows, tokens, number[self.row[tokens]], self.tail_position[tokens], longest, mask)
 
 
 @dataclass(frozen=True)
 class Group:
-    """G rows whose tails are padded together."""
+    """G rows whose tails are padded to one length T, and the M' tokens of these tails. R is the longest row of all groups."""
 
     rows: Tensor  # (G,)
-    tokens: Tensor  # of the tails' tokens, those of these rows
-    row: Tensor  # of each of them, among the G
-    inner: Tensor  # position of each in its tail
-    longest: int  # tail
-    mask: Tensor | None  # (G, 1, longest tail, longest row), what each sees; None when the tails are whole rows
+    tokens: Tensor  # (M',) which of the M tokens of all tails
+    row_in_group: Tensor  # (M',) each token's row, as a number below G
+    tail_position: Tensor  # (M',)
+    longest_tail: int  # T, tokens
+    mask: Tensor | None  # (G, 1, T, R) bool, which positions each token sees; None if every tail is its whole row
 
 
-def _sources(lengths: Sequence[int], shared: Sequence[int]) -> np.ndarray:
-    """Which computed token each token of the rows is."""
-    now, found, count = np.zeros(max(lengths), dtype=np.int64), [], 0
+def _computed_indices(lengths: Sequence[int], shared: Sequence[int]) -> np.ndarray:
+    """computed_index (N,) of each token of the rows."""
+    row, rows, count = np.zeros(max(lengths), dtype=np.int64), [], 0
     for length, common in zip(lengths, shared):
-        now[common:length] = np.arange(count, count + length - common)
+        row[common:length] = np.arange(count, count + length - common)
         count += length - common
-        found.append(now[:length].copy())
-    return np.concatenate(found)
+        rows.append(row[:length].copy())
+    return np.concatenate(rows)
 
 
 def common_beginnings(prompts: Sequence[Tensor]) -> list[int]:
-    """How many inputs at the beginning of each prompt (T_i, D) are those of the prompt before; its last one is never counted.
+    """How many inputs at the beginning of each prompt (T_i, D) are those of the prompt before. A prompt's last input never counts.
 
-    Prompts of a clip for several languages have the audio in common, all prompts what stands before it.
+    All prompts have the text before the audio in common. A clip's prompts for several languages also have the audio in common.
     """
     common = [torch.zeros((), dtype=torch.long, device=prompts[0].device)]
     for before, now in pairwise(prompts):
@@ -151,7 +156,7 @@ def common_beginnings(prompts: Sequence[Tensor]) -> list[int]:
 
 
 def chunks(lengths: Sequence[int], device: torch.device) -> Iterator[range]:
-    """Consecutive rows of at most CHUNK_TOKENS tokens together (a longer row alone)."""
+    """The rows in ranges of at most CHUNK_TOKENS tokens each. A row that is longer is a range of its own."""
     start, tokens = 0, 0
     for row, length in enumerate(lengths):
         if tokens and tokens + length > CHUNK_TOKENS.get(device.type, 4096):

@@ -1,6 +1,6 @@
-"""Where the keys and values of decoded rows stand: every row owns a stretch of slots, one a position.
+"""The memory of keys and values: every row owns a stretch of slots, one per position (drawn in decoding/__init__.py).
 
-Shapes: N tokens of all rows packed, C of them computed, S slots, K key-value heads, E head size.
+Shapes: B rows, N tokens of all rows packed, C of them computed, S slots, K key-value heads, E head size.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from trimlingual.decoding.ragged import Packed
 
 @dataclass
 class Slots:
-    """Keys and values of every layer, (S, K, E) each, and the rows' stretches in them.
+    """Keys and values of every layer, and which slots each row owns.
 
-    Stretches are `ragged` (each as long as its row may get, the last slot belonging to nobody) or all `width` long.
+    `ragged`: each row owns as many slots as it may get positions, and the last slot belongs to nobody. Otherwise each row owns `width`.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    start: Tensor  # (rows + 1,) int32, first slot of each row
-    width: int
+    keys: list[Tensor]  # per layer (S, K, E)
+    values: list[Tensor]  # per layer (S, K, E)
+    start: Tensor  # (B + 1,) int32, first slot of each row
+    width: int  # slots of the longest stretch
     ragged: bool
 
     @cached_property
-    def each(self) -> Tensor:
-        """(rows + 1,) int32: where each row's query begins when every row has one."""
+    def one_query_per_row(self) -> Tensor:
+        """(B + 1,) int32: where each row's queries begin when every row has exactly one."""
         return torch.arange(len(self.start), dtype=torch.int32, device=self.start.device)
 
     @property
     def num_rows(self) -> int:
-        """Rows there is room for."""
+        """How many rows fit."""
         return len(self.start) - 1
 
     def assign(self, capacities: Sequence[int]) -> bool:
-        """Give the slots to new rows of at most these many positions; False if there are too few."""
+        """Give the slots to new rows, row b with at most `capacities[b]` positions. False if rows or slots are too few."""
         if len(capacities) > self.num_rows or max(capacities) > self.width:
             return False
         if not self.ragged:
@@ -53,7 +53,10 @@ class Slots:
         return True
 
     def kept(self, rows: Tensor, used: int, active: Sequence[int]) -> Slots:
-        """A copy with only the given rows, of which `used` slots are filled (stretches of equal length), in the `active` layers."""
+        """A copy of the given rows alone, for stretches of equal length.
+
+        The first `used` slots of each row are copied in the layers `active`, and the slots behind them are zeros.
+        """
 
         def chosen(tensor: Tensor) -> Tensor:
             target = tensor.new_empty((len(rows), self.width, *tensor.shape[1:]))
@@ -67,26 +70,27 @@ class Slots:
         return Slots(keys, values, self.start[: len(rows) + 1], self.width, self.ragged)
 
 
-class Into:
-    """Where packed rows stand in slots, from row `first_row` on."""
+class PackedInSlots:
+    """Which slots the tokens of packed rows have. The first packed row is row `first_row` of the slots."""
 
     def __init__(self, packed: Packed, slots: Slots, first_row: int):
         self.packed, self.slots = packed, slots
         self.start = slots.start[first_row : first_row + len(packed.lengths) + 1]
         self.lengths = packed.offsets.diff()
-        self._place = slots.start[packed.row + first_row] + packed.position  # (N,) slot of each token
-        self._from = self._again = None
-        if packed.source is not None:
-            computed, again = packed.computed.place, packed.repeated
-            self._from, self._again = self._place[computed[packed.source[again]]], self._place[again]
-            self._place = self._place[computed]
+        self._slot = slots.start[packed.row + first_row] + packed.position  # (N,) slot of each token
+        self._copy_from = self._copy_to = None
+        if packed.computed_index is not None:
+            computed, copied = packed.computed.packed_index, packed.copied
+            self._copy_from = self._slot[computed[packed.computed_index[copied]]]
+            self._copy_to = self._slot[copied]
+            self._slot = self._slot[computed]  # (C,)
 
-    def destination(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of a layer, and the slots (C,) of the computed tokens in them."""
-        return self.slots.keys[position], self.slots.values[position], self._place
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's keys (S, K, E) and values (S, K, E), and the slots (C,) that the computed tokens have in them."""
+        return self.slots.keys[layer], self.slots.values[layer], self._slot
 
-    def repeat(self, position: int) -> None:
-        """Copy what a row has in common with the one before it."""
-        if self._again is not None:
-            for tensor in (self.slots.keys[position], self.slots.values[position]):
-                tensor[self._again] = tensor[self._from]
+    def copy_beginnings(self, layer: int) -> None:
+        """Give each row the keys and values of the beginning that it has in common with the row before."""
+        if self._copy_to is not None:
+            for tensor in (self.slots.keys[layer], self.slots.values[layer]):
+                tensor[self._copy_to] = tensor[self._copy_from]

@@ -1,10 +1,10 @@
-"""Batched greedy decoding: the one decoder behind `rank`, `distill`, `evaluate` and `translate`.
+"""Translate clips in batches, greedily: what `rank`, `distill`, `evaluate` and `translate` call.
 
-Clips are grouped by length, encoded once whatever the number of target languages, and decoded without padding by decoder.py and
-loop.py. The number of new tokens is bounded by the audio's length, so that a runaway costs little. Greedy results equal Hugging
-Face `generate` in float32 (tests/test_translate_clips.py).
+Clips of similar length share a batch. A clip is encoded once, whatever the number of target languages, and its prompts are decoded
+without padding (decoder.py, loop.py). The audio's length bounds the number of new tokens, so an answer that never ends costs
+little. Results equal Hugging Face's greedy `generate` in float32 (tests/test_translate_clips.py).
 
-Shapes: B batch, T tokens, F audio states of a clip, A tower width, D decoder width.
+Shapes: T tokens of a prompt, F audio states of a clip, A tower width, D decoder width.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index
 from trimlingual.run.progress import progress, say
 
-CPU_BATCH = 16  # clips: on a CPU a larger batch is no faster, and a run that is killed loses the batch it is at
+CPU_BATCH = 16  # clips: on a CPU a larger batch is no faster, and a run that is killed loses the batch under way
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A translated clip. `truncated`: the bound on new tokens was reached before the model ended its answer."""
+    """The translation of a clip into one language. It is `truncated` if the answer reached the bound on new tokens before it ended."""
 
     id: str
     language: str
@@ -58,13 +58,13 @@ class Translation:
 
 
 def max_new_tokens(duration_s: float, settings: DecodeSettings) -> int:
-    """Bound on new tokens for a clip of `duration_s` seconds."""
+    """The most new tokens for a clip of `duration_s` seconds."""
     return min(settings.max_new_tokens, settings.min_new_tokens + int(settings.tokens_per_second * duration_s))
 
 
 @torch.inference_mode()
 def encode_audio(model: Any, processor: Any, audio: Sequence[np.ndarray]) -> list[Tensor]:
-    """Audio tower output of each clip, (F_i, A), without padding."""
+    """The audio tower's output for each clip, (F_i, A), without padding."""
     tower = unwrap(model).model.audio_tower
     device, dtype = tower.conv1.weight.device, tower.conv1.weight.dtype
     features, mask = log_mels(processor, audio, device=device)
@@ -78,7 +78,7 @@ def _load_and_encode(model: Any, processor: Any, clips: Sequence[Clip]) -> list[
 
 @torch.inference_mode()
 def encode_clips(model: Any, processor: Any, clips: Sequence[Clip], batch_size: int) -> list[Tensor]:
-    """Audio tower output of every clip, in order, with a progress bar; kept on the model's device."""
+    """`encode_audio` of every clip, in order, with a progress bar. The states stay on the model's device."""
     states: list[Tensor] = []
     with progress("encoding audio", len(clips)) as advance:
         for start in range(0, len(clips), batch_size):
@@ -90,7 +90,7 @@ def encode_clips(model: Any, processor: Any, clips: Sequence[Clip], batch_size: 
 
 @torch.inference_mode()
 def embed_prompt(model: Any, prompter: Prompter, states: Tensor, language: str) -> Tensor:
-    """Decoder input (T, D) of one clip: embedded prompt with the projected audio states (F, A) in their place."""
+    """The decoder's input (T, D) for one clip: the embedded text before the audio, the projected `states` (F, A), the text after it."""
     before, after = prompter.parts(language)
     projected = project(model, states)
     device = projected.device
@@ -106,16 +106,15 @@ def greedy(
     batch_size: int,
     active: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuation of each prompt (T_i, D): new token ids, the end token included when it was given.
+    """The greedy answer to each prompt (T_i, D), in the order of `prompts`: token ids, with the end token if the model gave one.
 
-    `limits[i]` bounds the new tokens of prompt i; `active` are the positions of the decoder layers that are run (default: all). The
-    order of the result is the caller's.
+    The answer to prompt i has at most `limits[i]` tokens. `active` are the indices of the decoder layers to run (default: all).
     """
     layers = range(len(stepper.decoder.layers)) if active is None else active
     results: list[list[int]] = [[] for _ in prompts]
     for chosen in length_groups(stepper, prompts, limits, batch_size):
         decoded = split_on_oom(
-            lambda some: _greedy_batch(stepper, [prompts[i] for i in some], [limits[i] for i in some], layers), chosen
+            lambda part: _greedy_batch(stepper, [prompts[i] for i in part], [limits[i] for i in part], layers), chosen
         )
         for i, tokens in zip(chosen, decoded):
             results[i] = tokens
@@ -125,9 +124,9 @@ def greedy(
 def length_groups(
     stepper: Stepper, prompts: Sequence[Tensor], limits: Sequence[int], batch_size: int
 ) -> Iterator[list[int]]:
-    """Indices of the prompts in batches of similar length, longest first, as many as memory holds and at most `batch_size`.
+    """Batches of the prompts, as indices: longest prompts first, at most `batch_size` and as many as memory holds.
 
-    Within a batch the order is the caller's, so that a clip's prompts in several languages stand side by side.
+    Within a batch the indices ascend, so that a clip's prompts for several languages are neighbours and share their beginning.
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i], i))
     room = stepper.room()
@@ -157,7 +156,7 @@ def _greedy_batch(
 
 
 def split_on_oom(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
-    """`work(items)`; out of GPU memory halves the batch and goes on, saying so."""
+    """`work(items)`. If the GPU's memory is not enough, each half of the items alone, with a warning."""
     try:
         return work(items)
     except torch.OutOfMemoryError:
@@ -172,10 +171,10 @@ def split_on_oom(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any
 
 @dataclass(frozen=True)
 class SplitTranslations:
-    """A split's translations, in the clips' order, languages in the task's order, and what they took.
+    """A split's translations, by clip and then in the task's order of languages, and what they took.
 
-    `seconds` are those of all batches, summed over the processes and over the runs that made them: the time one process would have
-    needed. `num_processes` is the most that shared them out, `peak_memory_bytes` the most that one of them held.
+    `seconds` is the sum over all batches, whichever process and run made them: the time that one process would have needed.
+    `num_processes` is the largest number of processes that shared the work. `peak_memory_bytes` is the largest peak of one process.
     """
 
     translations: list[Translation]
@@ -195,7 +194,7 @@ def translate_clips(
 ) -> list[Translation]:
     """Translate every clip into every target language that it has a reference in, or into all if it has none.
 
-    In the order of `clips`, languages in the task's order.
+    The result is in the order of `clips`, and per clip in the task's order of languages.
     """
     prompter = Prompter(processor, task)
     stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
@@ -217,11 +216,11 @@ def translate_split(
     *,
     label: str,
 ) -> SplitTranslations:
-    """`translate_clips` for stages: the clips are shared out over all processes, and a killed run goes on where it was.
+    """`translate_clips` for stages: all processes share the clips, and a killed run goes on with the batches that are left.
 
-    Of the batches that are left, each of N processes takes every N-th and appends it, with its seconds, to a file of its own in the
-    folder `journals`; however many processes start next read them all. The batches are those of one process that was never stopped,
-    so the translations are too. All processes must call this, and all get everything.
+    Each of N processes takes every N-th batch. It appends the translations and their seconds to its own file in the folder
+    `journals`. The next run reads all files, however many processes it has. The batches do not depend on the number of processes or
+    on where a run was killed, so neither do the translations. All processes must call this, and all get every translation.
     """
     prompter = Prompter(processor, task)
     stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
@@ -261,13 +260,13 @@ def translate_split(
 
 
 def _read_journals(folder: Path) -> list[dict[str, Any]]:
-    """Batches that are on disk, whichever process wrote them."""
+    """The records of all batches that are on disk, whichever process wrote them."""
     folder.mkdir(parents=True, exist_ok=True)
     return [record for path in sorted(folder.glob("*.jsonl")) for record in read_journal(path)]
 
 
 def clips_at_once(settings: DecodeSettings, device: torch.device) -> int:
-    """Clips in a batch."""
+    """How many clips a batch has."""
     return min(settings.batch_size, CPU_BATCH) if device.type == "cpu" else settings.batch_size
 
 
@@ -285,21 +284,22 @@ def _translate_batch(
     batch: Sequence[Clip],
     settings: DecodeSettings,
 ) -> list[Translation]:
-    """Each clip in its languages among the prompter's."""
+    """Translate each clip into those of the task's languages that it has a reference in, or into all if it has none."""
     model = stepper.decoder.model
-    wanted = [(clip, language) for clip in batch for language in clip.languages(prompter.task.target_languages)]
+    translations = [(clip, language) for clip in batch for language in clip.languages(prompter.task.target_languages)]
     encoded = split_on_oom(partial(_load_and_encode, model, prompter.processor), batch)
     states = {clip.id: tower for clip, tower in zip(batch, encoded)}
-    prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in wanted]
-    limits = [max_new_tokens(clip.duration_s, settings) for clip, _ in wanted]
+    prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in translations]
+    limits = [max_new_tokens(clip.duration_s, settings) for clip, _ in translations]
     tokens = greedy(stepper, prompts, limits, settings.batch_size)
     return [
-        to_translation(prompter, clip.id, language, ids, stepper.eos) for (clip, language), ids in zip(wanted, tokens)
+        to_translation(prompter, clip.id, language, ids, stepper.eos)
+        for (clip, language), ids in zip(translations, tokens)
     ]
 
 
 def to_translation(
     prompter: Prompter, clip_id: str, language: str, ids: Sequence[int], eos: Sequence[int]
 ) -> Translation:
-    """A decoded answer as text, with its length and whether it ran into the bound."""
+    """An answer `ids` as text, with its length. It is truncated if its last token is none of the end tokens `eos`."""
     return Translation(clip_id, language, prompter.decode(ids), len(ids), truncated=ids[-1] not in eos)

@@ -1,12 +1,17 @@
-"""Translate a candidate of the layer search from what its parent has done already.
+"""Translate the candidates of the layer search faster, by starting from what their parent has computed.
 
-A candidate is its parent without one decoder layer. Two things follow, and neither changes the result:
+A candidate is its parent model without one decoder layer. This saves work in two ways, and neither changes a translation:
 
-* the layers below the missing one see the same input, so their hidden states and keys and values are the parent's;
-* the parent's translation is a good draft: one pass verifies all its tokens, and decoding goes on from the first that differs
-  (greedy speculative decoding with a fixed draft; Stern et al. 2018, blockwise parallel decoding).
+* The layers below the missing one get the same input as in the parent. Their hidden states, keys and values are the parent's.
+* The candidate's translation often begins like the parent's, which therefore is its draft. One forward pass predicts every token of
+  the draft. Decoding goes on from the first token that differs (speculative decoding with a fixed draft; Stern et al. 2018,
+  blockwise parallel decoding).
 
-Shapes: B rows, N tokens packed (prompts and their drafts but for the last token), C of them computed, K longest draft, D width.
+`trace` runs the parent once and keeps what is needed. `translate_without` translates candidates from the trace.
+
+Shapes: B rows, one per clip and language (n * B with n candidates), N tokens packed (prompts and drafts, each draft without its
+last token), C of them computed, K key-value heads, E head size, T longest draft, D width. Row, position, slot: see
+decoding/__init__.py.
 """
 
 from __future__ import annotations
@@ -24,32 +29,32 @@ from trimlingual.decoding.rows import Rows
 from trimlingual.decoding.shared_prompts import MOST_ROWS, Prefixes
 from trimlingual.decoding.slots import Slots
 
-NO_DRAFT = [-1]  # never right, so decoding begins at the beginning
+NO_DRAFT = [-1]  # a draft whose only token is never right, so that decoding begins with the first token
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The parent's pass over some rows."""
+    """The parent's pass over consecutive rows, as many as are run at once."""
 
     packed: Packed
     first_row: int
-    hidden: Mapping[int, Tensor]  # input (C, D) of each layer that may go
-    keys: Mapping[int, Tensor]  # (C, K, E) of each layer
-    values: Mapping[int, Tensor]
-    of_prompt: Tensor  # indices of the prompts' tokens
-    of_draft: Tensor
+    hidden: Mapping[int, Tensor]  # per layer that may go: its input (C, D)
+    keys: Mapping[int, Tensor]  # per layer (C, K, E)
+    values: Mapping[int, Tensor]  # per layer (C, K, E)
+    prompt_tokens: Tensor  # packed_index of the prompts' tokens
+    draft_tokens: Tensor  # packed_index of the drafts' tokens
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The parent's pass over a batch of prompts and its own translations of them, kept for its candidates."""
+    """The parent's pass over a batch of prompts, each followed by the parent's translation. It is kept for the candidates."""
 
-    active: list[int]  # positions of the parent's layers
-    lengths: list[int]  # of the prompts
-    drafts: list[list[int]]
-    limits: list[int]
+    active: list[int]  # the parent's layers
+    lengths: list[int]  # (B,) tokens of each prompt
+    drafts: list[list[int]]  # (B,) the parent's translations
+    limits: list[int]  # (B,) most new tokens
     chunks: list[_Chunk]
-    # Block Influence of the layers that may go, 1 - E[cos(input, output)] (Men et al. 2024, ShortGPT, eq. 1), over what is computed.
+    # Block Influence per layer that may go: 1 - E[cos(input, output)] over the computed tokens (Men et al. 2024, ShortGPT, eq. 1).
     influence: dict[int, float]
 
     @staticmethod
@@ -60,14 +65,14 @@ class Trace:
         prompts: Sequence[Tensor],
         drafts: Sequence[Sequence[int]],
     ) -> int:
-        """Memory a trace takes: keys and values of every layer, and the input of those that may go, at every position computed."""
-        positions = 0
+        """Bytes of a trace: per computed token the keys and values of `num_active` layers, and the input of `num_candidates` layers."""
+        num_computed = 0
         for rows in chunks(_lengths(prompts, drafts), decoder.device):
             shared = common_beginnings([prompts[row] for row in rows])
-            positions += sum(len(prompts[row]) + len(drafts[row]) - 1 for row in rows) - sum(shared)
+            num_computed += sum(len(prompts[row]) + len(drafts[row]) - 1 for row in rows) - sum(shared)
         keys_values = decoder.slot_bytes // len(decoder.layers) * num_active
         width = decoder.decoder.config.hidden_size
-        return positions * (keys_values + num_candidates * width * decoder.dtype.itemsize)
+        return num_computed * (keys_values + num_candidates * width * decoder.dtype.itemsize)
 
 
 @torch.inference_mode()
@@ -79,109 +84,106 @@ def trace(
     active: Sequence[int],
     candidates: Sequence[int],
 ) -> Trace:
-    """Run the parent, the layers at positions `active`, over each prompt (T_i, D) followed by its translation.
-
-    `candidates` are the positions that may go.
-    """
-    done, influence = [], {position: 0.0 for position in candidates}
+    """Run the parent, the layers `active`, over each prompt (T_i, D) followed by its draft. `candidates` are the layers that may go."""
+    traced_chunks, influence = [], {layer: 0.0 for layer in candidates}
     for rows in chunks(_lengths(prompts, drafts), decoder.device):
         packed, hidden = decoder.packed([prompts[row] for row in rows], [drafts[row][:-1] for row in rows])
         inputs, keys, values = {}, {}, {}
-        unread = None if active[-1] in influence else [1] * len(rows)  # of the last layer's output nothing is needed
-        for position, output, key, value in decoder.forward(hidden, packed, active, tail=unread):
-            if position in influence:
-                inputs[position] = hidden
+        # The last layer's output is needed for its Block Influence alone. If it may not go, one token per row will do.
+        tail = None if active[-1] in influence else [1] * len(rows)
+        for layer, output, key, value in decoder.forward(hidden, packed, active, tail=tail):
+            if layer in influence:
+                inputs[layer] = hidden
                 distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
-                influence[position] += distance.sum().item()
-            keys[position], values[position], hidden = key, value, output
-        prompt = torch.tensor([len(prompts[row]) for row in rows], device=decoder.device)
-        in_draft = packed.position >= prompt[packed.row]
-        of_prompt, of_draft = (~in_draft).nonzero()[:, 0], in_draft.nonzero()[:, 0]
-        done.append(_Chunk(packed, rows.start, inputs, keys, values, of_prompt, of_draft))
-    total = sum(sum(chunk.packed.computed.lengths) for chunk in done)
-    influence = {position: value / total for position, value in influence.items()}
-    return Trace(list(active), [len(p) for p in prompts], [list(d) for d in drafts], list(limits), done, influence)
+                influence[layer] += distance.sum().item()
+            keys[layer], values[layer], hidden = key, value, output
+        prompt_length = torch.tensor([len(prompts[row]) for row in rows], device=decoder.device)
+        in_draft = packed.position >= prompt_length[packed.row]
+        prompt_tokens, draft_tokens = (~in_draft).nonzero()[:, 0], in_draft.nonzero()[:, 0]
+        traced_chunks.append(_Chunk(packed, rows.start, inputs, keys, values, prompt_tokens, draft_tokens))
+    num_computed = sum(sum(chunk.packed.computed.lengths) for chunk in traced_chunks)
+    influence = {layer: distance / num_computed for layer, distance in influence.items()}
+    lengths = [len(prompt) for prompt in prompts]
+    return Trace(list(active), lengths, [list(draft) for draft in drafts], list(limits), traced_chunks, influence)
 
 
 def _lengths(prompts: Sequence[Tensor], drafts: Sequence[Sequence[int]]) -> list[int]:
-    """Of each prompt and its draft; the draft's last token is only predicted."""
+    """Tokens that are run per row: the prompt and the draft without its last token, which is predicted and never read."""
     return [len(prompt) + len(draft) - 1 for prompt, draft in zip(prompts, drafts)]
 
 
-# Called with a candidate's index and its tokens so far; True gives the candidate up.
+# Called with the index of a candidate and its rows' tokens so far. True gives the candidate up.
 Hopeless = Callable[[int, list[list[int]]], bool]
 
 
 @torch.inference_mode()
 def translate_without(
-    stepper: Stepper, traced: Trace, positions: Sequence[int], hopeless: Hopeless | None = None
+    stepper: Stepper, traced: Trace, layers: Sequence[int], hopeless: Hopeless | None = None
 ) -> list[list[list[int]] | None]:
-    """What the traced parent would translate without its layer at each of these positions; None where `hopeless` gave up.
+    """What the traced parent would translate without each of these layers: per layer the new tokens of B rows, or None if given up.
 
-    Equal to decoding each prompt anew with that layer left out (tests/test_from_parent.py). The candidates are decoded in one batch,
-    whose rows go without different layers, so that a step reads the weights once for all of them. With flash attention it also reads
-    a prompt's keys and values below the missing layers once for all of them.
+    The result equals decoding each prompt anew with the layer left out (tests/test_from_parent.py).
+
+    All candidates are decoded in one batch, whose rows go without different layers. A step therefore reads the weights once for all
+    candidates. With flash attention it also reads a prompt's keys and values once for all candidates, in the layers below theirs.
     """
     decoder, count = stepper.decoder, len(traced.lengths)
-    capacities = [length + limit for length, limit in zip(traced.lengths, traced.limits)] * len(positions)
+    capacities = [length + limit for length, limit in zip(traced.lengths, traced.limits)] * len(layers)
     prefixes = None
-    if decoder.flash and 1 < len(positions) <= MOST_ROWS:
-        prefixes = Prefixes(
-            traced.lengths, [*range(count)] * len(positions), [p for p in positions for _ in range(count)]
-        )
+    if decoder.flash and 1 < len(layers) <= MOST_ROWS:
+        prefixes = Prefixes(traced.lengths, [*range(count)] * len(layers), [i for i in layers for _ in range(count)])
         slots = stepper.slots([*capacities, *traced.lengths])
-        shared = [layer for layer in traced.active if layer < max(positions)]
+        shared = [layer for layer in traced.active if layer < max(layers)]
         for chunk in traced.chunks:
-            _fill(slots, chunk, shared, len(capacities) + chunk.first_row, chunk.of_prompt)
+            _fill(slots, chunk, shared, len(capacities) + chunk.first_row, chunk.prompt_tokens)
     else:
         slots = stepper.slots(capacities)
     draft = _padded(traced.drafts, decoder.device)
-    predicted = torch.full_like(draft, -1).repeat(len(positions), 1)
-    for number, position in enumerate(positions):
+    predicted = torch.full_like(draft, -1).repeat(len(layers), 1)
+    for number, layer in enumerate(layers):
         for chunk in traced.chunks:
-            own = chunk.of_draft if prefixes else None
-            hidden = _above(decoder, traced, chunk, position, slots, number * count, own)
-            row, column = _answers(traced.drafts, chunk)
+            not_shared = chunk.draft_tokens if prefixes else None
+            hidden = _run_above(decoder, traced, chunk, layer, slots, number * count, not_shared)
+            row, column = _draft_indices(traced.drafts, chunk)
             predicted[number * count + row, column] = decoder.next_tokens(hidden)
-    differs = (predicted != draft.repeat(len(positions), 1)) & (predicted >= 0)
-    first = differs.int().argmax(-1)  # index of the first token that differs
+    differs = (predicted != draft.repeat(len(layers), 1)) & (predicted >= 0)
+    first = differs.int().argmax(-1)  # in each draft, the index of the first token that differs
     changed = differs.any(-1)
-    drafts = traced.drafts * len(positions)
+    drafts = traced.drafts * len(layers)
     rows = Rows(
         token=predicted.gather(1, first[:, None])[:, 0],
-        position=torch.tensor(traced.lengths * len(positions), device=decoder.device) + first,
+        position=torch.tensor(traced.lengths * len(layers), device=decoder.device) + first,
         out=[tokens[:n] if new else list(tokens) for tokens, n, new in zip(drafts, first.tolist(), changed.tolist())],
-        budget=traced.limits * len(positions),
+        budget=traced.limits * len(layers),
         alive=changed.tolist(),
-        without=[position for position in positions for _ in range(count)],
+        without=[layer for layer in layers for _ in range(count)],
         prefixes=prefixes,
     )
     given_up: set[int] = set()
 
     def watch(out: list[list[int]], alive: list[bool]) -> list[int]:
         assert hopeless is not None
-        for number in range(len(positions)):
-            mine = slice(number * count, (number + 1) * count)
-            if number not in given_up and any(alive[mine]) and hopeless(number, out[mine]):
+        for number in range(len(layers)):
+            candidate_rows = slice(number * count, (number + 1) * count)
+            if number not in given_up and any(alive[candidate_rows]) and hopeless(number, out[candidate_rows]):
                 given_up.add(number)
         return [row for row in range(len(out)) if row // count in given_up]
 
-    active = [layer for layer in traced.active if len(positions) > 1 or layer not in positions]
+    active = [layer for layer in traced.active if len(layers) > 1 or layer not in layers]
     stepper.extend(slots, active, rows, watch if hopeless else None)
     return [
-        None if number in given_up else rows.out[number * count : (number + 1) * count]
-        for number in range(len(positions))
+        None if number in given_up else rows.out[number * count : (number + 1) * count] for number in range(len(layers))
     ]
 
 
 @torch.inference_mode()
-def losses_without(decoder: PackedDecoder, traced: Trace, position: int) -> list[float]:
-    """Summed loss in nats of each draft under the traced parent without its layer at `position`, teacher-forced."""
+def losses_without(decoder: PackedDecoder, traced: Trace, layer: int) -> list[float]:
+    """Loss of each draft (B,), in nats summed over its tokens, under the traced parent without `layer` (teacher-forced)."""
     sums = torch.zeros(len(traced.drafts), dtype=torch.float64, device=decoder.device)
     draft = _padded(traced.drafts, decoder.device)
     for chunk in traced.chunks:
-        hidden = _above(decoder, traced, chunk, position, None)
-        row, column = _answers(traced.drafts, chunk)
+        hidden = _run_above(decoder, traced, chunk, layer, None)
+        row, column = _draft_indices(traced.drafts, chunk)
         sums.index_add_(0, row, _token_losses(decoder, hidden, draft[row, column]))
     return sums.tolist()
 
@@ -190,66 +192,70 @@ def losses_without(decoder: PackedDecoder, traced: Trace, position: int) -> list
 def losses(
     decoder: PackedDecoder, prompts: Sequence[Tensor], answers: Sequence[list[int]], active: Sequence[int]
 ) -> list[float]:
-    """Summed loss in nats of each answer after its prompt (T_i, D), through the layers at positions `active`."""
+    """Loss of each answer (B,), in nats summed over its tokens, after its prompt (T_i, D), through the layers `active`."""
     sums = torch.zeros(len(prompts), dtype=torch.float64, device=decoder.device)
-    wanted = _padded(answers, decoder.device)
+    targets = _padded(answers, decoder.device)
     for rows in chunks(_lengths(prompts, answers), decoder.device):
         packed, hidden = decoder.packed([prompts[row] for row in rows], [answers[row][:-1] for row in rows])
         hidden = decoder.ends(hidden, packed, active, [len(answers[row]) for row in rows])
         answer = Packed.of([len(answers[row]) for row in rows], decoder.device)
         row, column = rows.start + answer.row, answer.position
-        sums.index_add_(0, row, _token_losses(decoder, hidden, wanted[row, column]))
+        sums.index_add_(0, row, _token_losses(decoder, hidden, targets[row, column]))
     return sums.tolist()
 
 
 def _token_losses(decoder: PackedDecoder, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Loss (tokens,) in nats of the targets, from hidden states (tokens, D)."""
+    """Loss in nats of each target (tokens,), from the last layer's output (tokens, D)."""
     return torch.nn.functional.cross_entropy(decoder.logits(hidden).float(), targets, reduction="none").double()
 
 
-def _above(
+def _run_above(
     decoder: PackedDecoder,
     traced: Trace,
     chunk: _Chunk,
-    position: int,
+    layer: int,
     slots: Slots | None,
     first_row: int = 0,
-    own: Tensor | None = None,
+    not_shared: Tensor | None = None,
 ) -> Tensor:
-    """The candidate's hidden states where it predicts the drafts' tokens, (tokens, D).
+    """The candidate without `layer`, run above it: the last layer's output (draft tokens, D) where it predicts these tokens.
 
-    Fills `slots` with its keys and values, which below the missing layer are the parent's: there only of the tokens `own`, if given.
+    Its keys and values are written to `slots`, for the rows from `first_row` on. Below `layer` they are copies of the parent's: of
+    all tokens, or of the tokens `not_shared` (packed_index) alone.
     """
-    packed, hidden, first_row = chunk.packed, chunk.hidden[position], first_row + chunk.first_row
+    packed, hidden, first_row = chunk.packed, chunk.hidden[layer], first_row + chunk.first_row
     if slots is not None:
-        _fill(slots, chunk, [layer for layer in traced.active if layer < position], first_row, own)
-    above = [layer for layer in traced.active if layer > position]
+        _fill(slots, chunk, [below for below in traced.active if below < layer], first_row, not_shared)
+    active = [above for above in traced.active if above > layer]
     drafts = traced.drafts[chunk.first_row :][: len(packed.lengths)]
-    return decoder.ends(hidden, packed, above, [len(draft) for draft in drafts], slots, first_row)
+    return decoder.ends(hidden, packed, active, [len(draft) for draft in drafts], slots, first_row)
 
 
 def _fill(slots: Slots, chunk: _Chunk, layers: Sequence[int], first_row: int, tokens: Tensor | None) -> None:
-    """Write the parent's keys and values of these layers to the slots of rows from `first_row` on; all tokens' or these."""
-    row, position, source = chunk.packed.row, chunk.packed.position, chunk.packed.source
+    """Copy the parent's keys and values of these layers to the slots of the rows from `first_row` on.
+
+    All tokens are copied, or the tokens with these packed indices alone.
+    """
+    row, position, computed_index = chunk.packed.row, chunk.packed.position, chunk.packed.computed_index
     if tokens is not None:
         row, position = row[tokens], position[tokens]
-        source = tokens if source is None else source[tokens]
-    index = slots.start[row + first_row] + position
+        computed_index = tokens if computed_index is None else computed_index[tokens]
+    slot = slots.start[row + first_row] + position
     for layer in layers:
         key, value = chunk.keys[layer], chunk.values[layer]
-        if source is not None:
-            key, value = key[source], value[source]
-        slots.keys[layer][index], slots.values[layer][index] = key, value
+        if computed_index is not None:
+            key, value = key[computed_index], value[computed_index]
+        slots.keys[layer][slot], slots.values[layer][slot] = key, value
 
 
-def _answers(drafts: Sequence[list[int]], chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    """Of each token of the chunk's drafts: the row in the batch, and the index in the draft."""
-    own = drafts[chunk.first_row :][: len(chunk.packed.lengths)]
-    packed = Packed.of([len(draft) for draft in own], chunk.packed.row.device)
+def _draft_indices(drafts: Sequence[list[int]], chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """For each token of the chunk's drafts: its row in the batch, and its index in the draft."""
+    chunk_drafts = drafts[chunk.first_row :][: len(chunk.packed.lengths)]
+    packed = Packed.of([len(draft) for draft in chunk_drafts], chunk.packed.row.device)
     return packed.row + chunk.first_row, packed.position
 
 
 def _padded(drafts: Sequence[list[int]], device: torch.device) -> Tensor:
-    """Drafts as one tensor (B, K), -1 after each one's end."""
+    """Drafts as one tensor (B, T), with -1 behind the end of each."""
     rows = [torch.tensor(draft) for draft in drafts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
