@@ -42,9 +42,11 @@ from trimlingual.models.loading import load_processor, resolve_base
 from trimlingual.models.random_weights import draw
 from trimlingual.models.saving import save_model
 from trimlingual.quantization.int4 import save_packed
+from trimlingual.quantization.merge import merge_
+from trimlingual.quantization.nf4 import bitsandbytes_config
 from trimlingual.recipe import LoraSettings, QuantizeSettings, TaskSettings
 from trimlingual.run.artifacts import machine, write_json
-from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.stages.quantize import sqnr_db
 from trimlingual.training.lora import add_lora
 
 RESULTS = Path(__file__).parent / "results"

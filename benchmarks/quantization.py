@@ -32,6 +32,8 @@ from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model
 from trimlingual.quantization.int4 import round_to_integers, save_packed
+from trimlingual.quantization.merge import merge_
+from trimlingual.quantization.nf4 import bitsandbytes_config
 from trimlingual.recipe import (
     BuiltinSource,
     DecodeSettings,
@@ -46,7 +48,7 @@ from trimlingual.recipe import (
 from trimlingual.run.artifacts import SCRATCH, machine
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.finetune import finetune
-from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.stages.quantize import sqnr_db
 from trimlingual.training.loss import answer_logits
 from trimlingual.training.trainer import train_
 

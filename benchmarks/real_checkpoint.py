@@ -17,22 +17,21 @@ import math
 import shutil
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from published_checkpoint import check_files, check_tokens, read_json
 
-from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip, Source, read_source
 from trimlingual.evaluation.cost import disk_bytes, peak_memory
-from trimlingual.models.inputs import Prompter
-from trimlingual.models.loading import load_processor, pick_device, resolve_base
+from trimlingual.models.loading import pick_device
 from trimlingual.pipeline import run_stage
-from trimlingual.recipe import FolderSource, HubSource, ManifestSource, Recipe, TaskSettings, list_recipes, parse_recipe
+from trimlingual.recipe import FolderSource, HubSource, ManifestSource, Recipe, list_recipes, parse_recipe
 from trimlingual.run.artifacts import find_artifact, machine, write_json
 from trimlingual.run.jsonl import write_jsonl
 
@@ -43,27 +42,6 @@ NUM_TEST, NUM_SELECT = 100, 100
 ZERO_SHOT_BLEU = {"de": 23.9, "zh": 40.5}
 # The first layer that the published searches removed, from teachers trained for three epochs.
 FIRST_REMOVED = {"de": 13, "zh": 3}
-CONFIG = {
-    "model_type": "qwen2_audio", "vocab_size": 156032, "audio_token_index": 151646, "text_config.model_type": "qwen2",
-    "text_config.vocab_size": 156032, "text_config.hidden_size": 4096, "text_config.num_hidden_layers": 32,
-    "text_config.num_attention_heads": 32, "text_config.num_key_value_heads": 32, "text_config.intermediate_size": 11008,
-    "audio_config.d_model": 1280, "audio_config.encoder_layers": 32, "audio_config.encoder_attention_heads": 20,
-    "audio_config.encoder_ffn_dim": 5120, "audio_config.num_mel_bins": 128, "audio_config.max_source_positions": 1500,
-}  # fmt: skip
-GENERATION = {
-    "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.5, "repetition_penalty": 1.1, "pad_token_id": 151643,
-    "eos_token_id": [151643, 151645],
-}  # fmt: skip
-WINDOW = {"feature_size": 128, "sampling_rate": 16000, "n_samples": 480000, "hop_length": 160, "n_fft": 400}
-TOKENS = {
-    "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|AUDIO|>": 151646, "<|audio_bos|>": 151647,
-    "<|audio_eos|>": 151648,
-}  # fmt: skip
-PREFIXES = ("audio_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.")
-PROMPT = (
-    "<|im_start|>system\nYou are a professional translator.<|im_end|>\n<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n"
-    "Translate the English speech into {language}:<|im_end|>\n<|im_start|>assistant\n"
-)
 # What was measured at the true size, with random weights on one H100 (docs/recipes.md).
 TRAINING = {
     "finetune": "0.41 s a step and 62.6 GB on an H100",
@@ -101,8 +79,8 @@ class Kit:
     def run(self, parts: Sequence[str]) -> None:
         """Every chosen part that is not finished."""
         work: dict[str, Callable[[], None]] = {
-            "files": self.files, "tokens": self.tokens, "zero-shot": self.zero_shot, "finetune": self.finetune,
-            "search": self.search, "recover": self.recover, "qlora": self.qlora, "export": self.export,
+            "files": partial(check_files, self), "tokens": partial(check_tokens, self), "zero-shot": self.zero_shot,
+            "finetune": self.finetune, "search": self.search, "recover": self.recover, "qlora": self.qlora, "export": self.export,
         }  # fmt: skip
         for name in PARTS:
             if name not in parts:
@@ -161,72 +139,6 @@ class Kit:
                 text = text.replace(str(folder), f"<{folder.name}>")
         return text
 
-    # ---- the checkpoint
-
-    def files(self) -> None:
-        """Configuration, names and shapes of the weights."""
-        folder = resolve_base(self.options.model)
-        if folder.parent.name == "snapshots":
-            self.line("commit on the Hub", "any; recorded", folder.name, None)
-        # what is not written is the default of the class
-        config = _config(folder)
-        for path, expected in CONFIG.items():
-            self.same(f"config.json {path}", expected, _value(config, path))
-        generation = _json(folder / "generation_config.json")
-        for key, expected in GENERATION.items():
-            found = generation.get(key)
-            self.same(f"generation_config.json {key}", expected, sorted(found) if isinstance(found, list) else found)
-        extractor = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get(
-            "feature_extractor", {}
-        )
-        for key, expected in WINDOW.items():
-            self.same(f"feature extractor {key}", expected, extractor.get(key))
-        tensors = stored_tensors(folder)
-        shards = len(list(folder.glob("*.safetensors")))
-        self.same("files of weights", 5, shards)
-        self.same("tensors", 876, len(tensors))
-        odd = sorted(name for name in tensors if not name.startswith(PREFIXES) or ".model.model." in name)
-        self.same("tensors under other names than the published ones", [], odd[:10])
-        self.same("parameters", 8_397_094_912, sum(math.prod(shape) for _, shape in tensors.values()))
-        self.same("types of the weights", {"BF16": 876}, dict(Counter(dtype for dtype, _ in tensors.values())))
-        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-            self.same(f"shape of {name}", [156032, 4096], list(tensors.get(name, ("", ()))[1]))
-
-    def tokens(self) -> None:
-        """Ids, the chat template, and that our prompt is the processor's own."""
-        processor = load_processor(resolve_base(self.options.model))
-        tokenizer = processor.tokenizer
-        for token, expected in TOKENS.items():
-            self.same(f"id of {token}", expected, tokenizer.convert_tokens_to_ids(token))
-        self.line("tokens of the tokenizer", "about 153,400; the model has 156,032 rows", len(tokenizer), None)
-        self.same("pad token", "<|endoftext|>", tokenizer.pad_token)
-        self.same("longest clip, seconds", 30.0, processor.feature_extractor.n_samples / SAMPLE_RATE)
-        task = TaskSettings(target_languages=self.options.languages)
-        prompter = Prompter(processor, task)
-        clip = np.zeros(2 * SAMPLE_RATE, np.float32)
-        for language in self.options.languages:
-            text = prompter.text(language)
-            self.same(f"prompt, {language}", PROMPT.replace("{language}", task.language_name(language)), text)
-            theirs = processor(text=[text], audio=[clip], sampling_rate=SAMPLE_RATE, return_tensors="np")["input_ids"][
-                0
-            ]
-            states = int((theirs == prompter.audio_token_id).sum())
-            self.same(f"audio states of 2 s, {language}", 50, states)
-            ours = prompter.prompt_ids(language, states)
-            self.line(
-                f"our prompt's ids are the processor's, {language}",
-                True,
-                ours == theirs.tolist(),
-                ours == theirs.tolist(),
-            )
-            self.line(
-                f"ids of the prompt, {language}", "recorded", [i for i in ours if i != prompter.audio_token_id], None
-            )
-        answer = "Guten Morgen, 早上好。"
-        self.same("an answer comes back from its ids", answer, prompter.decode(prompter.answer_ids(answer)[:-1]))
-
-    # ---- the stages
-
     def zero_shot(self) -> None:
         """The base model on the paper's test clips."""
         for language in self.options.languages:
@@ -246,7 +158,7 @@ class Kit:
         self.line(f"{language}: clips left out as too long", "recorded", info.info.get("num_too_long_dropped"), None)
 
     def scores(self, language: str, folder: Path, bleu: str) -> None:
-        result = _json(folder / "result.json")
+        result = read_json(folder / "result.json")
         found = result["languages"][language]
         self.line(f"{language}: BLEU", bleu, round(found["bleu"]["value"], 2), None)
         for metric in ("chrf", "chrfpp"):
@@ -267,7 +179,7 @@ class Kit:
         """One round: every layer but the first and the last is tried, the best one goes."""
         recipe, run = self.recipe(self.language)
         run_stage(recipe, run, "rank")
-        plan = _json(run / "rank" / "plan.json")
+        plan = read_json(run / "rank" / "plan.json")
         layers = len(plan["layers"]["decoder"])
         tried = [record for record in plan["candidates"] if record["round"] == 1]
         self.same("candidates of the first round", layers - 2, len(tried))
@@ -321,7 +233,7 @@ class Kit:
         self.line(
             "GB of the folder that ships", "6.14 with 31 layers, calculated", disk_bytes(run / "exported") / 1e9, None
         )
-        generation = _json(run / "exported" / "generation_config.json")
+        generation = read_json(run / "exported" / "generation_config.json")
         greedy = {key: generation.get(key) for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
         plain = not generation.get("do_sample") and greedy["repetition_penalty"] in (None, 1.0)
         self.line("the folder's generation is greedy", True, plain, plain)
@@ -400,41 +312,10 @@ def source(data: str, languages: Sequence[str]) -> Source:
     return HubSource(kind="hub", path=data, splits=["dev", "eval"], references=references, source="text_en")
 
 
-def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every stored tensor by name, from the heads of the safetensors files."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {name: (t["dtype"], tuple(t["shape"])) for name, t in head.items() if name != "__metadata__"}
-    return found
-
-
 def named(given: str) -> str:
     """A Hub id as it is; of a folder or file only its name."""
     path = Path(given)
     return path.name if path.exists() or path.is_absolute() or path.suffix == ".jsonl" else given
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).to_dict()
-    return {
-        **config,
-        **{key: value for key, value in _json(folder / "config.json").items() if not isinstance(value, dict)},
-    }
-
-
-def _value(config: dict[str, Any], path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

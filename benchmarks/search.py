@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from published_search import Case, clock, generate_embedded, prompts_of, published_candidate
+from search_levers import Levers
 from transformers import WhisperFeatureExtractor
 from true_size import build, make_data
 
@@ -38,7 +39,6 @@ from trimlingual.data.sources import Clip, read_source
 from trimlingual.data.splits import Split
 from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
-from trimlingual.decoding.shared_prompts import MOST_ROWS
 from trimlingual.decoding.translate_clips import encode_clips, greedy
 from trimlingual.evaluation.cost import peak_memory
 from trimlingual.models.loading import load_model, load_processor, resolve_base
@@ -46,8 +46,7 @@ from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import ModelSettings, RankSettings, SharedSettings, load_recipe
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.run.lineage import Lineage
-from trimlingual.search import from_parent
-from trimlingual.search.from_parent import NO_DRAFT, Trace, trace, translate_without
+from trimlingual.search.from_parent import trace, translate_without
 from trimlingual.search.scorer import Scorer
 from trimlingual.search.search import Search, second_best
 
@@ -175,84 +174,6 @@ def published(case: Case, rounds: Sequence[int], num_clips: int) -> list[dict[st
     return candidates
 
 
-def levers(case: Case, positions: Sequence[int]) -> list[dict[str, Any]]:
-    """Seconds a candidate, adding one lever after the other; means over removals at the given depths."""
-    order = sorted(range(len(case.split.clips)), key=lambda clip: -case.split.clips[clip].duration_s)
-    count = len(case.model.model.language_model.layers)
-    with torch.inference_mode():
-        states = encode_clips(case.model, case.processor, case.split.clips, 32)
-        prompts = prompts_of(case, states, order)
-    limits = [case.limit(clip) for clip in order for _ in case.task.target_languages]
-    eos = () if case.num_tokens else eos_token_ids(case.model, case.processor)
-    table: list[dict[str, Any]] = []
-    gpu = case.device.type == "cuda"
-
-    def add(name: str, work: Callable[[], Any], per: int = 1) -> None:
-        if gpu:
-            work()  # warm-up: PyTorch prepares attention for every new shape
-        started = clock(case.device)
-        work()
-        table.append({"lever": name, "seconds": (clock(case.device) - started) / per})
-        print(f"{table[-1]['seconds']:9.2f} s  {name}", flush=True)
-
-    some = list(range(0, len(prompts), max(1, len(prompts) // 12)))
-
-    def one_at_a_time() -> None:
-        for i in some:
-            generate_embedded(case, [prompts[i]], limits[i])
-
-    if gpu:
-        one_at_a_time()
-    started = clock(case.device)
-    one_at_a_time()
-    seconds = clock(case.device) - started
-    tokens = sum(limits[i] for i in some) if case.num_tokens else len(some)
-    total = sum(limits) if case.num_tokens else len(prompts)
-    table.append({"lever": "clips encoded once, no copy of the model", "seconds": seconds / tokens * total})
-    print(f"{table[-1]['seconds']:9.2f} s  {table[-1]['lever']}", flush=True)
-    halves = [range(i, min(i + 50, len(prompts))) for i in range(0, len(prompts), 50)]
-    add(
-        "all clips in batches of 50 (generate)",
-        lambda: [generate_embedded(case, [prompts[i] for i in half], max(limits[i] for i in half)) for half in halves],
-    )
-    stepper = Stepper(PackedDecoder(case.model), eos)
-    few = positions[::6] if gpu else positions
-    parent = greedy(stepper, prompts, limits, 128)  # this also captures the graphs
-    name = "our decoder: no padding, slots" + (", CUDA graphs" if gpu else ", ended rows leave")
-    alone = [[i for i in range(count) if i != position] for position in few]
-    add(name, lambda: [greedy(stepper, prompts, limits, 128, active) for active in alone], len(few))
-
-    def traced(blocks: Sequence[Sequence[int]], verify: bool) -> list[Trace]:
-        kept = [tokens if verify else NO_DRAFT for tokens in parent]
-        return [
-            trace(stepper.decoder, *([x[i] for i in block] for x in (prompts, kept, limits)), range(count), positions)
-            for block in blocks
-        ]
-
-    def without(traces: Sequence[Trace], gone: Sequence[int], group: int) -> None:
-        for one in traces:
-            room = stepper.room() // (sum(one.lengths) + sum(one.limits))
-            size = max(1, min(group, room))
-            for start in range(0, len(gone), size):
-                translate_without(stepper, one, gone[start : start + size])
-
-    every = [range(i, min(i + 128, len(prompts))) for i in range(0, len(prompts), 128)]
-    for name, verify in (
-        ("prefill below the missing layer shared", False),
-        ("the parent's translation as a draft", True),
-    ):
-        traces = traced(every, verify)
-        add(name, lambda traces=traces: without(traces, few, 1), len(few))
-        del traces
-    if gpu:
-        by_length = sorted(range(len(prompts)), key=lambda i: -len(parent[i]))
-        traces = traced([block.tolist() for block in np.array_split(by_length, 8)], True)
-        for name, most in (("several candidates in one batch", 0), ("a prompt read once for all of them", MOST_ROWS)):
-            from_parent.MOST_ROWS = most
-            add(name, lambda: without(traces, positions, len(positions)), len(positions))
-    return table
-
-
 def against_generate(case: Case, tokens: int = 40) -> list[dict[str, Any]]:
     """Hugging Face `generate` and our decoder at the same batch, the same number of tokens."""
     order = sorted(range(len(case.split.clips)), key=lambda clip: case.split.clips[clip].duration_s)
@@ -325,7 +246,8 @@ def speedup(result: dict[str, Any], layers: int, remove: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """The arguments, with the command as it was given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("7b", "small", "mini"), default="mini")
     parser.add_argument(
@@ -340,17 +262,42 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    mini = args.model == "mini"
-    remove = args.remove or (3 if mini else 8)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    given = {
-        k: v for k, v in vars(args).items() if v != parser.get_default(k) and k not in ("out", "commit", "model_dir")
-    }
+    unnamed = ("out", "commit", "model_dir")
+    given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k not in unnamed}
     flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items())
-    result: dict[str, Any] = {"command": f"python benchmarks/search.py{flags}", "commit": commit}
-    out = args.out or RESULTS / f"search_{args.model}.json"
-    parts = args.parts.split(",")
+    args.command = f"python benchmarks/search.py{flags}"
+    return args
+
+
+class Record:
+    """What was measured, written after every part."""
+
+    def __init__(self, args: argparse.Namespace, case: Case):
+        self.case, self.path = case, args.out or RESULTS / f"search_{args.model}.json"
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        seconds = [clip.duration_s for clip in case.split.clips]
+        self.result: dict[str, Any] = {
+            "command": args.command, "commit": commit, "machine": machine(), "model": args.model,
+            "dtype": str(case.model.dtype), "device": case.device.type, "clips": {"count": len(seconds), "seconds": _spread(seconds)},
+        }  # fmt: skip
+        if case.num_tokens:
+            self.result["clips"]["tokens"] = _spread(case.num_tokens)
+
+    def part(self, name: str, work: Callable[[], Any]) -> None:
+        """Do a part and write what there is."""
+        with peak_memory(self.case.device) as memory:
+            self.result[name] = work()
+        if name == "ours":
+            self.result["peak_bytes"] = memory.num_bytes
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, _without_rows(self.result))
+
+
+def main() -> None:
+    args = parsed()
+    mini, parts = args.model == "mini", args.parts.split(",")
+    remove = args.remove or (3 if mini else 8)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if mini:
@@ -358,59 +305,37 @@ def main() -> None:
         else:
             case = case_7b(folder, args.clips, args.model)
         layers = len(case.model.model.language_model.layers)
-        lengths = [clip.duration_s for clip in case.split.clips]
-        result |= {
-            "machine": machine(),
-            "model": args.model,
-            "dtype": str(case.model.dtype),
-            "device": case.device.type,
-        }
-        result["clips"] = {
-            "count": len(lengths),
-            "seconds": {"mean": mean(lengths), "min": min(lengths), "max": max(lengths)},
-        }
-        if case.num_tokens:
-            tokens = case.num_tokens
-            result["clips"]["tokens"] = {"mean": mean(tokens), "min": min(tokens), "max": max(tokens)}
+        record = Record(args, case)
         metric = load_recipe("mini").rank.metric if mini else "chrfpp"  # type: ignore[union-attr]
         theirs: list[dict[str, Any]] = []
         rounds = sorted({1, (1 + remove) // 2, remove})
-
-        def part(name: str, work: Callable[[], Any]) -> None:
-            with peak_memory(case.device) as memory:
-                result[name] = work()
-            if name == "ours":
-                result["peak_bytes"] = memory.num_bytes
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, _without_rows(result))
-
-        num_clips = args.published_clips or (len(lengths) if mini else 6)
+        num_clips = args.published_clips or (len(case.split.clips) if mini else 6)
         if "published" in parts:  # before ours and after it: a shared machine is not as fast at all times
             theirs += published(case, rounds, num_clips)
-        if "ours" in parts:
-            part(
-                "ours",
-                (lambda: ours(case, remove, metric, True))
-                if mini
-                else (lambda: some_rounds(case, metric, rounds, folder)),
-            )
-            if mini:
-                part("ours_without_early_stopping", lambda: ours(case, remove, metric, False))
+        if "ours" in parts and mini:
+            record.part("ours", lambda: ours(case, remove, metric, True))
+            record.part("ours_without_early_stopping", lambda: ours(case, remove, metric, False))
+        elif "ours" in parts:
+            record.part("ours", lambda: some_rounds(case, metric, rounds, folder))
         if "published" in parts and not mini:
             theirs += published(case, rounds, num_clips)
         if theirs:
-            part("published", lambda: theirs)
-            part("speedup_vs_published", lambda: speedup(result, layers, remove))
-            print("speedup_vs_published", result["speedup_vs_published"], flush=True)
-        depths = [int(i) for i in np.linspace(1, layers - 2, 19 if not mini else 4).round()]
+            record.part("published", lambda: theirs)
+            record.part("speedup_vs_published", lambda: speedup(record.result, layers, remove))
+            print("speedup_vs_published", record.result["speedup_vs_published"], flush=True)
         if "levers" in parts:
-            part("levers", lambda: levers(case, depths))
+            depths = [int(i) for i in np.linspace(1, layers - 2, 19 if not mini else 4).round()]
+            record.part("levers", Levers(case, depths).run)
         if "decode" in parts and case.device.type == "cuda":
-            part("decode", lambda: against_generate(case))
+            record.part("decode", lambda: against_generate(case))
         if "differences" in parts and mini and theirs:
-            part("differences", lambda: differences(case, theirs))
-    write_json(out, _without_rows(result))
-    print(json.dumps(_without_rows(result)))
+            record.part("differences", lambda: differences(case, theirs))
+    write_json(record.path, _without_rows(record.result))
+    print(json.dumps(_without_rows(record.result)))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": mean(values), "min": min(values), "max": max(values)}
 
 
 def _without_rows(value: Any) -> Any:

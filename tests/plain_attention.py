@@ -6,7 +6,7 @@ import torch
 
 
 def plain_attention(query, key, value, offsets_q, offsets_k, max_q, max_k, *, causal, used=None):
-    """As `trimlingual.decoding.attention.flash_attention`; what belongs to no row is NaN."""
+    """As `trimlingual.decoding.attention.flash_attention`; what belongs to no row is NaN. So many parameters because it has them."""
     group = query.shape[1] // key.shape[1]
     mixed, sums = torch.full_like(query, torch.nan), query.new_full((query.shape[1], len(query)), torch.nan)
     for row in range(len(offsets_q) - 1):

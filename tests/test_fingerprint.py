@@ -23,7 +23,7 @@ from trimlingual.recipe import (
     TrainSettings,
     load_recipe,
 )
-from trimlingual.recipe.sections import Section
+from trimlingual.recipe.section import Section
 from trimlingual.run.artifacts import ArtifactError
 from trimlingual.run.fingerprint import (
     UNREAD,

@@ -8,11 +8,8 @@ exit code 1 and one `error:` line. Nothing half-written stays, and the user's fi
 from __future__ import annotations
 
 import json
-import random
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,157 +33,27 @@ from trimlingual.recipe import (
     load_recipe,
     parse_recipe,
 )
-from trimlingual.run.artifacts import ARTIFACT_FILE, hash_file, produce, read_artifact, write_json
+from trimlingual.run.artifacts import ARTIFACT_FILE, produce, read_artifact, write_json
 from trimlingual.run.lineage import Lineage, read_lineage
 from trimlingual.search.plan import check_plan, read_plan
 from trimlingual.stages.distill import read_distilled
 
-PACKAGE = Path(trimlingual.__file__).parent
-# Cases of each test. Their sum is part of what is promised: at least 1,000.
-COUNTS = {
-    "recipe text": 250, "recipe structure": 300, "overrides": 200, "manifest": 300, "tables": 150, "audio": 400, "run folder": 240,
-    "command line": 40,
-}  # fmt: skip
-TEXTS = [
-    "", " ", "\0", "\u2028", "a\u2028b", "\u0085", "\ufeff", "e\u0301", "\U0001f3a7", "x" * 300, "x" * 5000, "../../up", "/dev/zero",
-    "/",    ".", "~", "no", "3e-4", "1_000", "{}", "[", "{language", "{0}", "%s", "null", "\ud800", "a\nb", "a\rb", "C:\\x", "http://x/y",
-]  # fmt: skip
+from .damage import (
+    COUNTS,
+    FOUND,
+    TEXTS,
+    cases,
+    contents,
+    failing,
+    mutate_bytes,
+    mutate_structure,
+    mutate_text,
+    places,
+)
 
 
 def test_at_least_a_thousand_cases():
     assert sum(COUNTS.values()) >= 1000
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def odd_value(rng: random.Random) -> Any:
-    """A value nobody asked for, of any kind JSON and YAML know."""
-    return rng.choice(
-        [
-            lambda: rng.choice([None, True, False]),
-            lambda: rng.choice([0, -1, 1, 2, 10**9, -(10**30), 10**400]),
-            lambda: rng.choice([0.0, -0.5, 1e308, float("nan"), float("inf"), 3e-4]),
-            lambda: rng.choice([[], {}, [[]], {"a": {"b": None}}, ["de", "de"], {"": ""}, {"kind": "hub"}]),
-            lambda: nested(rng.choice([3, 50, 120])),
-            lambda: rng.choice(TEXTS),
-        ]
-    )()
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a structure."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [place for key in keys for place in [(value, key), *places(value[key])]]
-
-
-def mutate_structure(rng: random.Random, value: Any) -> Any:
-    """A copy with one to three values changed, taken out, doubled or renamed."""
-    value = json.loads(json.dumps(value))
-    for _ in range(rng.randint(1, 3)):
-        found = places(value)
-        if not found:
-            return odd_value(rng)
-        container, key = rng.choice(found)
-        kind = rng.randrange(5)
-        if kind == 0:
-            del container[key]
-        elif kind == 1 and isinstance(container, dict):
-            container[rng.choice(TEXTS)] = container.pop(key)
-        elif kind == 2:
-            container[key] = rng.choice(found)[0]
-            if key in container and container[key] is container:
-                container[key] = None
-            value = json.loads(json.dumps(value, default=str)) if not _cyclic(value) else None
-        else:
-            container[key] = odd_value(rng)
-            if len(json.dumps(value, default=str)) > 200_000:
-                return value
-    return value
-
-
-def _cyclic(value: Any) -> bool:
-    try:
-        json.dumps(value, default=str)
-    except (ValueError, RecursionError):
-        return True
-    return False
-
-
-def mutate_bytes(rng: random.Random, data: bytes, within: int | None = None) -> bytes:
-    """A few bytes flipped, put in, taken out or cut off; `within` the first so many."""
-    changed = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        if not changed:
-            break
-        at = rng.randrange(min(within or len(changed), len(changed)))
-        kind = rng.randrange(7)
-        if kind == 0:
-            changed[at] = rng.randrange(256)
-        elif kind == 1:
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            changed[at:at] = rng.choice(
-                [b"\0", b"\xff", b"\xe2\x80\xa8", b"\xc2\x85", b"\n", b"\t", b'"', b"{", b": ", b"&a *a"]
-            )
-        elif kind == 3:
-            del changed[at : at + rng.choice([1, 2, 8, 40])]
-        elif kind == 4:
-            changed[at : at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\1\0\0\0"])
-        elif kind == 5:
-            changed += changed[at : at + rng.randrange(1, 200)]
-        else:
-            del changed[at:]
-    return bytes(changed)
-
-
-def mutate_text(rng: random.Random, text: str) -> bytes:
-    """Lines moved, doubled, indented or taken out; odd text put in; another encoding; bytes changed."""
-    lines = text.split("\n")
-    for _ in range(rng.randint(0, 3)):
-        at = rng.randrange(len(lines))
-        kind = rng.randrange(6)
-        if kind == 0:
-            lines.insert(rng.randrange(len(lines)), lines[at])
-        elif kind == 1 and len(lines) > 1:
-            del lines[at]
-        elif kind == 2:
-            lines[at] = " " * rng.randrange(4) + lines[at]
-        elif kind == 3:
-            cut = rng.randrange(len(lines[at]) + 1)
-            lines[at] = lines[at][:cut] + rng.choice(TEXTS) + lines[at][cut:]
-        elif kind == 4:
-            lines[at] = rng.choice(
-                [
-                    "!!python/object/apply:os.getcwd []",
-                    "&a [*a]",
-                    "<<: *a",
-                    "1" * 5000,
-                    "x: 2020-13-45",
-                    "[" * 600,
-                    "a: b: c",
-                ]
-            )
-        else:
-            lines[at] = lines[at].replace(": ", rng.choice([":", " : ", ": !!binary ", ": &x ", ": ["]))
-    data = "\n".join(lines).encode(rng.choice(["utf-8"] * 6 + ["utf-16", "utf-8-sig", "utf-32"]), "surrogatepass")
-    return mutate_bytes(rng, data) if rng.random() < 0.4 else data
-
-
-def is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error itself, with a message, as one the user can act on."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    raised_here = last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
-    return isinstance(error, ValueError) and raised_here and bool(str(error).strip())
-
-
-FOUND: list[str] = []
 
 
 @pytest.fixture(autouse=True)
@@ -195,36 +62,6 @@ def _no_case_failed() -> Iterator[None]:
     FOUND.clear()
     yield
     assert not FOUND, f"{len(FOUND)} case(s) failed:\n" + "\n".join(FOUND[:10])
-
-
-@contextmanager
-def _failing(what: str, seed: int, shown: Any) -> Iterator[None]:
-    """An error of ours is right; any other is a finding, with the seed of its case."""
-    try:
-        yield
-    except Exception as error:
-        if not is_ours(error):
-            FOUND.append(
-                f"{what}, seed {seed}: {type(error).__name__}: {str(error)[:200]}; {_where(error)}; case {repr(shown)[:400]}"
-            )
-
-
-def _where(error: BaseException) -> str:
-    """The last line of ours on the way to an error."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(PACKAGE)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "in the test"
-
-
-def cases(what: str) -> Iterator[tuple[int, random.Random]]:
-    for seed in range(COUNTS[what]):
-        yield seed, random.Random(f"{what} {seed}")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its hash."""
-    return {
-        path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +81,7 @@ def test_recipe_text(recipes: list[str], tmp_path: Path):
         data = mutate_text(rng, rng.choice(recipes))
         path = tmp_path / "recipe.yaml"
         path.write_bytes(data)
-        with _failing("recipe text", seed, data):
+        with failing("recipe text", seed, data):
             usable(load_recipe(path))
             passed += 1
         assert path.read_bytes() == data
@@ -256,7 +93,7 @@ def test_recipe_structure(recipes: list[str], tmp_path: Path):
     passed = 0
     for seed, rng in cases("recipe structure"):
         raw = mutate_structure(rng, rng.choice(parsed))
-        with _failing("recipe structure", seed, raw):
+        with failing("recipe structure", seed, raw):
             if rng.random() < 0.5 and isinstance(raw, dict):
                 usable(parse_recipe(raw))
             else:
@@ -286,7 +123,7 @@ def test_overrides(recipes: list[str]):
             ]
         )
         override = rng.choice([f"{path}={value}", f"{path}={value}={value}", path, value, f"={value}"])
-        with _failing("overrides", seed, override):
+        with failing("overrides", seed, override):
             usable(load_recipe("mini", [override]))
 
 
@@ -313,7 +150,7 @@ def test_audio(sounds: Path, tmp_path: Path):
         data = mutate_bytes(rng, file.read_bytes(), within=rng.choice([16, 64, 256, None]))
         path = tmp_path / f"clip{file.suffix}"
         path.write_bytes(data)
-        with _failing("audio", seed, (file.name, data[:80])):
+        with failing("audio", seed, (file.name, data[:80])):
             found = inspect_audio(path)
             if isinstance(found, DataError):
                 assert str(path) in str(found)
@@ -337,7 +174,7 @@ def made(folder: Path, clips: list[Path], work: Path, source: Any, what: str, se
     settings = trimlingual.recipe.DataSettings(train=source, select=1, test=1)
     task = TaskSettings(target_languages=["de"])
     done = False
-    with _failing(what, seed, shown):
+    with failing(what, seed, shown):
         produce(out, "data", {}, {}, lambda partial: prepare_data(settings, task, partial, window_s=30.0))
         splits = load_splits(out)
         clips_in = [*splits.train.clips, *splits.select.clips, *splits.test.clips]
@@ -480,7 +317,7 @@ def test_files_of_a_run_folder(run_folder: Path, tmp_path: Path):
         else:
             data = mutate_bytes(rng, whole[name])
         (folder / name).write_bytes(data)
-        with _failing("run folder", seed, (name, data)):
+        with failing("run folder", seed, (name, data)):
             READERS[name](folder)
         assert (folder / name).read_bytes() == data
 

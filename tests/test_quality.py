@@ -13,8 +13,10 @@ from trimlingual.data.sources import read_source
 from trimlingual.models.inputs import Collator, Example, Prompter
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.quantization.int4 import round_to_integers, save_packed
+from trimlingual.quantization.merge import merge_
+from trimlingual.quantization.nf4 import bitsandbytes_config
 from trimlingual.recipe import BuiltinSource, LoraSettings, QuantizeSettings, TaskSettings
-from trimlingual.stages.quantize import bitsandbytes_config, merge_, sqnr_db
+from trimlingual.stages.quantize import sqnr_db
 from trimlingual.training.lora import add_lora
 from trimlingual.training.loss import answer_logits
 

@@ -9,19 +9,12 @@ from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.inputs import Example
 from trimlingual.models.loading import load_model, resolve_base
 from trimlingual.models.saving import save_model
+from trimlingual.quantization.merge import merge_
+from trimlingual.quantization.nf4 import QuantizationError, bitsandbytes_config, check_quantized, dequantized, is_4bit
 from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import read_lineage
-from trimlingual.stages.quantize import (
-    QuantizationError,
-    bitsandbytes_config,
-    check_quantized,
-    dequantized,
-    is_4bit,
-    merge_,
-    quantize,
-    sqnr_db,
-)
+from trimlingual.stages.quantize import quantize, sqnr_db
 
 from .test_pipeline import as_words
 

@@ -15,9 +15,9 @@ from trimlingual.models.loading import is_on_hub, load_model, load_processor, re
 from trimlingual.models.qwen2_audio import window_s
 from trimlingual.models.random_weights import random_config
 from trimlingual.pipeline import compress
+from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.recipe import QuantizeSettings, load_recipe
 from trimlingual.stages.prune import layer_digests
-from trimlingual.stages.quantize import bitsandbytes_config, check_quantized
 from trimlingual.steps import base_ref
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from trimlingual.data.audio import load_audio
 from trimlingual.decoding.translate_clips import max_new_tokens
 from trimlingual.evaluation.quality import corpus_score
-from trimlingual.models.inputs import Example, Prompter
+from trimlingual.models.inputs import Example, Prompter, TrainingData
 from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model
 from trimlingual.recipe import RankSettings, TrainSettings
@@ -16,7 +16,7 @@ from trimlingual.run.artifacts import append_jsonl
 from trimlingual.run.lineage import read_lineage
 from trimlingual.search.plan import PlanError, check_plan, read_plan
 from trimlingual.stages.prune import prune
-from trimlingual.stages.rank import JOURNAL_FILE, TrainingData, rank
+from trimlingual.stages.rank import JOURNAL_FILE, rank
 
 
 @pytest.fixture

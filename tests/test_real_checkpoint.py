@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +18,10 @@ PACKAGE = Path(trimlingual.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def kit() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "real_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("real_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def kit() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("real_checkpoint")
 
 
 @pytest.fixture

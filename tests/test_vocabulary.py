@@ -22,6 +22,7 @@ from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model
 from trimlingual.pipeline import compress, plan
+from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.recipe import (
     BuiltinSource,
     DecodeSettings,
@@ -34,7 +35,6 @@ from trimlingual.recipe import (
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.prune import probe
-from trimlingual.stages.quantize import bitsandbytes_config, check_quantized
 from trimlingual.vocabulary.bpe import VocabError
 from trimlingual.vocabulary.rewrite import counted_texts, find_rows, read_lines, trim_vocab
 

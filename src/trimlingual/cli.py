@@ -98,7 +98,7 @@ def finetune(
     stage: Annotated[str, typer.Option(help="teacher (section finetune) or recovered (section recover).")] = "teacher",
 ) -> None:  # fmt: skip
     """Train the teacher, or recover a pruned student."""
-    _stage(recipe, run_dir, overrides, force, stage, "model", model, out_dir)
+    _stage(recipe, run_dir, overrides, force, stage, out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual rank my.yaml --model runs/my/teacher --set rank.strategy=block-influence")
@@ -107,7 +107,7 @@ def rank(
     model: ModelOption = None, out_dir: OutOption = None,
 ) -> None:  # fmt: skip
     """Find the layers that matter least; writes plan.json."""
-    _stage(recipe, run_dir, overrides, force, "rank", "model", model, out_dir)
+    _stage(recipe, run_dir, overrides, force, "rank", out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual prune my.yaml --model runs/my/teacher --plan plan.json --out pruned")
@@ -117,7 +117,7 @@ def prune(
     plan: Annotated[Path | None, typer.Option("--plan", help="Apply this plan.json (yours or a search's).")] = None,
 ) -> None:  # fmt: skip
     """Apply a plan and prove the result."""
-    _stage(recipe, run_dir, overrides, force, "pruned", "model", model, out_dir, plan)
+    _stage(recipe, run_dir, overrides, force, "pruned", out_dir, model=model, plan=plan)
 
 
 @app.command(epilog="Example: trimlingual distill my.yaml --run-dir runs/my")
@@ -126,7 +126,7 @@ def distill(
     model: ModelOption = None, out_dir: OutOption = None,
 ) -> None:  # fmt: skip
     """Translate the training audio with the teacher, as training data for the student."""
-    _stage(recipe, run_dir, overrides, force, "distilled", "teacher", model, out_dir)
+    _stage(recipe, run_dir, overrides, force, "distilled", out_dir, teacher=model)
 
 
 @app.command(epilog="Example: trimlingual quantize my.yaml --model runs/my/recovered --out small")
@@ -135,7 +135,7 @@ def quantize(
     model: ModelOption = None, out_dir: OutOption = None,
 ) -> None:  # fmt: skip
     """QLoRA: train an adapter on the 4-bit model, merge it, quantise again."""
-    _stage(recipe, run_dir, overrides, force, "quantized", "model", model, out_dir)
+    _stage(recipe, run_dir, overrides, force, "quantized", out_dir, model=model)
 
 
 @app.command(
@@ -148,7 +148,7 @@ def trim_vocab(
 ) -> None:  # fmt: skip
     """Keep only the tokens that the target languages and the prompts need."""
     files = [f"vocab.texts={json.dumps([str(path) for path in text])}"] if text else []
-    _stage(recipe, run_dir, [*(overrides or ()), *files], force, "trimmed", "model", model, out_dir)
+    _stage(recipe, run_dir, [*(overrides or ()), *files], force, "trimmed", out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual evaluate my.yaml --model runs/my/pruned --out pruned-scores")
@@ -158,7 +158,7 @@ def evaluate(
     name: Annotated[str, typer.Option(help="Which model of the run: base, teacher, pruned, recovered, quantized, trimmed.")] = "base",
 ) -> None:  # fmt: skip
     """Translate the test split, score it and measure the model."""
-    _stage(recipe, run_dir, overrides, force, f"evaluate {name}", "model", model, out_dir)
+    _stage(recipe, run_dir, overrides, force, f"evaluate {name}", out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual export my.yaml --model runs/my/quantized --out to-ship")
@@ -167,7 +167,7 @@ def export(
     model: ModelOption = None, out_dir: OutOption = None,
 ) -> None:  # fmt: skip
     """Write the folder that ships, with its model card."""
-    _stage(recipe, run_dir, overrides, force, "exported", "model", model, out_dir)
+    _stage(recipe, run_dir, overrides, force, "exported", out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual report runs/mini")
@@ -223,14 +223,14 @@ def _load(recipe: str, run_dir: Path | None, overrides: list[str] | None) -> tup
 
 
 def _stage(
-    recipe: str, run_dir: Path | None, overrides: list[str] | None, force: bool, name: str, role: str,
-    model: Path | None, out_dir: Path | None, plan: Path | None = None,
+    recipe: str, run_dir: Path | None, overrides: list[str] | None, force: bool, name: str, out_dir: Path | None,
+    **replaced: Path | None,
 ) -> None:  # fmt: skip
-    """Bring one stage up to date."""
+    """Bring one stage up to date; `replaced` are inputs by their role that are given instead of the run's own."""
     settings, folder = _load(recipe, run_dir, overrides)
     from trimlingual.pipeline import run_stage
 
-    artifact = run_stage(settings, folder, name, force=force, replaced={role: model, "plan": plan}, out=out_dir)
+    artifact = run_stage(settings, folder, name, force=force, replaced=replaced, out=out_dir)
     say(f"{artifact.stage}: {artifact.path} ({artifact.seconds:.1f} s)")
     print(
         json.dumps(

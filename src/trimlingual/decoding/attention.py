@@ -52,6 +52,7 @@ def flash_attention(
     at most `max_q` and `max_k`. With `used` (B,) row b reads only its first `used[b]` keys.
 
     This calls PyTorch's operator, because the public `varlen_attn` has no `used` before PyTorch 2.13.
+    So many parameters because the operator has them.
     """
     operator = torch.ops.aten._flash_attention_forward
     mixed, log_sums, *_ = operator(
@@ -101,7 +102,7 @@ def _join_kernel(
     suffix, suffix_log_sums, prefix, prefix_log_sums, place, rows,
     H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`join`, with one program per row and TILE heads."""
+    """`join`, with one program per row and TILE heads. So many parameters because a kernel is given every tensor by itself."""
     row = tl.program_id(0)
     prefix_index = tl.load(place + row)
     if prefix_index >= 0:
@@ -124,6 +125,8 @@ def _attend_one_kernel(
 
     A program reads BLOCK slots at a time. It keeps BLOCK softmaxes: number i is over the slots i, i + BLOCK, ... of the row. They
     are joined at the end.
+
+    So many parameters because a kernel is given every tensor by itself.
     """
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane, step = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)

@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from trimlingual.recipe.sections import DecodeSettings, Dtype, TaskSettings
+from trimlingual.recipe.section import Dtype
+from trimlingual.recipe.sections import DecodeSettings, TaskSettings
 from trimlingual.run.artifacts import write_json
 from trimlingual.run.records import read_record
 

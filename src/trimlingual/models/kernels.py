@@ -95,7 +95,10 @@ def _rotary_kernel(
     query, key, value, cosine, sine, keys, values, slot,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and TILE heads: the queries' first, then the keys', then the values'."""
+    """One program a token and TILE heads: the queries' first, then the keys', then the values'.
+
+    So many parameters because a kernel is given everything one by one.
+    """
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * TILE
     head = tl.arange(0, TILE)[:, None]

@@ -1,5 +1,15 @@
 """What can be asked for: the recipe, its sections, the languages. No torch, so that the command line answers at once."""
 
+from trimlingual.recipe.data import (
+    BuiltinSource,
+    Covost2Source,
+    DataSettings,
+    FolderSource,
+    Held,
+    HubSource,
+    ManifestSource,
+    Source,
+)
 from trimlingual.recipe.loading import (
     Recipe,
     RecipeError,
@@ -9,34 +19,18 @@ from trimlingual.recipe.loading import (
     parse_recipe,
     recipes_dir,
 )
+from trimlingual.recipe.section import TOWERS, Dtype, Metric, References, Tower
 from trimlingual.recipe.sections import (
-    FLASH_ADAMW,
-    TOWERS,
-    BuiltinSource,
-    Covost2Source,
-    DataSettings,
     DecodeSettings,
     DistillSettings,
-    Dtype,
     EvaluateSettings,
-    FolderSource,
-    Held,
-    HubSource,
-    LoraSettings,
-    ManifestSource,
-    Metric,
-    MixSettings,
     ModelSettings,
     QuantizeSettings,
     RankSettings,
-    References,
-    Source,
     TaskSettings,
-    TokenDistillation,
-    Tower,
-    TrainSettings,
     VocabSettings,
 )
+from trimlingual.recipe.training import FLASH_ADAMW, LoraSettings, MixSettings, TokenDistillation, TrainSettings
 
 __all__ = [
     "FLASH_ADAMW",

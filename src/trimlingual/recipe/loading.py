@@ -17,20 +17,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
+from trimlingual.recipe.data import DataSettings
+from trimlingual.recipe.section import Section
 from trimlingual.recipe.sections import (
-    DataSettings,
     DecodeSettings,
     DistillSettings,
     EvaluateSettings,
-    MixSettings,
     ModelSettings,
     QuantizeSettings,
     RankSettings,
-    Section,
     TaskSettings,
-    TrainSettings,
     VocabSettings,
 )
+from trimlingual.recipe.training import MixSettings, TrainSettings
 
 SOURCE_KINDS = ("manifest", "folder", "hub", "covost2", "builtin")
 

@@ -238,9 +238,7 @@ def produce(
             info = work(partial) if main or everyone else {}
         except Exception:
             if main and not tool_files(partial).keys() - {LOG_FILE}:
-                remove(
-                    partial
-                )  # a mistake in the recipe, say: corrected, it must not meet unfinished work of other settings
+                remove(partial)  # corrected, say, the recipe must not meet unfinished work of other settings
             raise
         wait_for_everyone()
         if main:

@@ -14,24 +14,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from torch import Tensor
 
 from trimlingual.data.audio import load_audio
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import free_memory, load_model, load_processor, pick_device
-from trimlingual.models.qwen2_audio import PARTS, part_of
 from trimlingual.models.random_weights import draw, is_random
 from trimlingual.models.saving import DTYPES, round_weights_, save_model
 from trimlingual.quantization.int4 import save_packed
+from trimlingual.quantization.merge import merge_
+from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.quantization.rounding import round_calibrated_
 from trimlingual.recipe import ModelSettings, QuantizeSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH
-from trimlingual.run.lineage import ModelFolder
+from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.selection import UNGUIDED, Guide
@@ -39,10 +39,6 @@ from trimlingual.training.trainer import read_teacher, train_
 
 PROBE_BATCH = 8
 NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured
-
-
-class QuantizationError(ValueError):
-    """A model whose 4-bit modules are not the ones that were asked for."""
 
 
 def quantize(
@@ -56,7 +52,6 @@ def quantize(
     """Make the 4-bit model of the one in `folder`: QLoRA on `data`, merge, quantise again, save to `out_dir`.
 
     Without `settings.train` the weights are rounded as they are, and the examples only calibrate and measure.
-
     bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by int4.py, with 8-bit embeddings if asked for.
 
     One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
@@ -70,13 +65,8 @@ def quantize(
     device, scratch = pick_device(shared.model.device), out_dir / SCRATCH
     stored = _stored(folder.path, scratch / "base", device)
     processor = load_processor(stored)
-    step = max(1, len(data.examples) // NUM_PROBE_EXAMPLES)
-    probe = list(data.examples)[::step][:NUM_PROBE_EXAMPLES]
     collator = Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
-
-    def measure(model: Any) -> tuple[float, Tensor]:
-        return answer_logits(model, collator, probe, PROBE_BATCH)
-
+    measure = partial(answer_logits, collator=collator, examples=_some(data.examples), batch_size=PROBE_BATCH)
     info, trained, adapted = {}, None, None
     if settings.train:
         info = _train(stored, processor, data, shared, settings, scratch, guide)
@@ -92,7 +82,6 @@ def quantize(
         del adapted
         free_memory()
     round_weights_(merged, shared.model.storage_dtype)
-    config = bitsandbytes_config(settings)
     if settings.scheme != "int4":
         shutil.rmtree(scratch / "merged", ignore_errors=True)  # of a run that was killed
         save_model(merged, processor, scratch / "merged", shared.model.storage_dtype)
@@ -105,16 +94,25 @@ def quantize(
     if settings.scheme == "int4":
         final = measure(load_model(out_dir, shared.model.dtype, device))
     else:
-        final_model = load_model(scratch / "merged", shared.model.dtype, device, config)
+        final_model = load_model(scratch / "merged", shared.model.dtype, device, bitsandbytes_config(settings))
         check_quantized(final_model, settings)
         final = measure(final_model)
         save_model(final_model, processor, out_dir)
-    summary = config_summary(settings)
-    after = folder.lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in data.clips})
+    lineage = _lineage(folder.lineage, data, settings, guide)
+    lineage.save(out_dir)
+    return info | {"change": _change(trained or plain, plain, final), "quantization": lineage.quantization}
+
+
+def _some(examples: Sequence[Example]) -> list[Example]:
+    """The examples on which the change is measured, spread evenly over all."""
+    return list(examples)[:: max(1, len(examples) // NUM_PROBE_EXAMPLES)][:NUM_PROBE_EXAMPLES]
+
+
+def _lineage(lineage: Lineage, data: TrainingData, settings: QuantizeSettings, guide: Guide) -> Lineage:
+    after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in data.clips})
     if guide.select and settings.train and settings.train.selection_checks:
         after = after.with_seen("select", guide.select.audio_hashes)
-    replace(after, quantization=summary).save(out_dir)
-    return info | {"change": _change(trained or plain, plain, final), "quantization": summary}
+    return replace(after, quantization=config_summary(settings))
 
 
 def _train(
@@ -185,20 +183,6 @@ def _change(
     }
 
 
-def bitsandbytes_config(settings: QuantizeSettings) -> BitsAndBytesConfig:
-    """The 4-bit configuration to train on; an int4 model is trained as nf4, which bitsandbytes computes with.
-
-    Modules are skipped by their names in memory; other spellings match nothing and are ignored.
-    """
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4" if settings.scheme == "int4" else settings.scheme,
-        bnb_4bit_use_double_quant=settings.double_quantization,
-        bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
-        llm_int8_skip_modules=[prefix for part, prefix in PARTS.items() if part not in settings.parts],
-    )
-
-
 def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
     """What is 4-bit and how, for lineage, card and report."""
     if settings.scheme == "int4":
@@ -219,72 +203,6 @@ def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
         "compute_dtype": settings.compute_dtype,
         "merge_base": settings.merge_base,
     }
-
-
-def is_4bit(module: nn.Module) -> bool:
-    """Whether this is a bitsandbytes 4-bit linear layer."""
-    import bitsandbytes
-
-    return isinstance(module, bitsandbytes.nn.Linear4bit)
-
-
-def check_quantized(model: Any, settings: QuantizeSettings) -> None:
-    """QuantizationError unless exactly the linear layers of the chosen parts are 4-bit."""
-    wrong, missed = [], []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        wanted = part_of(name) in settings.parts
-        if is_4bit(module) and not wanted:
-            wrong.append(name)
-        if wanted and not is_4bit(module):
-            missed.append(name)
-    if wrong or missed:
-        raise QuantizationError(
-            f"quantize.parts is {sorted(settings.parts)}, but after loading "
-            + "; ".join(
-                f"{len(names)} module(s) {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for names, verb in ((wrong, "are 4-bit that should not be"), (missed, "are not 4-bit that should be"))
-                if names
-            )
-        )
-
-
-@torch.no_grad()
-def merge_(target: Any, adapted: Any, base: Literal["dequantized", "original"] = "dequantized") -> None:
-    """Write `weight + adapter` of the PEFT model into the plain model `target`, in float32 before rounding.
-
-    `target` may stand in host memory: the sums are made one layer at a time where the adapter is.
-
-    The weight is the dequantised 4-bit one, which the adapter was trained on, or the `original` one, which `target` holds. Modules
-    that are not adapted become their dequantised selves, or stay as they are.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    source = dict(adapted.get_base_model().named_modules())
-    for name, module in target.named_modules():
-        other = source.get(name)
-        if not isinstance(module, nn.Linear) or other is None:
-            continue
-        trained_on = other.get_base_layer() if isinstance(other, LoraLayer) else other
-        if base == "dequantized":
-            weight = dequantized(trained_on) if is_4bit(trained_on) else trained_on.weight.float()
-        else:
-            weight = module.weight.to(trained_on.weight.device).float()
-        if isinstance(other, LoraLayer):
-            weight = weight + other.get_delta_weight(adapted.active_adapter).float()
-        module.weight.copy_(weight.to(module.weight.dtype))
-
-
-def dequantized(module: nn.Module) -> Tensor:
-    """The weights a 4-bit layer stands for, float32, (out, in)."""
-    import bitsandbytes
-
-    # On CPUs with AVX512-BF16 a first forward in eval mode re-packs the weight into another layout, which dequantize_4bit
-    # then reads as garbage; building the state dict is the public call that puts the standard layout back.
-    module.state_dict()
-    weight: Any = module.weight
-    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
 
 
 def sqnr_db(signal: Tensor, noisy: Tensor) -> float:

@@ -40,6 +40,7 @@ def answer_forward(model: Any, distillation: TokenDistillation | None = None) ->
         teacher_ids: Tensor | None = None,
         teacher_log_probs: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """So many parameters because the Trainer gives a batch by the names of its tensors."""
         if audio_states is None:
             assert input_features is not None
             assert feature_attention_mask is not None

@@ -1,0 +1,24 @@
+"""What all sections of a recipe are: strict, frozen, and each field marked where it cannot change a result."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
+Tower = Literal["decoder", "encoder"]
+TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
+References = Literal["all", "any"]
+
+# Marks for json_schema_extra of a field; fingerprint.py reads them.
+# A setting that cannot change a result (near-ties in 16 bits aside), or what is known by its content instead: no stage is made again
+# for it. A default that changes needs `{"neutral": <the default the setting was born with>}`; a new setting needs nothing.
+NO_RESULT: dict[str, JsonValue] = {"result": False}
+
+
+class Section(BaseModel):
+    """Strict base: no unknown keys, no silent conversion of `"3e-4"` or `no` (YAML 1.1 traps), immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
