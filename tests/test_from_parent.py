@@ -39,7 +39,9 @@ def random_case(make_model, processor, split, task, number, dtype):
     return model, eos, range(SHAPES[number]["layers"]), prompts, [6 + 3 * (i % 5) for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("number", range(len(SHAPES)))
+@pytest.mark.parametrize(
+    "number", [n if n < 16 else pytest.param(n, marks=pytest.mark.slow) for n in range(len(SHAPES))]
+)
 def test_every_candidate_equals_decoding_anew(make_model, processor, split, task, number):
     model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
     stepper = Stepper(PackedDecoder(model), eos)
