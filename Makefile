@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= mini
 ARGS ?=
+# Processes that share the tests out, a file to each; about 1.5 GB of memory for each. 0 runs them in one, for a debugger.
+WORKERS ?= 2
 # test-lowest: an environment of its own. The lowest declared torch is 2.10, whose Linux wheels on the package index are CUDA builds of
 # gigabytes; 2.13.0 is the oldest one that is at hand as a CPU build. LOWEST_TORCH=2.10.0 tests the bound itself.
 VENV_LOWEST ?= .venv-lowest
@@ -15,7 +17,7 @@ compress: $(VENV)/.ready
 	$(BIN)/trimlingual compress $(RECIPE) $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -25,7 +27,7 @@ test-gpu: $(VENV)/.ready
 
 test-lowest: $(VENV_LOWEST)/.ready
 	@echo "lowest declared versions (constraints-lowest.txt), with torch $(LOWEST_TORCH)"
-	$(VENV_LOWEST)/bin/python -m pytest $(ARGS)
+	$(VENV_LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

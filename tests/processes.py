@@ -25,7 +25,7 @@ class Command:
         self, words: Sequence[str], folder: Path, processes: int = 1, environment: Mapping[str, str] | None = None
     ) -> None:
         self._said = [(folder / f"stdout.{rank}", folder / f"stderr.{rank}") for rank in range(processes)]
-        variables = {"OMP_NUM_THREADS": "1", **(environment or {})}
+        variables = dict(environment or {})
         port = _free_port()
         self._processes = []
         for rank, said in enumerate(self._said):

@@ -33,7 +33,7 @@ def torchrun(processes: int, words: list[str]) -> subprocess.Popen:
     """The true launcher; a process without it for one."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "trimlingual", *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def until(launcher: subprocess.Popen, there: Callable[[], object]) -> None:
@@ -59,7 +59,6 @@ def succeed(launcher: subprocess.Popen) -> None:
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CPU = "model.device=cpu"
 
 
@@ -247,7 +246,7 @@ def test_accelerate_launch_is_torchrun(manifests, tmp_path):
     ]
     words = [*launcher, "--dynamo_backend=no", "-m", "trimlingual", "evaluate", "mini", "--run-dir", str(tmp_path)]
     words += as_words(*manifests, "task.target_languages=[de]", "decode.batch_size=1", CPU)
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["stage"] == "evaluate base"
