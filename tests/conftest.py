@@ -14,7 +14,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small: threads would spend their time waiting for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are small: threads would spend their time waiting for each other
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "trimlingual-tests")  # not the user's own
 
 import numpy as np
