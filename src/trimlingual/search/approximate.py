@@ -1,6 +1,7 @@
-"""Rounds of the layer search that do not score every candidate on every clip: cheaper, and not sure to find the best.
+"""Rounds of the layer search that do not score every candidate on every clip. They are cheaper, and may miss the best candidate.
 
-Both look at the candidates on a growing number of clips, the same for all, and keep those that still have a chance.
+Successive halving and bootstrap racing both score all candidates on a few clips, drop some of them, and score the others on more
+clips.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_
 from trimlingual.search.scorer import Candidate
 
 Record = dict[str, Any]
-# Records of these candidates on these further clips, added to the earlier records.
-Look = Callable[[Sequence[Candidate], Sequence[int], Mapping[Candidate, Record]], list[Record]]
+# Scores candidates on further clips: called with the candidates, the clips and the candidates' earlier records, which it adds to.
+ScoreOn = Callable[[Sequence[Candidate], Sequence[int], Mapping[Candidate, Record]], list[Record]]
 
 
 def better_half(records: Sequence[Record]) -> list[Record]:
-    """Successive halving (Jamieson & Talwalkar 2016): the better half stays."""
+    """The better half of the records stays: successive halving (Jamieson & Talwalkar 2016)."""
     return sorted(records, key=lambda record: -record["score"])[: (len(records) + 1) // 2]
 
 
 def not_beaten(records: Sequence[Record], statistics: Callable[[Record], Sequence[SentenceStatistics]]) -> list[Record]:
-    """Bootstrap racing (Maron & Moore 1994): whoever is worse than the leader on 97.5 % of paired bootstrap resamples goes."""
+    """Records worse than the best one on 97.5 % of paired bootstrap resamples are dropped: racing (Maron & Moore 1994)."""
     leader = max(records, key=lambda record: record["score"])
-    leading = statistics(leader)
+    leader_statistics = statistics(leader)
     kept = []
     for record in records:
-        interval, _ = paired_bootstrap_difference(statistics(record), leading)
+        interval, _ = paired_bootstrap_difference(statistics(record), leader_statistics)
         if record is leader or interval.high >= 0:
             kept.append(record)
     return kept
@@ -38,25 +39,27 @@ def race(
     candidates: Sequence[Candidate],
     num_clips: int,
     first_clips: int,
-    look: Look,
+    score_on: ScoreOn,
     survivors: Callable[[list[Record]], list[Record]],
 ) -> tuple[Record, list[Record]]:
-    """Score on `first_clips` of `num_clips` clips, keep the survivors, double the clips, until one is left or all clips were used.
+    """Score on `first_clips` of `num_clips` clips, keep the survivors, double the clips, and so on.
 
-    Returns the winner's record and that of every candidate's last look. The winner is scored on all clips in the end, so that its
-    score can be compared with the other rounds'.
+    It ends when all clips were used or one candidate is left, which is then scored on all clips, as the winners of other rounds
+    are.
+
+    Returns the winner's record and the last record of every candidate.
     """
-    order = random.Random(0).sample(range(num_clips), num_clips)  # the first clips must stand for all
-    standing, seen, size = list(candidates), 0, min(first_clips, num_clips)
+    order = random.Random(0).sample(range(num_clips), num_clips)  # shuffled, so that the first clips are a fair sample
+    remaining, num_scored, size = list(candidates), 0, min(first_clips, num_clips)
     last: dict[Candidate, Record] = {}
     while True:
-        records = look(standing, sorted(order[seen:size]), last)
-        last.update(zip(standing, records))
-        seen = size
-        if seen == num_clips:
+        records = score_on(remaining, sorted(order[num_scored:size]), last)
+        last.update(zip(remaining, records))
+        num_scored = size
+        if num_scored == num_clips:
             break
         kept = survivors(records)
-        standing = [candidate for candidate in standing if any(last[candidate] is record for record in kept)]
-        size = num_clips if len(standing) == 1 else min(2 * size, num_clips)
-    best = max((last[candidate] for candidate in standing), key=lambda record: record["score"])
+        remaining = [candidate for candidate in remaining if any(last[candidate] is record for record in kept)]
+        size = num_clips if len(remaining) == 1 else min(2 * size, num_clips)
+    best = max((last[candidate] for candidate in remaining), key=lambda record: record["score"])
     return best, [last[candidate] for candidate in candidates]

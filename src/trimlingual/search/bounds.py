@@ -1,11 +1,15 @@
-"""What a translation of a corpus can still score when only a part of it is known: never less than what is reached.
+"""An upper bound of a corpus score while some of the translations are unfinished. The final score is never above it.
 
-Corpus chrF and chrF++ (Popović 2015, 2017) are functions of summed n-gram counts. Of a sentence that is not finished, the n-grams that
-stand already can only be added to. The best that can follow are exactly the reference's n-grams that have no match yet: every order
-then has its reference count as matches, and as hypothesis count the n-grams that stand plus those that were missing. A wrong n-gram is
-never taken back. The score rises with every added match, so these sums bound all continuations.
+Corpus chrF and chrF++ (Popović 2015, 2017) are computed from n-gram counts, summed over the sentences: n-grams in the hypothesis,
+n-grams in the reference, and matches. Decoding only appends text, so an n-gram of an unfinished translation stays, also a wrong
+one. The best continuation adds exactly the reference's n-grams that have no match yet. Then, for every n-gram order,
 
-Shapes: N sentences, K counts laid out as in `metrics.SentenceStatistics`.
+    matches    = n-grams in the reference
+    hypothesis = n-grams so far + n-grams in the reference - matches so far
+
+More matches never lower the score, so the score of these counts bounds the score of every continuation.
+
+Shapes: N sentences, K counts in the layout of `evaluation.quality.SentenceStatistics`.
 """
 
 from __future__ import annotations
@@ -21,25 +25,26 @@ _BETA_SQUARED = 4
 
 
 def best_possible(metric: str, counts: np.ndarray, finished: np.ndarray) -> float:
-    """Upper bound (0..100) of the corpus score; `counts` (N, K) of what stands so far, `finished` (N,) bool.
+    """Upper bound, 0 to 100, of the corpus score. `counts` (N, K) are those of the text so far, `finished` (N,) is bool.
 
-    100 for BLEU, whose brevity penalty and smoothing this does not follow.
+    The bound of BLEU is always 100: its brevity penalty and smoothing are not followed.
     """
     if metric not in ("chrf", "chrfpp"):
         return 100.0
     hypothesis, reference, match = (counts[:, i::3] for i in range(3))
-    going = ~np.asarray(finished)[:, None]
-    most = hypothesis + np.where(going, reference - match, 0)
-    sums = [np.where(going, reference, match).sum(0), most.sum(0), reference.sum(0)]
+    unfinished = ~np.asarray(finished)[:, None]
+    best_hypothesis = hypothesis + np.where(unfinished, reference - match, 0)
+    sums = [np.where(unfinished, reference, match).sum(0), best_hypothesis.sum(0), reference.sum(0)]
     matches, hypotheses, references = (s.astype(np.float64) for s in sums)
     precision = np.where(hypotheses > 0, matches / np.maximum(hypotheses, 1), 0)
     recall = np.where(references > 0, matches / np.maximum(references, 1), 0)
-    # sacreBLEU averages over the orders that have n-grams on both sides. Where the hypothesis has none yet it may end without any,
-    # which leaves the order out: all ways that this can turn out are tried.
-    there, possible = hypothesis.sum(0) > 0, references > 0
+    # sacreBLEU averages over the orders that have n-grams in both the hypothesis and the reference. An order that has none in the
+    # hypothesis yet may never get one, and then it does not count. All such outcomes are tried.
+    in_hypothesis, in_reference = hypothesis.sum(0) > 0, references > 0
     best = 0.0
     for chars, words in product(
-        _choices(there[:CHAR_ORDERS], possible[:CHAR_ORDERS]), _choices(there[CHAR_ORDERS:], possible[CHAR_ORDERS:])
+        _num_orders(in_hypothesis[:CHAR_ORDERS], in_reference[:CHAR_ORDERS]),
+        _num_orders(in_hypothesis[CHAR_ORDERS:], in_reference[CHAR_ORDERS:]),
     ):
         orders = [*range(chars), *range(CHAR_ORDERS, CHAR_ORDERS + words)]
         if orders:
@@ -47,20 +52,20 @@ def best_possible(metric: str, counts: np.ndarray, finished: np.ndarray) -> floa
     return best
 
 
-def _choices(there: np.ndarray, possible: np.ndarray) -> range:
-    """How many of the orders may count in the end: an order has n-grams only if the one below it has."""
-    return range(int((there & possible).sum()), int(possible.sum()) + 1)
+def _num_orders(in_hypothesis: np.ndarray, in_reference: np.ndarray) -> range:
+    """How many orders may count in the end: the lowest ones, because an order has n-grams only if the order below has."""
+    return range(int((in_hypothesis & in_reference).sum()), int(in_reference.sum()) + 1)
 
 
 def _f_score(precision: float, recall: float) -> float:
-    bottom = _BETA_SQUARED * precision + recall
-    return 100 * (1 + _BETA_SQUARED) * precision * recall / bottom if bottom > 0 else 0.0
+    denominator = _BETA_SQUARED * precision + recall
+    return 100 * (1 + _BETA_SQUARED) * precision * recall / denominator if denominator > 0 else 0.0
 
 
 def settled_counts(metric: str, prefixes: list[str], references: list[str], language: str) -> np.ndarray:
-    """Counts (N, K) of what can no longer change in translations that are still being decoded.
+    """Counts (N, K) of the part of unfinished translations that can no longer change.
 
-    The end of a prefix may be half a character, and its last word may grow: neither counts.
+    The last bytes may be half a character, and the last word may grow. Neither is counted.
     """
     whole = [prefix.rstrip("\ufffd") for prefix in prefixes]
     counts = sentence_statistics(metric, whole, references, language).counts

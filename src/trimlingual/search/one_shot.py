@@ -1,4 +1,4 @@
-"""The strategies that do not search: all layers that go are chosen at once. What the layer search is compared with."""
+"""Strategies without a search: all layers that go are chosen at once. The layer search is compared with them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def middle(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
 
 @torch.inference_mode()
 def block_influence(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
-    """Lowest Block Influence first: 1 - E[cos(layer input, layer output)] (Men et al. 2024, ShortGPT, eq. 1).
+    """The layers of lowest Block Influence: 1 - E[cos(layer input, layer output)] (Men et al. 2024, ShortGPT, eq. 1).
 
-    Measured on the selection set with its references, teacher-forced, over all positions that are not padding.
+    It is measured on the selection set with its references, teacher-forced, over all tokens that are not padding.
     """
     sums: dict[tuple[Tower, int], list[float]] = {}
     hooks = []
-    valid: list[torch.Tensor] = []  # attention mask of the batch in flight; the tower sees other lengths and no mask
+    # The attention mask of the current batch. It is for the decoder alone: the audio tower has other lengths, and no mask.
+    valid: list[torch.Tensor] = []
 
     def watch(key: tuple[Tower, int]) -> Callable[..., None]:
         def hook(_module: Any, inputs: Any, output: Any) -> None:
@@ -53,8 +54,8 @@ def block_influence(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
         return hook
 
     for tower, layer in allowed:
-        position = scorer.lineage.layers[tower].index(layer)
-        hooks.append(layer_list(scorer.model, tower)[position].register_forward_hook(watch((tower, layer))))
+        index = scorer.lineage.layers[tower].index(layer)
+        hooks.append(layer_list(scorer.model, tower)[index].register_forward_hook(watch((tower, layer))))
     collator = Collator(scorer.prompter, lambda i: load_audio(scorer.select.clips[i].audio))
     forward, device = answer_forward(scorer.model), next(scorer.model.parameters()).device
     examples = [example for language in scorer.task.target_languages for example in _examples(scorer, language)]

@@ -1,4 +1,4 @@
-"""A PrunePlan: which layers to remove, and why. It is data: read, edited by hand, diffed, applied without searching."""
+"""A PrunePlan says which layers to remove, and why. It is a file that can be read, edited, compared and applied without a search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PlanError(ValueError):
 
 
 class Removal(BaseModel):
-    """One removed layer. `layer` counts in the base model, before any pruning."""
+    """A layer to remove. `layer` counts in the base model, before any pruning."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     tower: Tower = "decoder"
@@ -81,23 +81,25 @@ def read_plan(path: Path) -> PrunePlan:
 
 
 def check_plan(plan: PrunePlan, lineage: Lineage) -> dict[Tower, list[int]]:
-    """Positions in the current model of the layers to remove; PlanError if the plan was made for another model."""
+    """Per tower, the indices in the current model of the layers to remove. PlanError if the plan was made for another model."""
     if plan.layers is not None and plan.layers != lineage.layers:
         raise PlanError(
             f"the plan was made for a model with layers {_short(plan.layers)}, but this one has {_short(lineage.layers)}; "
             "rank this model, or apply the plan to the model it was made for"
         )
-    positions: dict[Tower, list[int]] = {}
+    indices: dict[Tower, list[int]] = {}
     for tower in TOWERS:
-        wanted, have = plan.layers_of(tower), lineage.layers[tower]
-        missing = [layer for layer in wanted if layer not in have]
+        removed, present = plan.layers_of(tower), lineage.layers[tower]
+        missing = [layer for layer in removed if layer not in present]
         if missing:
-            raise PlanError(f"the plan removes {tower} layers {missing}, which this model does not have; it has {have}")
-        if len(wanted) >= len(have):
-            raise PlanError(f"the plan removes all {len(have)} {tower} layers")
-        positions[tower] = [have.index(layer) for layer in wanted]
-    return positions
+            raise PlanError(
+                f"the plan removes {tower} layers {missing}, which this model does not have; it has {present}"
+            )
+        if len(removed) >= len(present):
+            raise PlanError(f"the plan removes all {len(present)} {tower} layers")
+        indices[tower] = [present.index(layer) for layer in removed]
+    return indices
 
 
 def _short(layers: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{tower} {len(indices)}: {list(indices)}" for tower, indices in layers.items())
+    return ", ".join(f"{tower} {len(numbers)}: {list(numbers)}" for tower, numbers in layers.items())

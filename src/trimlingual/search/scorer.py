@@ -1,8 +1,12 @@
 """Score candidates of the layer search: translate the selection set without a layer, and compare with the references.
 
-What candidates share is done once: every clip is encoded once, every prompt embedded once, and within a round each candidate starts
-from its parent's pass and translation (from_parent.py). Only a candidate that lacks a layer of the audio tower encodes anew, and is
-decoded from the beginning. The selection set is worked through in blocks of clips, so that a candidate can be given up between them.
+Work that candidates have in common is done once. Every clip is encoded once, and within a round every candidate starts from its
+parent's forward pass and translations (from_parent.py). A candidate that lacks a layer of the audio tower is the exception: for it
+the clips are encoded anew and decoded from the beginning.
+
+The selection set is cut into blocks of clips. After each block a candidate that can no longer win is given up.
+
+A clip is named by its index in the selection set.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ from trimlingual.run.progress import say
 from trimlingual.search.bounds import best_possible, settled_counts
 from trimlingual.search.from_parent import NO_DRAFT, Trace, losses, losses_without, trace, translate_without
 
-MIN_ACCEPTED = 0.1  # of the drafts' tokens: below this, verifying them costs more than decoding from the beginning
-TRACE_SHARE = 0.5  # of the memory that is free, what candidates share may take
+MIN_ACCEPTED = 0.1  # share of the drafts' tokens that are right; below, verifying drafts costs more than it saves
+TRACE_SHARE = 0.5  # of the free memory may be taken by a trace
 ENCODE_BATCH = 32  # clips
-GPU_BLOCK_ROWS = 13  # rows of a block: few, because it is decoded until its last row has ended
-ROWS_IN_FLIGHT = 256  # on a GPU: up to here a decode step is bound by reading the weights
+GPU_BLOCK_ROWS = 13  # rows of a block on a GPU: few, because a block takes as long as its longest row
+ROWS_IN_FLIGHT = 256  # rows on a GPU up to which a decoding step takes as long as reading the weights
 
 
 class Candidate(NamedTuple):
@@ -54,23 +58,23 @@ class Candidate(NamedTuple):
 
 
 class Tally:
-    """What one candidate has given so far: translations and losses by clip, and the scores that follow."""
+    """The translations and losses of one candidate so far, and its scores."""
 
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
-        self.tokens: dict[int, list[list[int]]] = {}  # clip -> a translation for each translated language
-        self.losses: dict[str, dict[int, tuple[float, int]]] = {}  # language -> clip -> (nats, tokens) of its reference
+        self.tokens: dict[int, list[list[int]]] = {}  # clip -> one translation per language (Scorer.languages)
+        self.losses: dict[str, dict[int, tuple[float, int]]] = {}  # language -> clip -> (nats, tokens)
         self._counts = {language: counts.copy() for language, counts in scorer.empty_counts.items()}
 
     def add(self, tokens: Mapping[int, list[list[int]]]) -> None:
-        """Take in the translations of some clips."""
+        """Add the translations of some clips."""
         self.tokens.update(tokens)
         for language in self.scorer.translated:
             rows = {
                 clip: row
-                for clip, said in tokens.items()
-                for spoken, row in zip(self.scorer.languages(clip), said)
-                if spoken == language
+                for clip, translations in tokens.items()
+                for row_language, row in zip(self.scorer.languages(clip), translations)
+                if row_language == language
             }
             if rows:
                 texts = [self.scorer.prompter.decode(row) for row in rows.values()]
@@ -79,29 +83,32 @@ class Tally:
                 self._counts[language][list(rows)] = sentence_statistics(metric, texts, references, language).counts
 
     def scores(self) -> dict[str, float]:
-        """Score by language on the clips so far, higher is better; a loss counts negative."""
+        """Score per language on the clips so far. Higher is better: of a loss, the negative mean per token."""
         return {
             language: self.statistics(language).score() if metric != "loss" else self._negative_loss(language)
             for language, metric in self.scorer.metrics.items()
         }
 
     def statistics(self, language: str) -> SentenceStatistics:
-        """Counts of the clips so far, in the clips' order; zeros for a clip without a reference in `language`."""
+        """N-gram counts of the clips so far, in the clips' order. A clip without a reference in `language` has zeros."""
         counts = self._counts[language][sorted(self.tokens)]
         return SentenceStatistics(self.scorer.metrics[language], counts, self.scorer.signatures[language])
 
     def num_runaways(self) -> int:
-        """Translations that ran into their bound."""
+        """How many translations reached the bound on new tokens before they ended."""
         return sum(ids[-1] not in self.scorer.eos for rows in self.tokens.values() for ids in rows)
 
-    def bound(self, going: Mapping[tuple[int, int], list[int]] | None = None) -> float:
-        """The best mean score that is still possible; `going` are unfinished translations, (clip, number of the language) -> tokens."""
+    def bound(self, unfinished: Mapping[tuple[int, int], list[int]] | None = None) -> float:
+        """The best mean score that this candidate can still reach.
+
+        `unfinished` are translations under way: (clip, number of the language) -> tokens so far.
+        """
         if len(self.scorer.translated) < len(self.scorer.metrics):
             return math.inf  # a loss has no bound
         bounds = []
         for number, language in enumerate(self.scorer.translated):
             metric, counts = self.scorer.metrics[language], self._counts[language]
-            started = {clip: ids for (clip, n), ids in (going or {}).items() if n == number}
+            started = {clip: ids for (clip, n), ids in (unfinished or {}).items() if n == number}
             if started:
                 prefixes = [self.scorer.prompter.decode(ids) for ids in started.values()]
                 references = [self.scorer.reference(clip, language) for clip in started]
@@ -118,9 +125,10 @@ class Tally:
 
 
 class Scorer:
-    """The model under search and what its candidates share.
+    """The model under search, and the work that its candidates have in common.
 
-    `present[tower]` are the original layers that stand in `model`: fewer than in `lineage` once rounds were fine-tuned.
+    `lineage` says which layers the search began with. `present[tower]` are the layers that `model` has now, as layers of the base
+    model. They are fewer than in `lineage` if the model is fine-tuned between rounds, because then a layer is removed for good.
     """
 
     def __init__(
@@ -141,26 +149,26 @@ class Scorer:
         self.metrics = {language: settings.metric_for(language) for language in self.task.target_languages}
         self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
         self._sharing = settings.towers != "encoder"
-        self._drafting, self._accepted, self._offered = True, 0, 0  # whether drafts are verified; tokens in this round
-        self._states: dict[
-            tuple[int, ...], dict[int, Tensor]
-        ] = {}  # encoder layers that are gone -> clip -> its states
+        self._drafting = True  # whether the parent's translations are drafts
+        self._num_drafted, self._num_accepted = 0, 0  # tokens of this round's drafts, and how many of them were right
+        # Layers of the audio tower that are left out -> clip -> its states.
+        self._states: dict[tuple[int, ...], dict[int, Tensor]] = {}
         self._stepper = Stepper(PackedDecoder(model), self.eos)
         self.begin_round({}, None)
 
     def _blocks(self) -> list[list[int]]:
-        """Clips in blocks of like length, the longest first.
+        """The clips in blocks of similar length, the longest first.
 
-        On a GPU, where rows are not padded but a block is decoded until its last row has ended, it is the parent's translations that
-        are of like length, as far as they are known.
+        On a GPU the length is that of the parent's translation, as far as it is known: rows are not padded there, and a block takes
+        as long as its longest answer. On a CPU it is that of the audio.
         """
         on_gpu = self._stepper.decoder.device.type == "cuda"
         rows = GPU_BLOCK_ROWS if on_gpu else self.decode.batch_size
         clips = self.select.clips
 
         def length(clip: int) -> tuple[int, float, str]:
-            tokens = max(map(len, self.parent.get(clip, [()]))) if on_gpu else 0
-            return (-tokens, -clips[clip].duration_s, clips[clip].id)
+            num_tokens = max(map(len, self.parent.get(clip, [()]))) if on_gpu else 0
+            return (-num_tokens, -clips[clip].duration_s, clips[clip].id)
 
         order = sorted(range(len(clips)), key=length)
         count = math.ceil(max(len(order), self._num_rows(order)) / rows)
@@ -172,7 +180,7 @@ class Scorer:
 
     @cached_property
     def empty_counts(self) -> dict[str, np.ndarray]:
-        """Counts (N, K) by language of a translation of which nothing is known yet."""
+        """N-gram counts (N clips, K) per language of translations of which nothing is known yet."""
         clips = range(len(self.select.clips))
         return {
             language: sentence_statistics(
@@ -183,18 +191,18 @@ class Scorer:
 
     @cached_property
     def signatures(self) -> dict[str, str]:
-        """sacreBLEU signature by language."""
+        """sacreBLEU signature per language."""
         one = {language: [self.reference(0, language)] for language in self.translated}
         return {
             lang: sentence_statistics(self.metrics[lang], texts, texts, lang).signature for lang, texts in one.items()
         }
 
     def reference(self, clip: int, language: str) -> str:
-        """Reference translation of the clip with this index; empty where it has none in `language`."""
+        """Reference translation of a clip; empty if it has none in `language`."""
         return self.select.clips[clip].references.get(language, "")
 
     def languages(self, clip: int) -> list[str]:
-        """Those that the clip with this index is translated into, one row of the decoder for each."""
+        """The languages that a clip is translated into; the decoder has one row for each."""
         return self.select.clips[clip].languages(self.translated)
 
     def _with_reference(self, block: Sequence[int], language: str) -> list[int]:
@@ -204,24 +212,28 @@ class Scorer:
         return sum(len(self.languages(clip)) for clip in block)
 
     def begin_round(self, removed: Mapping[Tower, Sequence[int]], parent: Mapping[int, list[list[int]]] | None) -> None:
-        """Candidates from here on lack the original layers in `removed`, beside their own; `parent` are the translations without."""
+        """Begin a round whose candidates lack the layers `removed` and one more.
+
+        `parent` are the translations of the model without `removed`, as far as they are known: clip -> one translation per
+        language.
+        """
         self.removed = {tower: list(removed.get(tower, ())) for tower in TOWERS}
         self.parent = dict(parent or {})
         self.blocks = self._blocks()
-        if self._offered:
-            self._drafting = self._accepted >= MIN_ACCEPTED * self._offered
-        self._accepted = self._offered = 0
+        if self._num_drafted:
+            self._drafting = self._num_accepted >= MIN_ACCEPTED * self._num_drafted
+        self._num_accepted = self._num_drafted = 0
         self._traces: dict[tuple[tuple[int, ...], str | None], Trace] = {}
 
     def drop_(self, tower: Tower, layer: int) -> None:
-        """Take an original layer out of the model for good; the model is about to be trained, so nothing that was shared holds."""
+        """Remove a layer of the base model from `model`, and forget what was computed: the model is trained next."""
         drop_layers_(self.model, {tower: [self.present[tower].index(layer)]})
         self.present = {t: [i for i in layers if (t, i) != (tower, layer)] for t, layers in self.present.items()}
         self._stepper = Stepper(PackedDecoder(self.model), self.eos)
         self._states, self._traces = {}, {}
 
     def candidates(self, lineage: Lineage) -> list[Candidate]:
-        """Layers that may still go."""
+        """The layers in `lineage` that may go."""
         found: list[Candidate] = []
         for tower in TOWERS:
             if self.settings.towers in (tower, "both"):
@@ -232,22 +244,23 @@ class Scorer:
         return found
 
     def influence(self, candidate: Candidate) -> float:
-        """Block Influence of a decoder layer in the parent's pass (see drafts.Trace); infinite where none is known."""
+        """Block Influence of a decoder layer in the parent (see `Trace`), on the first block; infinite where it is not known."""
         language = None if self.translated else next(iter(self.metrics))
-        if candidate.layer not in self.present[candidate.tower]:  # gone for good, in a round that is read again
+        if candidate.layer not in self.present[candidate.tower]:  # removed for good; the round comes from the journal
             return math.inf
         block = self._with_reference(self.blocks[0], language) if language else self.blocks[0]
         traced = self._trace(block, language) if block and candidate.tower == "decoder" else None
-        return traced.influence[self._position(candidate)] if traced else math.inf
+        return traced.influence[self._layer_index(candidate)] if traced else math.inf
 
     def add(
         self, tallies: Mapping[Candidate, Tally], block: Sequence[int], floor: float | None = None
     ) -> dict[Candidate, bool]:
-        """Translate a block of clips without each candidate's layer and add that to its tally.
+        """Translate a block of clips with each candidate and add the translations to its tally.
 
-        False, with nothing added, for a candidate that is certain to stay below `floor` however the rest turns out.
+        Per candidate, whether it was added. False is for a candidate that was given up, because it is certain to stay below
+        `floor`.
         """
-        done = dict.fromkeys(tallies, True)
+        added = dict.fromkeys(tallies, True)
         for candidate, tally in tallies.items():
             for language, metric in self.metrics.items():
                 if metric == "loss":
@@ -256,40 +269,40 @@ class Scorer:
                 tally.add(self._translate(candidate, block))
         candidates = [candidate for candidate in tallies if candidate.tower == "decoder"]
         if not self.translated or not candidates:
-            return done
+            return added
         traced = self._trace(block)
         if traced is None:
             for candidate in candidates:
                 tallies[candidate].add(self._translate(candidate, block))
-            return done
+            return added
         keys = [(clip, self.translated.index(language)) for clip in block for language in self.languages(clip)]
-        size = self._batch(traced)
+        size = self._group_size_in_memory(traced)
 
         def translate(group: Sequence[Candidate]) -> list[list[list[int]] | None]:
             def hopeless(index: int, rows: list[list[int]]) -> bool:
                 return floor is not None and tallies[group[index]].bound(dict(zip(keys, rows))) < floor
 
-            positions = [self._position(candidate) for candidate in group]
-            return translate_without(self._stepper, traced, positions, hopeless if floor is not None else None)
+            layers = [self._layer_index(candidate) for candidate in group]
+            return translate_without(self._stepper, traced, layers, hopeless if floor is not None else None)
 
         for start in range(0, len(candidates), size):
             group = candidates[start : start + size]
             for candidate, rows in zip(group, split_on_oom(translate, group)):
-                done[candidate] = rows is not None
+                added[candidate] = rows is not None
                 if rows is not None:
                     tallies[candidate].add(self._by_clip(block, rows))
-                    self._count(traced.drafts, rows)
-        return done
+                    self._count_accepted(traced.drafts, rows)
+        return added
 
-    def _count(self, drafts: Sequence[list[int]], rows: Sequence[list[int]]) -> None:
-        """Add up how many of the drafts' tokens were right."""
+    def _count_accepted(self, drafts: Sequence[list[int]], rows: Sequence[list[int]]) -> None:
+        """Count the drafts' tokens, and those up to the first that was wrong."""
         if self._drafting:
-            self._offered += sum(map(len, drafts))
+            self._num_drafted += sum(map(len, drafts))
             for draft, row in zip(drafts, rows):
-                self._accepted += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, row)))
+                self._num_accepted += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, row)))
 
     def parent_tally(self, journal: Path | None = None) -> Tally:
-        """The round's parent on all clips. Parts go to `journal` as they are made, and those that stand there are not made again."""
+        """The tally of the round's parent on all clips. Each part is written to `journal`; parts found there are not made again."""
         tally = Tally(self)
         known = {tuple(record["clips"]): record for record in (read_journal(journal) if journal else ())}
         size = CPU_BATCH if self._stepper.decoder.device.type == "cpu" else len(self.select.clips)
@@ -311,18 +324,18 @@ class Scorer:
         return tally
 
     def group_size(self) -> int:
-        """Candidates that are decoded together: on a GPU a step costs little more for many rows, on a CPU as much for each."""
+        """How many candidates are decoded together. On a GPU a step takes hardly longer with more rows; on a CPU it does."""
         if not self._sharing or self._stepper.decoder.device.type != "cuda":
             return 1
         return max(1, ROWS_IN_FLIGHT // max(1, *map(self._num_rows, self.blocks)))
 
-    def _batch(self, traced: Trace) -> int:
-        """How many candidates' rows memory holds at once."""
+    def _group_size_in_memory(self, traced: Trace) -> int:
+        """`group_size`, or as many candidates as the memory for keys and values allows."""
         prompts, slots = sum(traced.lengths), sum(traced.lengths) + sum(traced.limits)
         return max(1, min(self.group_size(), (self._stepper.room() - prompts) // slots))
 
     def _translate(self, candidate: Candidate | None, block: Sequence[int]) -> dict[int, list[list[int]]]:
-        """Translations by clip, decoded from the beginning."""
+        """Translations of a block, decoded from the beginning: clip -> one translation per language. No candidate: the parent's."""
         prompts = self._prompts(block, self.translated, candidate)
         rows = greedy(self._stepper, prompts, self._limits(block), self.decode.batch_size, self._active(candidate))
         return self._by_clip(block, rows)
@@ -332,23 +345,23 @@ class Scorer:
         return {clip: list(islice(remaining, len(self.languages(clip)))) for clip in block}
 
     def _losses(self, candidate: Candidate | None, block: Sequence[int], language: str) -> dict[int, tuple[float, int]]:
-        """Teacher-forced loss of each clip's reference: nats in all, and tokens."""
+        """Teacher-forced loss of each clip's reference: clip -> (sum in nats, tokens). No candidate: the parent's."""
         block = self._with_reference(block, language)
         if not block:
             return {}
         answers = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
         traced = self._trace(block, language) if candidate and candidate.tower == "decoder" else None
         if traced and candidate:
-            sums = losses_without(self._stepper.decoder, traced, self._position(candidate))
+            sums = losses_without(self._stepper.decoder, traced, self._layer_index(candidate))
         else:
             prompts = self._prompts(block, [language], candidate)
             sums = losses(self._stepper.decoder, prompts, answers, self._active(candidate))
         return {clip: (nats, len(answer)) for clip, nats, answer in zip(block, sums, answers)}
 
     def _trace(self, block: Sequence[int], language: str | None = None) -> Trace | None:
-        """The parent's pass over the block and its own translations, or over the references in `language`; made once a round.
+        """The parent's pass over a block's prompts and translations, or over its references in `language`. Made once per round.
 
-        None, with a word, where it would not fit in memory.
+        None if it would not fit in memory, which is said once, or if an earlier one did not.
         """
         key = (tuple(block), language)
         if not self._sharing or key in self._traces:
@@ -364,8 +377,8 @@ class Scorer:
                 self.parent.update(self._translate(None, block))
             drafts = [ids if self._drafting else NO_DRAFT for clip in block for ids in self.parent[clip]]
         active, allowed = self._active(None), self.candidates(self.lineage)
-        positions = [p for p in active if Candidate("decoder", self.present["decoder"][p]) in allowed]
-        needed = Trace.num_bytes(decoder, len(active), len(positions), prompts, drafts)
+        may_go = [i for i in active if Candidate("decoder", self.present["decoder"][i]) in allowed]
+        needed = Trace.num_bytes(decoder, len(active), len(may_go), prompts, drafts)
         free = decoder.free_bytes()
         if needed > TRACE_SHARE * free:
             say(
@@ -373,7 +386,7 @@ class Scorer:
             )
             self._sharing, self._traces = False, {}
             return None
-        self._traces[key] = trace(decoder, prompts, drafts, limits, active, positions)
+        self._traces[key] = trace(decoder, prompts, drafts, limits, active, may_go)
         return self._traces[key]
 
     def _prompts(
@@ -387,15 +400,19 @@ class Scorer:
         ]
 
     def _encoded(self, block: Sequence[int], candidate: Candidate | None) -> dict[int, Tensor]:
-        """Audio states by clip, of this block at least; kept for the round's tower (all clips at once) and one candidate's."""
-        gone, shared = (tuple(sorted(self._gone(c, "encoder"))) for c in (candidate, None))
-        states = self._states.get(gone, {})
-        missing = [clip for clip in (block if gone != shared else range(len(self.select.clips))) if clip not in states]
+        """Audio states per clip, of this block's clips at least.
+
+        Kept are the states of the parent's tower, for all clips at once, and of one candidate's tower.
+        """
+        left_out, of_parent = (tuple(sorted(self._left_out(c, "encoder"))) for c in (candidate, None))
+        states = self._states.get(left_out, {})
+        clips_needed = block if left_out != of_parent else range(len(self.select.clips))
+        missing = [clip for clip in clips_needed if clip not in states]
         if missing:
-            with without_layers(self.model, {"encoder": list(gone)}):
+            with without_layers(self.model, {"encoder": list(left_out)}):
                 clips = [self.select.clips[clip] for clip in missing]
                 states |= dict(zip(missing, encode_clips(self.model, self.processor, clips, ENCODE_BATCH)))
-            self._states = {key: value for key, value in self._states.items() if key == shared} | {gone: states}
+            self._states = {key: value for key, value in self._states.items() if key == of_parent} | {left_out: states}
         return states
 
     def _limits(self, block: Sequence[int]) -> list[int]:
@@ -403,14 +420,15 @@ class Scorer:
         return [max_new_tokens(clips[clip].duration_s, self.decode) for clip in block for _ in self.languages(clip)]
 
     def _active(self, candidate: Candidate | None) -> list[int]:
-        """Positions of the decoder layers that are run."""
-        gone = self._gone(candidate, "decoder")
-        return [position for position in range(len(self.present["decoder"])) if position not in gone]
+        """Indices in `model` of the decoder layers that the candidate runs."""
+        left_out = self._left_out(candidate, "decoder")
+        return [layer for layer in range(len(self.present["decoder"])) if layer not in left_out]
 
-    def _gone(self, candidate: Candidate | None, tower: Tower) -> list[int]:
-        """Positions in `model` of the layers of a tower that the candidate lacks, as far as they still stand there."""
+    def _left_out(self, candidate: Candidate | None, tower: Tower) -> list[int]:
+        """Indices in `model` of the tower's layers that the candidate lacks. Layers that were removed for good have none."""
         layers = [*self.removed[tower], *([candidate.layer] if candidate and candidate.tower == tower else [])]
         return [self.present[tower].index(layer) for layer in layers if layer in self.present[tower]]
 
-    def _position(self, candidate: Candidate) -> int:
+    def _layer_index(self, candidate: Candidate) -> int:
+        """Index of the candidate's layer in `model`."""
         return self.present[candidate.tower].index(candidate.layer)

@@ -1,7 +1,11 @@
-"""The iterative layer search (Moslem 2025, section 4): every round removes the layer whose removal hurts the translation score least.
+"""The iterative layer search (Moslem 2025, section 4): every round removes the layer whose removal hurts the translation score
+least.
 
-A round's candidates are shared out over the processes of a distributed run in waves: some candidates each, then everybody hears
-everybody's results and the main process writes it down, so that a killed search goes on from its last wave.
+The processes of a distributed run share a round's candidates, in waves. In a wave every process scores some candidates, then all
+processes exchange their results, and the main process writes them to the journal. A search that was killed goes on after its last
+wave.
+
+A record is the result of one candidate in one round, as a dict that the journal holds (`_record`).
 """
 
 from __future__ import annotations
@@ -26,24 +30,24 @@ from trimlingual.search.plan import PrunePlan, Removal
 from trimlingual.search.scorer import Candidate, Scorer, Tally
 
 JOURNAL_FILE = "candidates.jsonl"
-TIE = 1e-9  # scores closer than this are equal: bounds are sums in another order than scores
+TIE = 1e-9  # scores closer than this count as equal, because a bound and a score are summed in different orders
 Advance = Callable[..., None]
 
 
 @dataclass
 class Search:
-    """A search under way."""
+    """A search and its results so far. Every process has one, with the same results."""
 
     scorer: Scorer
     journal: Path
-    # Fine-tunes after a removal, if the recipe asks for it: (lineage without the layer, removal).
+    # Fine-tunes after each removal, if the recipe asks for it. Called with the lineage without the layer, and the removal.
     after_removal: Callable[[Lineage, Removal], None] | None = None
     removals: list[Removal] = field(default_factory=list)
-    scored: list[dict[str, Any]] = field(default_factory=list)  # records of all rounds
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    scored: list[dict[str, Any]] = field(default_factory=list)  # the records of all rounds
+    curve: list[dict[str, Any]] = field(default_factory=list)  # per number of layers removed: score and share kept
 
     def run(self) -> PrunePlan:
-        """Search; every record is in the journal as soon as everybody has heard of it."""
+        """Run all rounds. Records that are in the journal are not made again. ValueError if no layer can go."""
         scorer, settings = self.scorer, self.scorer.settings
         known = read_journal(self.journal) if is_main_process() else []
         self.known = {_identity(record): record for record in gather(known)[0]}
@@ -55,16 +59,17 @@ class Search:
         with progress("searching layers", total + 1) as advance:
             baseline = self._baseline()
             advance(1)
-            self._note(0, baseline)
+            self._add_to_curve(0, baseline)
             lineage, parent = scorer.lineage, baseline
             for number in range(1, settings.num_layers_to_remove + 1):
-                gone = {tower: [r.layer for r in self.removals if r.tower == tower] for tower in TOWERS}
-                keeps = self.after_removal is None  # a trained model's translations are new
-                scorer.begin_round(gone, _tokens(parent) if keeps or number == 1 else None)
+                removed = {tower: [r.layer for r in self.removals if r.tower == tower] for tower in TOWERS}
+                # A model that was fine-tuned since has other translations than its record.
+                parent_is_known = self.after_removal is None or number == 1
+                scorer.begin_round(removed, _tokens(parent) if parent_is_known else None)
                 started = time.perf_counter()
                 best, records = self._round(number, scorer.candidates(lineage), advance)
                 self.scored += records
-                if not self._note(number, best):
+                if not self._add_to_curve(number, best):
                     break
                 removal = self._removal(number, best, records)
                 self.removals.append(removal)
@@ -100,38 +105,39 @@ class Search:
         advance: Advance | None = None,
         earlier: Mapping[Candidate, dict[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Records of the candidates on these blocks of clips, in order: from the journal, or scored now, shared by all processes.
+        """Score candidates on blocks of clips, all processes together; their records, in order. Records in the journal are taken
+        from it.
 
-        `floor(records so far)` is the score below which a candidate is given up. `earlier` holds the candidates' records on other
-        clips, all the same, which are added to.
+        `floor`, called with the records so far, gives the score below which a candidate is given up. `earlier` are the candidates'
+        records on other clips, the same clips for all; the new records are over both.
         """
         earlier = earlier or {}
-        clips = sum(map(len, blocks)) + (earlier[candidates[0]]["num_clips"] if earlier else 0)
-        records = [r for c in candidates if (r := self.known.get(_key(number, c, clips)))]
+        num_clips = sum(map(len, blocks)) + (earlier[candidates[0]]["num_clips"] if earlier else 0)
+        records = [r for c in candidates if (r := self.known.get(_key(number, c, num_clips)))]
         if advance:
             advance(len(records))
-        pending = [c for c in candidates if _key(number, c, clips) not in self.known]
+        pending = [c for c in candidates if _key(number, c, num_clips) not in self.known]
         size = self._wave_size(len(pending))
         for start in range(0, len(pending), size):
             wave = pending[start : start + size]
             limit = floor(records) if floor else None
-            mine = self._score(number, wave[process_index() :: num_processes()], blocks, limit, earlier)
-            for record in chain.from_iterable(gather(mine)):
-                self._keep(record)
+            scored_here = self._score(number, wave[process_index() :: num_processes()], blocks, limit, earlier)
+            for record in chain.from_iterable(gather(scored_here)):
+                self._add_to_journal(record)
                 records.append(record)
             if advance:
                 best = max((r["score"] for r in records if r["score"] is not None), default=None)
                 advance(len(wave), f"round {number}, best {best:.2f}" if best is not None else "")
         by_candidate = {_identity(r): r for r in records}
-        return [by_candidate[_key(number, c, clips)] for c in candidates]
+        return [by_candidate[_key(number, c, num_clips)] for c in candidates]
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _add_to_journal(self, record: dict[str, Any]) -> None:
         self.known[_identity(record)] = record
         if is_main_process():
             append_jsonl(self.journal, record)
 
     def _baseline(self) -> dict[str, Any]:
-        """The unpruned model's record; everybody goes on from the main process's translations."""
+        """The unpruned model's record. The main process makes it, and all processes go on from its translations."""
         key = _key(0, None, len(self.scorer.select.clips))
         if key not in self.known:
             started, record = time.perf_counter(), None
@@ -139,11 +145,11 @@ class Search:
                 scratch = self.journal.parent / SCRATCH
                 scratch.mkdir(exist_ok=True)
                 record = _record(0, None, self.scorer.parent_tally(scratch / "unpruned.jsonl"), True, started)
-            self._keep(gather(record)[0])
+            self._add_to_journal(gather(record)[0])
         return self.known[key]
 
     def tally(self, record: dict[str, Any]) -> Tally:
-        """A record's translations, to be scored again."""
+        """A record's translations and losses as a tally, which can be added to."""
         tally = Tally(self.scorer)
         if record["tokens"]:
             tally.add(_tokens(record))
@@ -152,7 +158,7 @@ class Search:
         return tally
 
     def statistics(self, record: dict[str, Any]) -> list[SentenceStatistics]:
-        """A record's counts, language by language."""
+        """A record's n-gram counts, one entry per language."""
         tally = self.tally(record)
         return [tally.statistics(language) for language in self.scorer.translated]
 
@@ -164,16 +170,16 @@ class Search:
         floor: float | None,
         earlier: Mapping[Candidate, dict[str, Any]],
     ) -> list[dict[str, Any]]:
-        """Records of some candidates of round `number`, scored together; the score is None of one that was given up."""
+        """Score some candidates of a round in one process, together; their records. A candidate that was given up has score None."""
         started = time.perf_counter()
         tallies = {c: self.tally(earlier[c]) if c in earlier else Tally(self.scorer) for c in candidates}
-        standing = dict(tallies)
+        remaining = dict(tallies)
         for i, block in enumerate(blocks):
-            done = self.scorer.add(standing, block, floor) if standing else {}
-            standing = {c: tally for c, tally in standing.items() if done[c]}
+            added = self.scorer.add(remaining, block, floor) if remaining else {}
+            remaining = {c: tally for c, tally in remaining.items() if added[c]}
             if floor is not None and i + 1 < len(blocks):
-                standing = {c: tally for c, tally in standing.items() if tally.bound() >= floor}
-        records = [_record(number, c, tally, c in standing, started) for c, tally in tallies.items()]
+                remaining = {c: tally for c, tally in remaining.items() if tally.bound() >= floor}
+        records = [_record(number, c, tally, c in remaining, started) for c, tally in tallies.items()]
         for candidate, record in zip(candidates, records):
             record["seconds"] = round(record["seconds"] / len(candidates), 4)
             if candidate in earlier:
@@ -184,78 +190,84 @@ class Search:
     def _round(
         self, number: int, candidates: Sequence[Candidate], advance: Advance
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The best candidate's record and all of the round's records."""
+        """Run a round: the best candidate's record, and the records of all candidates."""
         settings = self.scorer.settings
-        # A race looks at all candidates first, in any order: what ordering takes (a pass of the parent) would be wasted on it.
+        # Only the exact mode uses the order; the others score all candidates on the first clips. Ordering takes a pass of the
+        # parent.
         ordered = self._ordered(number, candidates) if settings.selection == "exact" else candidates
         if number == 1:
             self._probe(candidates)
         if settings.selection != "exact":
             halving = settings.selection == "successive-halving"
-            won = race(
+            best_and_records = race(
                 candidates,
                 len(self.scorer.select.clips),
                 settings.first_clips,
-                lambda standing, clips, last: self.share_out(number, standing, [clips], earlier=last),
+                lambda remaining, clips, last: self.share_out(number, remaining, [clips], earlier=last),
                 better_half if halving else partial(not_beaten, statistics=self.statistics),
             )
             advance(len(candidates), f"round {number}")
-            return won
+            return best_and_records
         floor = second_best if settings.early_stopping else None
         records = self.share_out(number, ordered, self.scorer.blocks, floor, advance)
         records = sorted(records, key=lambda r: candidates.index(Candidate(r["tower"], r["layer"])))
-        whole = [record for record in records if record["score"] is not None]
-        return max(whole, key=lambda record: record["score"]), records  # of equal ones the first, so the order is fixed
+        scored = [record for record in records if record["score"] is not None]
+        return max(scored, key=lambda record: record["score"]), records  # of equal scores the first candidate wins
 
     def _ordered(self, number: int, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Most promising first, so that the others are given up early: by the last round's score, else by Block Influence."""
-        clips = len(self.scorer.select.clips)
-        if all(_key(number, candidate, clips) in self.known for candidate in candidates):
+        """The most promising candidates first, so that the others are given up early: by last round's score, then Block Influence."""
+        num_clips = len(self.scorer.select.clips)
+        if all(_key(number, candidate, num_clips) in self.known for candidate in candidates):
             return list(candidates)
-        last = {(r["tower"], r["layer"]): r["score"] for r in self.scored if r["round"] == number - 1}
+        last_scores = {(r["tower"], r["layer"]): r["score"] for r in self.scored if r["round"] == number - 1}
 
         def promise(candidate: Candidate) -> tuple[float, float]:
-            score = last.get(candidate)
+            score = last_scores.get(candidate)
             return (-score if score is not None else 0.0, self.scorer.influence(candidate))
 
         return gather(sorted(candidates, key=promise))[0]
 
     def _probe(self, candidates: Sequence[Candidate]) -> None:
-        """Time some candidates, and say how long the whole search will take."""
+        """Score some candidates, and say how long the whole search will take at their speed."""
         total = self._num_candidates()
         count = self._wave_size(len(candidates))
-        first = (len(candidates) - count) // 2  # of middle depth: what lies above the missing layer is what takes time
+        first = (
+            len(candidates) - count
+        ) // 2  # of middle depth, because the layers above the missing one take the time
         started = time.perf_counter()
         probed = self.share_out(1, candidates[first : first + count], self.scorer.blocks)
         seconds = max(time.perf_counter() - started, max(r["seconds"] for r in probed) / num_processes()) / len(probed)
         expected = f"{seconds * total / 60:.1f} minutes" if seconds * total > 90 else f"{seconds * total:.0f} s"
-        say(f"  about {expected} at {seconds:.2f} s a candidate, if none is given up")
+        say(f"  about {expected} at {seconds:.2f} s per candidate, if none is given up")
 
     def _wave_size(self, count: int) -> int:
-        """Candidates of all processes in a wave, of `count` that are left: in waves of equal size."""
-        most = self.scorer.group_size() * num_processes()
-        return math.ceil(count / math.ceil(count / most)) if count else 1
+        """Candidates in a wave, over all processes. The `count` candidates that are left go into waves of equal size."""
+        largest = self.scorer.group_size() * num_processes()
+        return math.ceil(count / math.ceil(count / largest)) if count else 1
 
     def _num_candidates(self) -> int:
-        first = len(self.scorer.candidates(self.scorer.lineage))
-        return sum(first - removed for removed in range(self.scorer.settings.num_layers_to_remove))
+        """Candidates of all rounds together."""
+        in_first_round = len(self.scorer.candidates(self.scorer.lineage))
+        return sum(in_first_round - removed for removed in range(self.scorer.settings.num_layers_to_remove))
 
-    def _note(self, number: int, record: dict[str, Any]) -> bool:
-        """Add to the curve; whether enough of the score is kept to go on."""
+    def _add_to_curve(self, number: int, record: dict[str, Any]) -> bool:
+        """Add the score without `number` layers to the curve. True if `min_retained` of the unpruned score is kept."""
         entry: dict[str, Any] = {"num_removed": number, "score": record["score"]}
         if "loss" not in self.scorer.metrics.values():
             entry["retained"] = (
                 record["score"] / self.curve[0]["score"] if self.curve and self.curve[0]["score"] else 1.0
             )
         self.curve.append(entry)
-        least = self.scorer.settings.min_retained
-        if least is None or entry["retained"] >= least:
+        min_retained = self.scorer.settings.min_retained
+        if min_retained is None or entry["retained"] >= min_retained:
             return True
-        say(f"  {number} layers removed would keep {entry['retained']:.1%} of the score, below {least:.1%}: stopping")
+        say(
+            f"  {number} layers removed would keep {entry['retained']:.1%} of the score, below {min_retained:.1%}: stopping"
+        )
         return False
 
     def _removal(self, number: int, best: dict[str, Any], records: Sequence[dict[str, Any]]) -> Removal:
-        """The removal, with how sure it is against the runner-up."""
+        """The removal of the best candidate, with its score difference to the runner-up, and that difference's interval."""
         removal = Removal(tower=best["tower"], layer=best["layer"], round=number, score=best["score"])
         others = [
             r for r in records if r["score"] is not None and r is not best and r["num_clips"] == best["num_clips"]
@@ -269,29 +281,30 @@ class Search:
 
 
 def second_best(records: Sequence[dict[str, Any]]) -> float | None:
-    """Below this a candidate is neither the best of its round nor the runner-up."""
+    """The second best score so far. A candidate below it is neither the best of its round nor the runner-up."""
     scores = sorted((r["score"] for r in records if r["score"] is not None), reverse=True)
     return scores[1] - TIE if len(scores) > 1 else None
 
 
-def _record(number: int, candidate: Candidate | None, tally: Tally, whole: bool, started: float) -> dict[str, Any]:
-    """What the journal remembers; score None and no translations of a candidate that was given up."""
-    scores = tally.scores() if whole else {}
+def _record(number: int, candidate: Candidate | None, tally: Tally, complete: bool, started: float) -> dict[str, Any]:
+    """The record of a candidate in round `number`, or of the unpruned model. If given up, score is None and there are no tokens."""
+    scores = tally.scores() if complete else {}
     return {
         "round": number,
         "tower": candidate.tower if candidate else None,
         "layer": candidate.layer if candidate else None,
         "num_clips": len(tally.scorer.select.clips),
-        "score": sum(scores.values()) / len(scores) if whole else None,
+        "score": sum(scores.values()) / len(scores) if complete else None,
         "scores": scores,
         "num_truncated": tally.num_runaways(),
         "seconds": round(time.perf_counter() - started, 4),
-        "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if whole else {},
+        "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if complete else {},
         "losses": tally.losses,
     }
 
 
 def _key(number: int, candidate: Candidate | None, num_clips: int) -> tuple[Any, ...]:
+    """What names a record in the journal; `_identity` of that record."""
     tower, layer = candidate or (None, None)
     return (number, tower, layer, num_clips)
 
