@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
-from trimlingual.pipeline import compress, plan, run_stage
+from trimlingual.pipeline import plan, run_stage
 from trimlingual.recipe import Recipe, languages, load_recipe
 from trimlingual.run.artifacts import find_artifact, machine, write_json
 from trimlingual.run.jsonl import read_jsonl
@@ -50,9 +50,11 @@ EXPERIMENTS: dict[str, list[str]] = {
     "int4-32": [*TOKENS, *ROUNDED, "quantize.rounding=calibrated", "quantize.group_size=32"],
     "int4-qlora": [*TOKENS, *INT4],
     "int4-qlora-tokens": [*TOKENS, *INT4, "quantize.train.token_distillation={weight: 0.5}"],
+    "int4-qlora-calibrated": [*TOKENS, *INT4, "quantize.rounding=calibrated"],
     "nf4": [*TOKENS, "quantize.train=null"],
     "system-a": [*UNPRUNED, *INT4],
     "system-a-calibrated": [*UNPRUNED, *ROUNDED, "quantize.rounding=calibrated"],
+    "system-a-qlora-calibrated": [*UNPRUNED, *INT4, "quantize.rounding=calibrated"],
     "system-a-nf4": UNPRUNED,
     "select-200": SEARCH_ONLY,
     "select-100": ["data.select={kind: manifest, path: LAB/select-100.jsonl}", *SEARCH_ONLY],
@@ -142,12 +144,14 @@ def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], co
     run.mkdir(parents=True, exist_ok=True)
     borrow(recipe, run)
     started = time.perf_counter()
+    names = [step.name for step in plan(recipe, run) if step.name not in ("exported", "report")]
     if until:
-        names = [step.name for step in plan(recipe, run) if not step.name.startswith("evaluate")]
-        for stage in names[: names.index(until) + 1]:
-            run_stage(recipe, run, stage)
+        names = [name for name in names if not name.startswith("evaluate")]
+        names = names[: names.index(until) + 1]
+    for stage in names:
+        run_stage(recipe, run, stage)
+    if until:
         return
-    compress(recipe, run)
     seconds = time.perf_counter() - started
     rows = list(rows_of(lab, name, seed, run, recipe, seconds))
     stages = {p.parent.name: json.loads(p.read_text("utf-8"))["seconds"] for p in run.glob("*/artifact.json")}
