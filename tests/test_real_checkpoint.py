@@ -97,7 +97,6 @@ def test_the_papers_split(kit):
     assert sorted(split["test"] + split["select"] + split["train"]) == list(range(884))
 
 
-@pytest.mark.slow
 def test_the_whole_kit(kit, clips, tmp_path):
     out = tmp_path / "out"
     trial = ["--steps", "2", "--max-new-tokens", "6", "--languages", "de", "--tidy"]

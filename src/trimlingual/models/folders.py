@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trimlingual.models.errors import ModelError
+from trimlingual.run.fingerprint import read_object
 
 # Stages that need the weights themselves, which 4-bit words of bitsandbytes are not.
 CHANGES_WEIGHTS = ("teacher", "recovered", "pruned", "quantized")
@@ -47,7 +47,7 @@ def refuse(problems: Sequence[str]) -> None:
 def model_problems(folder: Path, weights: bool = True) -> list[str]:
     """Why no model can be loaded from `folder`; without `weights` only what its configuration tells."""
     if (folder / "adapter_config.json").is_file():
-        base = _read(folder / "adapter_config.json").get("base_model_name_or_path", "its base model")
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path", "its base model")
         return [
             f"{folder} holds a LoRA adapter, not a model; merge it onto {base} first (peft: merge_and_unload) and save the result"
         ]
@@ -59,7 +59,7 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
         return []
     if not list(folder.glob("*.safetensors")):
         return [f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)"]
-    shards = sorted(set(_read(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
+    shards = sorted(set(read_object(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         return [
@@ -83,7 +83,7 @@ def is_bitsandbytes(folder: Path) -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return _read(folder / "config.json")
+    return read_object(folder / "config.json")
 
 
 def _is_model(folder: Path) -> bool:
@@ -91,17 +91,9 @@ def _is_model(folder: Path) -> bool:
 
 
 def _largest_id(path: Path) -> int | None:
-    tokenizer = _read(path)
+    tokenizer = read_object(path)
     ids = [token["id"] for token in tokenizer.get("added_tokens", [])]
     vocabulary = (tokenizer.get("model") or {}).get("vocab")
     if isinstance(vocabulary, dict):
         ids += vocabulary.values()
     return max(ids, default=None)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}

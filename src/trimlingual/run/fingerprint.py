@@ -180,7 +180,7 @@ class HashCache:
 
     def _remembered(self, folder: Path, stamps: Mapping[str, list[int]]) -> dict[str, str]:
         if folder not in self._known:
-            self._known[folder] = _read_json(self._file(folder)).get("files", {})
+            self._known[folder] = read_object(self._file(folder)).get("files", {})
         known = self._known[folder]
         return {name: known[name][3] for name, stamp in stamps.items() if known.get(name, [])[:3] == stamp}
 
@@ -203,11 +203,11 @@ class HashCache:
 
     def named(self, name: str) -> str | None:
         """What `remember_named` kept under a name, e.g. the content of a Hub model that is not on this machine."""
-        return _read_json(self.folder / "named.json").get(name)
+        return read_object(self.folder / "named.json").get(name)
 
     def remember_named(self, name: str, value: str) -> None:
         """Keep a fingerprint under a name."""
-        names = _read_json(self.folder / "named.json")
+        names = read_object(self.folder / "named.json")
         if names.get(name) != value:
             self.write(self.folder / "named.json", {**names, name: value})
 
@@ -232,7 +232,8 @@ def _stamp(path: Path) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where the file is missing, damaged or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -282,7 +283,7 @@ def model_files(folder: Path) -> list[Path]:
 def hash_model(folder: Path, remembered: HashCache) -> str:
     """What stands for a model folder's content, wherever it stands; the name that its lineage gives the base does not count."""
     content = hash_files(model_files(folder), remembered, folder)
-    lineage = {key: value for key, value in _read_json(folder / "lineage.json").items() if key != "base"}
+    lineage = {key: value for key, value in read_object(folder / "lineage.json").items() if key != "base"}
     if not lineage or content == UNREAD:
         return content
     return hashlib.sha256(json.dumps([content, lineage], sort_keys=True).encode()).hexdigest()[:16]
@@ -290,7 +291,7 @@ def hash_model(folder: Path, remembered: HashCache) -> str:
 
 def is_whole(folder: Path) -> bool:
     """Whether a model folder has its configuration, a tokenizer and all of its weights (a download may have been stopped)."""
-    index = _read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+    index = read_object(folder / "model.safetensors.index.json").get("weight_map", {})
     weights = {*index.values()} or {path.name for path in folder.glob("*.safetensors")}
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
     return (

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from trimlingual.run import interruptions
 from trimlingual.run.artifacts import write_json
+from trimlingual.run.fingerprint import read_object
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
 from trimlingual.run.progress import progress, say
 
@@ -61,9 +62,9 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, total = state.global_step, state.max_steps
-        came = _read(self.work_dir / START_FILE) if is_main_process() else {}
+        came = read_object(self.work_dir / START_FILE) if is_main_process() else {}
         if self.resumed:
-            self._restore(_read(Path(self.resumed) / COMPLETE_FILE))
+            self._restore(read_object(Path(self.resumed) / COMPLETE_FILE))
         if came.get("from") == step:
             self._starts = came["starts"] + 1
         if came or self.resumed:
@@ -139,13 +140,6 @@ def _guess(model: torch.nn.Module) -> int:
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = training if hasattr(model, "peft_config") else list(model.parameters())
     return sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in training)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def last_complete_checkpoint(work_dir: Path) -> str | None:
