@@ -11,7 +11,7 @@ WORKERS ?= 2
 VENV_LOWEST ?= .venv-lowest
 LOWEST_TORCH ?= 2.13.0
 
-.PHONY: compress test test-slow test-lowest test-gpu lint format bench clean
+.PHONY: compress test test-slow test-lowest test-gpu lint format bench dist clean
 
 compress: $(VENV)/.ready
 	$(BIN)/trimlingual compress $(RECIPE) $(ARGS)
@@ -51,8 +51,12 @@ $(VENV_LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(VENV_LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt --editable '.[dev]'
 	touch $@
 
+# sdist and wheel; the wheel is installed in a fresh environment outside the checkout, and the built-in recipe runs there
+dist:
+	tools/dist.sh $(PYTHON)
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/mini_compress.py
 
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LOWEST) dist runs .pytest_cache .mypy_cache .ruff_cache
