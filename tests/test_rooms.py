@@ -11,7 +11,7 @@ import trimlingual
 PACKAGE = Path(trimlingual.__file__).parent
 # From the top down. A room imports from itself and from rooms below it.
 ROOMS = [
-    "__main__", "__init__", "cli", "pipeline", "preflight", "steps", "app", "stages", "step_inputs", "resources", "estimate",
+    "__main__", "__init__", "cli", "api", "pipeline", "preflight", "steps", "app", "stages", "step_inputs", "resources", "estimate",
     "vocabulary", "search", "training", "decoding", "quantization", "exports", "evaluation", "models", "data", "report",
     "recipe", "run",
 ]  # fmt: skip
@@ -43,3 +43,9 @@ def test_imports_run_downwards():
 
 def test_no_circle_is_left():
     TopologicalSorter(imports()).prepare()  # CycleError names it
+
+
+def test_the_docs_name_every_file():
+    text = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not [name for name in sorted(files) if f"`{name}`" not in text]

@@ -208,8 +208,15 @@ def translate(
 
 
 @app.command(epilog="Example: trimlingual recipes")
-def recipes() -> None:
+def recipes(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a recipe instead, for editors.")
+    ] = False,
+) -> None:
     """List the shipped recipes."""
+    if schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+        return
     table = Table("recipe", "what it does", "base model")
     for name in list_recipes():
         settings = load_recipe(name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from trimlingual.recipe.data import DataSettings
 from trimlingual.recipe.section import Section
@@ -55,20 +55,29 @@ class SharedSettings:
 class Recipe(Section):
     """A whole run. A stage whose section is null is left out."""
 
-    name: str
-    description: str = ""
-    seed: int = 0
-    model: ModelSettings
-    task: TaskSettings
-    data: DataSettings
-    decode: DecodeSettings = DecodeSettings()
-    vocab: VocabSettings | None = None
-    finetune: TrainSettings | None = TrainSettings()
-    rank: RankSettings | None = RankSettings()
-    distill: DistillSettings | None = DistillSettings()
-    recover: TrainSettings | None = TrainSettings(epochs=4.0, data=MixSettings(gold=1, distilled=1))
-    quantize: QuantizeSettings | None = QuantizeSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
+    name: str = Field(description="of the run; its folder is runs/NAME by default")
+    description: str = Field(default="", description="one line, for `trimlingual recipes`")
+    seed: int = Field(default=0, description="of training and of adapters' first weights")
+    model: ModelSettings = Field(description="the base model")
+    task: TaskSettings = Field(description="languages and prompt")
+    data: DataSettings = Field(description="the clips")
+    decode: DecodeSettings = Field(default=DecodeSettings(), description="how everything is translated")
+    vocab: VocabSettings | None = Field(default=None, description="tokens that stay; null: all")
+    finetune: TrainSettings | None = Field(
+        default=TrainSettings(), description="the teacher; null: the base model is pruned as it is"
+    )
+    rank: RankSettings | None = Field(default=RankSettings(), description="which layers go; null: none")
+    distill: DistillSettings | None = Field(
+        default=DistillSettings(), description="the teacher's translations as training data; null: none"
+    )
+    recover: TrainSettings | None = Field(
+        default=TrainSettings(epochs=4.0, data=MixSettings(gold=1, distilled=1)),
+        description="training of the pruned student; null: none",
+    )
+    quantize: QuantizeSettings | None = Field(
+        default=QuantizeSettings(), description="QLoRA and 4 bits; null: no 4-bit model"
+    )
+    evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="what is measured")
 
     @property
     def shared(self) -> SharedSettings:

@@ -22,7 +22,9 @@ class ModelSettings(Section):
         description="`builtin:mini`, a folder, a Hub id, or random:qwen2-audio-7b (a rehearsal)",
         json_schema_extra=NO_RESULT,
     )
-    revision: str | None = Field(default=None, json_schema_extra=NO_RESULT)
+    revision: str | None = Field(
+        default=None, json_schema_extra=NO_RESULT, description="commit, branch or tag of a Hub model; null: the newest"
+    )
     dtype: Dtype = Field(default="bfloat16", description="weights in memory, while computing")
     storage_dtype: Dtype = Field(default="bfloat16", description="weights on disk")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=NO_RESULT)
@@ -39,9 +41,16 @@ class ModelSettings(Section):
 class TaskSettings(Section):
     """What is asked of the model."""
 
-    target_languages: Annotated[list[str], Field(min_length=1)]
-    system_prompt: str = "You are a professional translator."
-    prompt: str = "Translate the English speech into {language}:"
+    target_languages: Annotated[list[str], Field(min_length=1)] = Field(
+        description="codes, with or without a region: de, zh, pt-BR"
+    )
+    system_prompt: str = Field(
+        default="You are a professional translator.", description="the conversation's first message"
+    )
+    prompt: str = Field(
+        default="Translate the English speech into {language}:",
+        description="`{language}` becomes the language's English name",
+    )
     language_names: dict[str, str] = Field(
         default_factory=dict, description="English names by code, before those of languages.py"
     )
@@ -113,23 +122,33 @@ class DecodeSettings(Section):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         default=128, description="at most; fewer where memory asks for it", json_schema_extra=NO_RESULT
     )
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    # Bound on new tokens of a clip: min_new_tokens + tokens_per_second x its seconds, at most max_new_tokens.
-    tokens_per_second: Annotated[float, Field(gt=0)] = 12.0
-    min_new_tokens: Annotated[int, Field(ge=1)] = 24
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="of an answer, whatever its clip's length"
+    )
+    tokens_per_second: Annotated[float, Field(gt=0)] = Field(
+        default=12.0, description="an answer has at most this many tokens per second of audio, and min_new_tokens more"
+    )
+    min_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=24, description="that every clip may have, see tokens_per_second"
+    )
 
 
 class RankSettings(Section):
     """Layer importance. `greedy` is the published search by real translation score."""
 
-    strategy: Literal["greedy", "middle", "block-influence"] = "greedy"
+    strategy: Literal["greedy", "middle", "block-influence"] = Field(
+        default="greedy",
+        description="greedy: the published search; middle: the middle block; block-influence: layers that change their input least",
+    )
     num_layers_to_remove: Annotated[int, Field(ge=1)] = Field(default=8, description="the maximum, with min_retained")
     min_retained: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
         description="stop before the selection score falls below this share of the unpruned model's, e.g. 0.97",
     )
-    # How a round of the greedy search finds its best candidate. Only `exact` is sure to; the others trade certainty for time.
-    selection: Literal["exact", "successive-halving", "bootstrap-racing"] = "exact"
+    selection: Literal["exact", "successive-halving", "bootstrap-racing"] = Field(
+        default="exact",
+        description="how a round finds its best candidate; only exact is sure to, the others trade certainty for time",
+    )
     early_stopping: bool = Field(
         default=True,
         description="exact: give a candidate up once it cannot be among the two best of its round any more",
@@ -138,13 +157,17 @@ class RankSettings(Section):
         default=10, description="clips after which halving and racing decide for the first time"
     )
     metric: Metric | dict[str, Metric] = Field(default="chrfpp", description="one metric, or one a target language")
-    towers: Literal["decoder", "encoder", "both"] = "decoder"
-    protect_first: Annotated[int, Field(ge=0)] = 1
-    protect_last: Annotated[int, Field(ge=0)] = 1
+    towers: Literal["decoder", "encoder", "both"] = Field(default="decoder", description="where layers may go")
+    protect_first: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="layers at the beginning of a tower that stay"
+    )
+    protect_last: Annotated[int, Field(ge=0)] = Field(default=1, description="layers at the end of a tower that stay")
     protected: list[int] = Field(
         default_factory=list, description="further decoder layers never removed (original index)"
     )
-    finetune_each_round: TrainSettings | None = None
+    finetune_each_round: TrainSettings | None = Field(
+        default=None, description="training after every removal; null: none"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> RankSettings:
@@ -175,7 +198,10 @@ class RankSettings(Section):
 class DistillSettings(Section):
     """Filters of the teacher's translations (sequence-level knowledge distillation, Kim & Rush 2016)."""
 
-    drop_duplicates: bool = True
+    drop_duplicates: bool = Field(
+        default=True,
+        description="a translation that is the reference, word for word, teaches nothing new and is dropped",
+    )
     max_repeats: Annotated[int, Field(ge=2)] = Field(
         default=4,
         description="a translation in which an n-gram (n <= 4) stands more often in a row is a repetition loop",
@@ -189,22 +215,26 @@ class DistillSettings(Section):
 class QuantizeSettings(Section):
     """QLoRA: 4-bit base, adapter trained on it, adapter merged, quantised again."""
 
-    start: Literal["recovered", "pruned", "teacher", "base"] = "recovered"
+    start: Literal["recovered", "pruned", "teacher", "base"] = Field(
+        default="recovered", description="the model that is quantised"
+    )
     parts: list[Literal["decoder", "audio_tower", "projector", "lm_head"]] = Field(
         default=["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
     )
     scheme: Literal["nf4", "fp4", "int4"] = Field(
         default="nf4", description="format that ships; int4 is trained as nf4 and unpacked by transformers when it runs"
     )
-    double_quantization: bool = True
+    double_quantization: bool = Field(default=True, description="the scales of nf4 and fp4 are quantised too")
     group_size: Literal[32, 64, 128] = Field(default=128, description="weights that share a scale, for int4")
     eight_bit: list[Literal["embeddings", "lm_head"]] = Field(
         default_factory=list, description="stored in 8 bits beside int4"
     )
-    compute_dtype: Dtype = "bfloat16"
+    compute_dtype: Dtype = Field(default="bfloat16", description="of products with 4-bit weights")
     # What the adapter is added to before the model is quantised again. `dequantized` is what it was trained on, but these weights
     # stand on the 4-bit grid: rounding takes most of them back to where they were, and the adapter is lost (docs/method.md).
-    merge_base: Literal["original", "dequantized"] = "original"
+    merge_base: Literal["original", "dequantized"] = Field(
+        default="original", description="what the adapter is added to before it is quantised again"
+    )
     rounding: Literal["nearest", "calibrated"] = Field(
         default="nearest",
         description="int4: each weight to its nearest step, or by what its error does to the layer's output (GPTQ)",
@@ -245,7 +275,10 @@ class EvaluateSettings(Section):
 
     models: list[Literal["base", "teacher", "pruned", "recovered", "quantized", "trimmed"]] = Field(
         default=["base", "teacher", "pruned", "recovered", "quantized", "trimmed"],
+        description="those of the run that are scored",
         json_schema_extra=NO_RESULT,  # which others are evaluated does not change one's scores
     )
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
+    bootstrap_samples: Annotated[int, Field(ge=100)] = Field(
+        default=1000, description="resamples of the confidence intervals"
+    )
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")

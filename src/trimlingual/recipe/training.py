@@ -14,19 +14,23 @@ FLASH_ADAMW = "flash_adamw"  # an optimizer that transformers has no name for (o
 class LoraSettings(Section):
     """LoRA as published: r 64, alpha 128, rank-stabilised, every linear layer."""
 
-    r: Annotated[int, Field(ge=1)] = 64
-    alpha: Annotated[float, Field(gt=0)] = 128.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = True
-    target_modules: str | list[str] = "all-linear"
+    r: Annotated[int, Field(ge=1)] = Field(default=64, description="rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=128.0, description="the adapter's scale is alpha / sqrt(r), or alpha / r without rslora"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the adapter's input")
+    rslora: bool = Field(default=True, description="rank-stabilised (Kalajdzievski 2023)")
+    target_modules: str | list[str] = Field(default="all-linear", description="as PEFT's LoraConfig.target_modules")
 
 
 class MixSettings(Section):
     """How often each part of the training data is repeated in one epoch; 0 leaves it out."""
 
-    gold: Annotated[int, Field(ge=0)] = 1
-    distilled: Annotated[int, Field(ge=0)] = 0
-    out_of_domain: Annotated[int, Field(ge=0)] = 0
+    gold: Annotated[int, Field(ge=0)] = Field(default=1, description="the references")
+    distilled: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="the teacher's translations of the training audio"
+    )
+    out_of_domain: Annotated[int, Field(ge=0)] = Field(default=0, description="the references of data.out_of_domain")
     distilled_out_of_domain: Annotated[int, Field(ge=0)] = Field(
         default=0, description="the teacher's translations of the out-of-domain audio; distill.out_of_domain makes them"
     )
@@ -56,7 +60,9 @@ class TokenDistillation(Section):
     """Token-level distillation: the student learns the teacher's distribution at every answer token (Hinton et al. 2015)."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(default=0.5, description="the rest is on the text itself")
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="both distributions are flattened by it"
+    )
     top_k: Annotated[int, Field(ge=1)] = Field(
         default=64, description="most likely tokens of the teacher that are kept"
     )
@@ -65,37 +71,55 @@ class TokenDistillation(Section):
 class TrainSettings(Section):
     """Settings of one training run, handed to the Hugging Face Trainer."""
 
-    method: Literal["full", "lora"] = "full"
-    data: MixSettings = MixSettings()
-    epochs: Annotated[float, Field(gt=0)] = 3
-    max_steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 4
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    method: Literal["full", "lora"] = Field(default="full", description="all weights, or a LoRA adapter")
+    data: MixSettings = Field(
+        default=MixSettings(), description="how often each part of the data is repeated in an epoch"
+    )
+    epochs: Annotated[float, Field(gt=0)] = Field(default=3, description="over the mixed data")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="instead of epochs")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="clips per process and step, before accumulation"
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(default=1, description="batches per step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-5, description="at its highest")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        default="cosine", description="how the rate falls"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="over which the rate rises from 0")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="longer gradients are scaled down to this norm"
+    )
     length_grouped: bool = Field(default=True, description="clips of similar length share a step: less padding")
     optimizer: str = Field(
         default="adamw_torch", description=f"as transformers.TrainingArguments.optim, or {FLASH_ADAMW} (FlashOptim)"
     )
     optimizer_args: str | None = Field(default=None, description="as transformers.TrainingArguments.optim_args")
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = Field(default=False, json_schema_extra=NO_RESULT)
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        default="no", description="bf16: products in bfloat16 where weights are float32"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        json_schema_extra=NO_RESULT,
+        description="compute activations again in the backward pass, which takes less memory and more time",
+    )
     checkpoint_from_tokens: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="with gradient_checkpointing: batches of fewer tokens (clips x longest sequence, audio states included) "
         "keep their activations instead of computing them again, which is faster and takes more memory",
         json_schema_extra=NO_RESULT,
     )
-    token_distillation: TokenDistillation | None = None
+    token_distillation: TokenDistillation | None = Field(
+        default=None, description="learn the teacher's distributions too; null: only the texts"
+    )
     selection_checks: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="times that the selection clips are translated while training, to keep the best weights; 0: the last are kept",
     )
-    freeze: list[Literal["audio_tower", "projector", "embeddings", "lm_head"]] = Field(default_factory=list)
-    lora: LoraSettings = LoraSettings()
+    freeze: list[Literal["audio_tower", "projector", "embeddings", "lm_head"]] = Field(
+        default_factory=list, description="parts that do not train"
+    )
+    lora: LoraSettings = Field(default=LoraSettings(), description="the adapter, for method lora")
     save_minutes: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         description="between checkpoints; null: by what writing one takes, so that it takes about a twentieth of the time",
@@ -104,7 +128,9 @@ class TrainSettings(Section):
     save_steps: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="a checkpoint after every so many steps too", json_schema_extra=NO_RESULT
     )
-    logging_steps: Annotated[int, Field(ge=1)] = Field(default=10, json_schema_extra=NO_RESULT)
+    logging_steps: Annotated[int, Field(ge=1)] = Field(
+        default=10, json_schema_extra=NO_RESULT, description="between entries of the loss curve"
+    )
     report_to: list[str] = Field(
         default_factory=list, description="trackers, e.g. [tensorboard, wandb]", json_schema_extra=NO_RESULT
     )
@@ -113,7 +139,9 @@ class TrainSettings(Section):
         description="each process holds its share of weights, gradients and optimizer states (FSDP2); full fine-tuning only",
     )
     deepspeed: str | None = Field(default=None, description="path of a DeepSpeed JSON", json_schema_extra=NO_RESULT)
-    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, json_schema_extra=NO_RESULT)
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, json_schema_extra=NO_RESULT, description="processes that load audio and compute spectra"
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> TrainSettings:
