@@ -54,7 +54,7 @@ def prove_export(
         if before != now
     ]
     allowed = most_different(len(recorded), exact)
-    counted = [each for each in different if exact or each["margin"] > NEAR_TIE]
+    counted = [each for each in different if exact or abs(each["margin"]) > NEAR_TIE]  # below 0: it was not greedy
     if len(counted) > allowed:
         first = counted[0]
         raise ExportError(
