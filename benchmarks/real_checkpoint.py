@@ -5,8 +5,11 @@
 `--model` is a Hub id or a folder. `--data` is a Hub id, a folder with metadata.csv or a JSONL manifest: the clips of ACL 60/60, dev
 then eval. The parts, in order (`--parts` chooses): files, tokens, zero-shot, finetune, search, recover, qlora, export. Each part is
 written to OUT/result.json when it ends. A finished one is skipped when the command is given again, and a training goes on from its
-checkpoint. For the published checkpoint OUT takes 62 GB, 34 GB with --tidy, which deletes each trained model once the next one is made
-from it (calculated). Any other model of the qwen2_audio type goes through too: what differs is said, nothing fails for it.
+checkpoint. Any other model of the qwen2_audio type goes through too: what differs is said, nothing fails for it.
+
+For the published checkpoint OUT needs 120 GB free: a full fine-tuning holds two checkpoints with optimizer states for a moment (said by
+the check of the disk on a machine with 65 GB, where files, tokens and zero-shot ran and finetune was refused). --tidy deletes each
+trained model once the next one is made from it, which leaves 28 GB less at the end (calculated).
 """
 
 from __future__ import annotations
