@@ -10,7 +10,8 @@ Five indices occur everywhere, and each has one name:
 * `position`: which token of its row, counted from 0 at the prompt's first token.
 * `slot`: which line of the tensors that hold keys and values. A row owns the slots from `start[row]` on, one per position:
   slot = start[row] + position.
-* `entry`: which line of the CUDA graphs' tensors. Each stands for a row. Entries that go on are moved to the front.
+* `entry`: which line of the batch that a decoding step runs over. Each stands for a row. On a GPU, entries that go on are moved to
+  the front, and slots stay. On a CPU, entries that have ended are dropped, and the slots of the others are copied to new tensors.
 * `place`: an entry's number among the entries that share a prompt in a layer, sorted by prompt. -1: the entry shares none there.
 
 Example: the layer search translates two clips with the prompts "a b c" and "d e". Candidate 1 lacks layer 1 and candidate 2 lacks

@@ -3,7 +3,7 @@
 On the CPU rows that have ended leave the batch, some at a time. On a GPU the steps are CUDA graphs (cuda_graphs.py). A row that has
 ended stays in the step there, and reads a single slot, until the step shrinks to half its rows.
 
-Shapes: B rows. Row, slot and position: see decoding/__init__.py.
+Shapes: B rows. Row, entry, slot and position: see decoding/__init__.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Stepper:
 
     def _extend_shrinking(self, slots: Slots, active: Sequence[int], rows: Rows, watch: Watch | None) -> None:
         decoder, device = self.decoder, self.decoder.device
-        row = torch.arange(len(rows.token), device=device)  # the rows that are still in the batch
+        row = torch.arange(len(rows.token), device=device)  # the row of each entry
         token, position, budget = rows.token, rows.position, torch.tensor(rows.budget, device=device)
         ends = torch.tensor(self.eos, dtype=torch.long, device=device)
         length = torch.tensor([len(tokens) for tokens in rows.out], device=device)

@@ -148,9 +148,9 @@ def common_beginnings(prompts: Sequence[Tensor]) -> list[int]:
     All prompts have the text before the audio in common. A clip's prompts for several languages also have the audio in common.
     """
     common = [torch.zeros((), dtype=torch.long, device=prompts[0].device)]
-    for before, now in pairwise(prompts):
-        length = min(len(before), len(now) - 1)
-        same = (before[:length] == now[:length]).all(-1)
+    for before, prompt in pairwise(prompts):
+        length = min(len(before), len(prompt) - 1)
+        same = (before[:length] == prompt[:length]).all(-1)
         common.append(same.long().cumprod(0).sum())
     return torch.stack(common).tolist()
 

@@ -250,9 +250,9 @@ def translate_split(
             made.append(record)
             advance(len(batch))
     records = [*earlier, *chain.from_iterable(gather(made))]
-    said = {(t["id"], t["language"]): Translation(**t) for record in records for t in record["translations"]}
+    by_clip = {(t["id"], t["language"]): Translation(**t) for record in records for t in record["translations"]}
     return SplitTranslations(
-        [said[clip.id, language] for clip in clips for language in clip.languages(task.target_languages)],
+        [by_clip[clip.id, language] for clip in clips for language in clip.languages(task.target_languages)],
         sum(record["seconds"] for record in records),
         max(record["num_processes"] for record in records),
         max(record["peak_memory_bytes"] for record in records),

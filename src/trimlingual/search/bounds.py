@@ -67,10 +67,10 @@ def settled_counts(metric: str, prefixes: list[str], references: list[str], lang
 
     The last bytes may be half a character, and the last word may grow. Neither is counted.
     """
-    whole = [prefix.rstrip("\ufffd") for prefix in prefixes]
-    counts = sentence_statistics(metric, whole, references, language).counts
+    complete = [prefix.rstrip("\ufffd") for prefix in prefixes]
+    counts = sentence_statistics(metric, complete, references, language).counts
     if metric == "chrfpp":
-        words = [" ".join(prefix.split()[:-1]) for prefix in whole]
+        words = [" ".join(prefix.split()[:-1]) for prefix in complete]
         without_last = sentence_statistics(metric, words, references, language).counts
         counts[:, 3 * CHAR_ORDERS :] = without_last[:, 3 * CHAR_ORDERS :]
     return counts
