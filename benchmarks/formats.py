@@ -39,6 +39,7 @@ from trimlingual.evaluation.cost import Stopwatch, count_parameters, disk_bytes,
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_processor, resolve_base
+from trimlingual.models.qwen2_audio import FAMILY
 from trimlingual.models.random_weights import draw
 from trimlingual.models.saving import save_model
 from trimlingual.quantization.int4 import save_packed
@@ -231,7 +232,7 @@ class Bench:
     @torch.inference_mode()
     def logits(self, model: Any) -> Tensor:
         """Logits of the whole model for two clips with their prompt, float32 on the CPU: the last 16 positions."""
-        text = Prompter(self.processor, self.task).text("de")
+        text = FAMILY.chat(self.processor, self.task.system_prompt, self.task.prompt_for("de"))
         audio = [load_audio(clip.audio) for clip in self.clips[:2]]
         inputs = self.processor(
             text=[text] * 2, audio=audio, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding=True

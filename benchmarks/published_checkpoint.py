@@ -13,6 +13,7 @@ import numpy as np
 from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_processor, resolve_base
+from trimlingual.models.qwen2_audio import FAMILY
 from trimlingual.recipe import TaskSettings
 
 CONFIG = {
@@ -91,7 +92,7 @@ def check_tokens(kit: Any) -> None:
     prompter = Prompter(processor, task)
     clip = np.zeros(2 * SAMPLE_RATE, np.float32)
     for language in kit.options.languages:
-        text = prompter.text(language)
+        text = FAMILY.chat(processor, task.system_prompt, task.prompt_for(language))
         kit.same(f"prompt, {language}", PROMPT.replace("{language}", task.language_name(language)), text)
         theirs = processor(text=[text], audio=[clip], sampling_rate=SAMPLE_RATE, return_tensors="np")["input_ids"][0]
         states = int((theirs == prompter.audio_token_id).sum())

@@ -16,6 +16,7 @@ from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import embed_prompt, max_new_tokens
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.layers import drop_layers_
+from trimlingual.models.qwen2_audio import FAMILY
 from trimlingual.recipe import DecodeSettings, TaskSettings
 
 
@@ -62,12 +63,12 @@ def published_candidate(case: Case, removed: Sequence[int], clips: Sequence[int]
     model = copy.deepcopy(case.model)
     drop_layers_(model, {"decoder": list(removed)})
     copied = clock(case.device) - started
-    prompter, done = Prompter(case.processor, case.task), []
+    done = []
     for clip in clips:
         for language in case.task.target_languages:
             started = clock(case.device)
             audio = load_audio(case.split.clips[clip].audio)
-            text = prompter.text(language)
+            text = FAMILY.chat(case.processor, case.task.system_prompt, case.task.prompt_for(language))
             inputs = case.processor(text=text, audio=[audio], sampling_rate=16_000, return_tensors="pt").to(case.device)
             inputs["input_features"] = inputs["input_features"].to(model.dtype)
             ids = model.generate(**inputs, **case.bounds(case.limit(clip)))[0, inputs["input_ids"].shape[1] :].tolist()

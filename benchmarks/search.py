@@ -41,8 +41,8 @@ from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.translate_clips import encode_clips, greedy
 from trimlingual.evaluation.cost import peak_memory
+from trimlingual.models.family import family_of
 from trimlingual.models.loading import load_model, load_processor, resolve_base
-from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import ModelSettings, RankSettings, SharedSettings, load_recipe
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.run.lineage import Lineage
@@ -206,7 +206,7 @@ def against_generate(case: Case, tokens: int = 40) -> list[dict[str, Any]]:
 
 def differences(case: Case, theirs: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many translations of the published procedure ours does not reproduce, for the same removals."""
-    stepper = Stepper(PackedDecoder(case.model), eos_token_ids(case.model, case.processor))
+    stepper = Stepper(PackedDecoder(case.model), family_of(case.model).end_tokens(case.model, case.processor))
     count = len(stepper.decoder.layers)
     states = encode_clips(case.model, case.processor, case.split.clips, 32)
     languages = case.task.target_languages

@@ -13,7 +13,7 @@ from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.shared_prompts import MOST_ROWS
 from trimlingual.decoding.translate_clips import encode_clips, greedy
-from trimlingual.models.qwen2_audio import eos_token_ids
+from trimlingual.models.family import family_of
 from trimlingual.search import from_parent
 from trimlingual.search.from_parent import NO_DRAFT, Trace, trace, translate_without
 
@@ -30,7 +30,8 @@ class Levers:
             self.prompts = prompts_of(case, states, order)
         self.limits = [case.limit(clip) for clip in order for _ in case.task.target_languages]
         self.stepper = Stepper(
-            PackedDecoder(case.model), () if case.num_tokens else eos_token_ids(case.model, case.processor)
+            PackedDecoder(case.model),
+            () if case.num_tokens else family_of(case.model).end_tokens(case.model, case.processor),
         )
         self.few = positions[::6] if self.gpu else positions
         self.table: list[dict[str, Any]] = []

@@ -14,8 +14,8 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip
 from trimlingual.models.inputs import Example
-from trimlingual.models.qwen2_audio import part_of
-from trimlingual.models.random_weights import SHAPES
+from trimlingual.models.qwen2_audio import FAMILY
+from trimlingual.models.tree import part_of
 
 NUM_PARAMETERS = {"7b": 8_397_094_912}  # of Qwen/Qwen2-Audio-7B-Instruct
 
@@ -24,7 +24,7 @@ def config(size: str, processor: Any) -> Qwen2AudioConfig:
     """Qwen2-Audio-7B's published shapes, or a small model with the same 30 s window."""
     tokenizer = processor.tokenizer
     if size == "7b":
-        audio, text = SHAPES["qwen2-audio-7b"]["audio"], SHAPES["qwen2-audio-7b"]["text"]
+        audio, text = (FAMILY.shapes["qwen2-audio-7b"][name] for name in ("audio", "text"))
     else:
         audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128}
         text = {

@@ -12,8 +12,8 @@ import torch
 from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.translate_clips import embed_prompt, encode_clips, greedy
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Prompter
-from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.search.from_parent import Trace, trace, translate_without
 
 SHAPES = [
@@ -30,7 +30,7 @@ SHAPES = [
 def random_case(make_model, processor, split, task, number, dtype):
     """A random model of shape `number`: the model, end tokens, positions of its layers, prompts and bounds of unlike length."""
     model = make_model(**SHAPES[number], seed=number).to(dtype)
-    eos = eos_token_ids(model, processor)
+    eos = family_of(model).end_tokens(model, processor)
     with torch.no_grad():  # some answers end early, some run into their bound
         model.lm_head.weight[eos[0]] *= 2.5
     prompter = Prompter(processor, task)
@@ -64,7 +64,7 @@ def test_a_layer_that_does_nothing_changes_nothing(make_model, processor, split,
     with torch.no_grad():
         idle.self_attn.o_proj.weight.zero_()
         idle.mlp.down_proj.weight.zero_()
-    prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
+    prompter, eos = Prompter(processor, task), family_of(model).end_tokens(model, processor)
     prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
     limits = [10] * len(prompts)
     stepper = Stepper(PackedDecoder(model), eos)
@@ -74,7 +74,7 @@ def test_a_layer_that_does_nothing_changes_nothing(make_model, processor, split,
 
 def test_memory_of_a_trace_is_foreseen(make_model, processor, split, task):
     model = make_model(layers=3)
-    prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
+    prompter, eos = Prompter(processor, task), family_of(model).end_tokens(model, processor)
     prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
     limits = [8] * len(prompts)
     stepper = Stepper(PackedDecoder(model), eos)
@@ -89,7 +89,7 @@ def test_memory_of_a_trace_is_foreseen(make_model, processor, split, task):
 def test_a_hopeless_candidate_is_given_up_and_the_others_are_not(make_model, processor, split, task, monkeypatch):
     monkeypatch.setattr("trimlingual.decoding.loop.FIRST_WATCH", 2)
     model = make_model(layers=5, seed=2).double()
-    prompter, eos = Prompter(processor, task), eos_token_ids(model, processor)
+    prompter, eos = Prompter(processor, task), family_of(model).end_tokens(model, processor)
     prompts = [embed_prompt(model, prompter, s, "de") for s in encode_clips(model, processor, split.clips, 4)]
     limits = [12] * len(prompts)
     stepper = Stepper(PackedDecoder(model), eos)

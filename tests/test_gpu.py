@@ -12,9 +12,9 @@ from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.shared_prompts import Prefixes, SharedPrefixes
 from trimlingual.decoding.slots import Slots
 from trimlingual.decoding.translate_clips import embed_prompt, encode_clips, greedy
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, load_processor, resolve_base
-from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import TrainSettings, load_recipe
 from trimlingual.search.from_parent import trace, translate_without
 from trimlingual.training.optimizer import flash_adamw
@@ -52,7 +52,7 @@ def in_bfloat16(mini):
     recipe, folder, clips = mini
     model, processor = load_model(folder, "bfloat16", torch.device("cuda")), load_processor(folder)
     states = encode_clips(model, processor, clips, 32)
-    prompter, eos = Prompter(processor, recipe.task), eos_token_ids(model, processor)
+    prompter, eos = Prompter(processor, recipe.task), family_of(model).end_tokens(model, processor)
     prompts = [embed_prompt(model, prompter, s, language) for s in states for language in ("de", "zh")]
     return model, prompts, Stepper(PackedDecoder(model), eos)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trimlingual.models.layers import drop_layers_, without_layers
-from trimlingual.models.qwen2_audio import layer_list
+from trimlingual.models.tree import layer_list
 from trimlingual.run.lineage import Lineage
 
 

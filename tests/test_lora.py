@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trimlingual.models.inputs import Example, TrainingData
-from trimlingual.models.qwen2_audio import freeze_, text_decoder
+from trimlingual.models.tree import freeze_, text_decoder
 from trimlingual.recipe import LoraSettings, TrainSettings
 from trimlingual.training import lora
 from trimlingual.training.lora import add_lora, fuse_lora_

@@ -40,11 +40,11 @@ def test_lowest_versions_are_the_declared_ones():
 def test_a_deprecated_call_of_ours_is_an_error_and_one_among_libraries_is_not(category):
     warnings.warn_explicit("of a library's own", category, "file.py", 1, module="transformers.trainer")
     with pytest.raises(category):
-        warnings.warn_explicit("of ours", category, "file.py", 1, module="trimlingual.models.qwen2_audio")
+        warnings.warn_explicit("of ours", category, "file.py", 1, module="trimlingual.models.tree")
 
 
 def test_so_is_one_that_the_library_blames_on_itself():
-    library, ours = {"__name__": "library.deep"}, {"__name__": "trimlingual.models.qwen2_audio"}
+    library, ours = {"__name__": "library.deep"}, {"__name__": "trimlingual.models.tree"}
     exec("import warnings\ndef old():\n    warnings.warn('gone in v6', FutureWarning)", library)
     exec("def call(old):\n    old()", ours)
     with pytest.raises(FutureWarning, match=r"trimlingual\.models\.qwen2_audio, line 2: gone in v6"):

@@ -16,8 +16,9 @@ from trimlingual.data.sources import read_source
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.family import family_of_processor
 from trimlingual.models.loading import load_model, load_processor, resolve_base
-from trimlingual.models.qwen2_audio import layer_list, window_s
+from trimlingual.models.tree import layer_list
 from trimlingual.recipe import BuiltinSource, load_recipe
 
 MINI = Path(__file__).parents[1] / "src" / "trimlingual" / "mini"
@@ -45,7 +46,7 @@ def test_speech_is_complete_and_fits_the_window(mini):
         assert len(clips) >= least
         for clip in clips:
             assert set(clip["references"]) == {"de", "zh"}
-            assert clip["duration_s"] <= window_s(mini[1])
+            assert clip["duration_s"] <= family_of_processor(mini[1]).window_s(mini[1])
     assert len(load_audio(MINI / "data" / records("test")[0]["audio"])) / 16_000 == pytest.approx(
         records("test")[0]["duration_s"], abs=0.05
     )

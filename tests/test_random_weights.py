@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from transformers import Qwen2AudioForConditionalGeneration
 
 from trimlingual.estimate import estimate, gb
 from trimlingual.evaluation.cost import count_parameters, disk_bytes
 from trimlingual.models.errors import ModelError
+from trimlingual.models.family import family_of_processor, meta_model
 from trimlingual.models.loading import is_on_hub, load_model, load_processor, resolve_base, weights_on_disk
-from trimlingual.models.qwen2_audio import window_s
-from trimlingual.models.random_weights import random_config
+from trimlingual.models.qwen2_audio import FAMILY
 from trimlingual.pipeline import compress
 from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.recipe import QuantizeSettings, load_recipe
@@ -33,16 +32,15 @@ def cache(tmp_path_factory, monkeypatch):
     ("layers", "expected"), [(32, 8_397_094_912), (24, 6_777_929_728), (20, 5_968_347_136), (16, 5_158_764_544)]
 )
 def test_parameters_of_the_true_shapes(layers, expected):
-    tokenizer = load_processor(resolve_base(FULL)).tokenizer
-    with torch.device("meta"):
-        model = Qwen2AudioForConditionalGeneration(random_config("qwen2-audio-7b", tokenizer, num_hidden_layers=layers))
+    shape, processor = FAMILY.shapes["qwen2-audio-7b"], load_processor(resolve_base(FULL))
+    model = meta_model(FAMILY.random_config(shape, processor, num_hidden_layers=layers))
     assert count_parameters(model) == expected
 
 
 def test_the_folder_of_the_true_shapes():
     folder = resolve_base(FULL)
     processor = load_processor(folder)
-    assert window_s(processor) == 30
+    assert family_of_processor(processor).window_s(processor) == 30
     assert processor.feature_extractor.feature_size == 128
     assert 16_794_000_000 < disk_bytes(folder) < 16_795_000_000  # bfloat16, as if it were stored
     assert not list(folder.glob("*.safetensors"))

@@ -8,7 +8,7 @@ import torch
 from trimlingual.data.audio import load_audio
 from trimlingual.decoding.translate_clips import max_new_tokens
 from trimlingual.evaluation.quality import corpus_score
-from trimlingual.models.inputs import Example, Prompter, TrainingData
+from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model
 from trimlingual.recipe import RankSettings, TrainSettings
@@ -17,6 +17,8 @@ from trimlingual.run.lineage import read_lineage
 from trimlingual.search.plan import PlanError, check_plan, read_plan
 from trimlingual.stages.prune import prune
 from trimlingual.stages.rank import JOURNAL_FILE, rank
+
+from .plain_inputs import plain_inputs
 
 
 @pytest.fixture
@@ -44,10 +46,7 @@ def plain_search(model_dir, processor, split, task, decode_settings, rounds):
             for language, metric in METRICS.items():
                 hypotheses = []
                 for clip in split.clips:
-                    text = Prompter(processor, task).text(language)
-                    inputs = processor(
-                        text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt"
-                    )
+                    inputs = plain_inputs(processor, task, load_audio(clip.audio), language)
                     limit = max_new_tokens(clip.duration_s, decode_settings)
                     ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[
                         0, inputs["input_ids"].shape[1] :

@@ -13,10 +13,10 @@ from trimlingual.data.sources import read_source
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import encode_clips, max_new_tokens, translate_clips
 from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Collator, Example, Prompter
 from trimlingual.models.layers import drop_layers_, without_layers
 from trimlingual.models.loading import load_model, load_processor, resolve_base
-from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, SharedSettings, TaskSettings, load_recipe
 from trimlingual.run.lineage import ModelFolder, read_lineage
@@ -26,6 +26,7 @@ from trimlingual.search.plan import read_plan
 from trimlingual.stages.rank import JOURNAL_FILE, rank
 from trimlingual.training.loss import answer_loss
 
+from .plain_inputs import plain_inputs
 from .test_from_parent import SHAPES
 
 CPU = torch.device("cpu")
@@ -48,8 +49,7 @@ def records(out_dir):
 
 def plainly(model, processor, clip, language, task, decode):
     """The processor and `generate`, one clip. Token ids, and where the choice was a near-tie."""
-    text = Prompter(processor, task).text(language)
-    inputs = processor(text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt")
+    inputs = plain_inputs(processor, task, load_audio(clip.audio), language)
     done = model.generate(
         **inputs, max_new_tokens=max_new_tokens(clip.duration_s, decode), do_sample=False,
         output_logits=True, return_dict_in_generate=True,
@@ -101,7 +101,7 @@ def test_random_models(make_model, processor, split, task, tmp_path, number):
     shape = SHAPES[number]
     model = make_model(**shape, seed=100 + number)
     with torch.no_grad():  # some answers end early, some run into their bound
-        model.lm_head.weight[eos_token_ids(model, processor)[0]] *= 2.5
+        model.lm_head.weight[family_of(model).end_tokens(model, processor)[0]] *= 2.5
     folder = tmp_path / "model"
     save_model(model, processor, folder, "float32")
     split = Split("select", (split.clips[0], split.clips[3], split.clips[4]))  # 0.3, 1.8 and 1.3 s

@@ -18,15 +18,17 @@ from trimlingual.decoding.translate_clips import (
     translate_clips,
     translate_split,
 )
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Prompter
-from trimlingual.models.qwen2_audio import embed, eos_token_ids
+from trimlingual.models.tree import embed
 from trimlingual.recipe import DecodeSettings
 
+from .plain_inputs import plain_inputs
 
-def plain_generate(model, processor, prompter, clip, language, limit):
+
+def plain_generate(model, processor, task, clip, language, limit):
     """The published way: processor, then Hugging Face generate, one clip at a time."""
-    text = prompter.text(language)
-    inputs = processor(text=text, audio=[load_audio(clip.audio)], sampling_rate=16_000, return_tensors="pt")
+    inputs = plain_inputs(processor, task, load_audio(clip.audio), language)
     ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -49,7 +51,7 @@ def test_equals_generate_one_clip_at_a_time(make_model, processor, split, task, 
     for clip in split.clips:
         for language in task.target_languages:
             limit = max_new_tokens(clip.duration_s, settings)
-            theirs = plain_generate(model, processor, prompter, clip, language, limit)
+            theirs = plain_generate(model, processor, task, clip, language, limit)
             assert ours[clip.id, language].hypothesis == prompter.decode(theirs)
             assert ours[clip.id, language].num_tokens == len(theirs)
 
@@ -57,7 +59,7 @@ def test_equals_generate_one_clip_at_a_time(make_model, processor, split, task, 
 def test_rows_end_at_different_times(make_model, processor, split, task):
     """The end token is made likely, so that rows leave the batch one after the other."""
     model = make_model(seed=3)
-    eos = eos_token_ids(model, processor)
+    eos = family_of(model).end_tokens(model, processor)
     prompter = Prompter(processor, task)
     states = encode_clips(model, processor, split.clips, 4)
     prompts = [embed_prompt(model, prompter, s, "de") for s in states]
@@ -85,9 +87,7 @@ def test_limits_bound_each_row(make_model, processor, split, task):
 def test_prompt_tokens_are_the_processors(make_model, processor, split, task):
     prompter = Prompter(processor, task)
     for clip in split.clips:
-        theirs = processor(
-            text=prompter.text("de"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000
-        )
+        theirs = plain_inputs(processor, task, load_audio(clip.audio), "de")
         num_states = int((theirs["input_ids"] == prompter.audio_token_id).sum())
         assert prompter.prompt_ids("de", num_states) == theirs["input_ids"][0].tolist()
 
@@ -96,9 +96,7 @@ def test_encoded_audio_and_prompt_equal_the_models_own(make_model, processor, sp
     """Logits from our embedded prompt are those of the model's own forward."""
     model, prompter = make_model(), Prompter(processor, task)
     clip = split.clips[0]
-    inputs = processor(
-        text=prompter.text("zh"), audio=[load_audio(clip.audio)], return_tensors="pt", sampling_rate=16_000
-    )
+    inputs = plain_inputs(processor, task, load_audio(clip.audio), "zh")
     with torch.inference_mode():
         theirs = model(**inputs).logits[0]
         states = encode_audio(model, processor, [load_audio(c.audio) for c in split.clips])[0]

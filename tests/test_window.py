@@ -10,9 +10,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from tests.conftest import WINDOW_S
 from trimlingual.data.audio import SAMPLE_RATE, load_audio
 from trimlingual.decoding.translate_clips import encode_audio
-from trimlingual.models.inputs import FRAMES_MULTIPLE, Collator, Example, Prompter, log_mels
+from trimlingual.models.inputs import Collator, Example, Prompter, log_mels
 from trimlingual.models.loading import load_model, load_processor, resolve_base
-from trimlingual.models.qwen2_audio import num_audio_states, tower_states
+from trimlingual.models.qwen2_audio import FAMILY, FRAMES_MULTIPLE
 from trimlingual.training.loss import answer_forward
 
 HOP = 160
@@ -43,9 +43,9 @@ def assert_equal_states(model, processor, audio):
     assert torch.equal(mask, whole_mask[:, :width])
     assert torch.equal(mask.sum(-1), whole_mask.sum(-1))
     with torch.no_grad():
-        cut = tower_states(model, features, mask)
+        cut = FAMILY.audio_states(model, features, mask)
         whole = theirs(model, whole_features, whole_mask)
-    for row, other, count in zip(cut, whole, num_audio_states(mask.sum(-1)).tolist()):
+    for row, other, count in zip(cut, whole, FAMILY.num_states(mask.sum(-1)).tolist()):
         assert count > 0
         torch.testing.assert_close(row[:count], other[:count], rtol=0, atol=1e-5)
     return width

@@ -16,7 +16,6 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 SCALE_BYTES = 2  # of int4's groups and of 8-bit rows
 ADAM_STATES = 2
-STATES_PER_S = 25  # of the audio tower: 100 mel frames a second, a convolution of stride 2, a pool of 2
 CHECKPOINTS = 2  # so that one is whole while the other is written
 
 
@@ -98,7 +97,11 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
 
 def state_bytes(recipe: Recipe, speech_s: float) -> float:
     """Bytes of the audio tower's states of so many seconds of speech."""
-    return STATES_PER_S * speech_s * config_of(recipe).audio_config.d_model * BYTES[recipe.model.dtype]
+    from trimlingual.models.family import family_named
+
+    config = config_of(recipe)
+    family = family_named(config.model_type)
+    return family.states_per_s * speech_s * family.state_width(config) * BYTES[recipe.model.dtype]
 
 
 def frozen_towers(recipe: Recipe, model: Any = None) -> dict[str, list[str]]:
@@ -123,7 +126,7 @@ def training_sections(recipe: Recipe) -> dict[str, tuple[str, TrainSettings]]:
 
 
 def _tower_modules(model: Any) -> list[str]:
-    from trimlingual.models.qwen2_audio import part_of
+    from trimlingual.models.tree import part_of
 
     return [name for name, _ in model.named_modules() if part_of(name) == "audio_tower"]
 
@@ -172,11 +175,9 @@ def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, held: int,
 
 def _on_meta(recipe: Recipe) -> Any:
     """The base model without weights, from its configuration alone."""
-    import torch
-    from transformers import Qwen2AudioForConditionalGeneration
+    from trimlingual.models.family import meta_model
 
-    with torch.device("meta"):
-        return Qwen2AudioForConditionalGeneration(config_of(recipe))
+    return meta_model(config_of(recipe))
 
 
 def part_sizes(model: Any) -> dict[str, int]:
@@ -187,7 +188,7 @@ def part_sizes(model: Any) -> dict[str, int]:
     """
     from torch import nn
 
-    from trimlingual.models.qwen2_audio import PARTS, layer_list, part_of, text_decoder
+    from trimlingual.models.tree import PARTS, layer_list, part_of, text_decoder
 
     sizes = dict.fromkeys(PARTS, 0)
     for name, module in model.named_modules():

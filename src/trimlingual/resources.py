@@ -83,14 +83,16 @@ def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> 
 
 def _widths(config: Any) -> dict[str, set[int]]:
     """Input widths of the linear layers of each part."""
-    text, audio = config.text_config, config.audio_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return {
-        "decoder": {text.hidden_size, text.intermediate_size, head * text.num_attention_heads},
-        "audio_tower": {audio.d_model, audio.encoder_ffn_dim},
-        "projector": {audio.d_model},
-        "lm_head": {text.hidden_size},
-    }
+    from torch import nn
+
+    from trimlingual.models.family import meta_model
+    from trimlingual.models.tree import PARTS, part_of
+
+    widths: dict[str, set[int]] = {part: set() for part in PARTS}
+    for name, module in meta_model(config).named_modules():
+        if isinstance(module, nn.Linear) and (part := part_of(name)):
+            widths[part].add(module.in_features)
+    return widths
 
 
 def _group_problems(settings: QuantizeSettings, widths: dict[str, set[int]], on_cpu: bool) -> Iterator[str]:

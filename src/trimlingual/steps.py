@@ -140,12 +140,12 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
     settings = {"data": recipe.data, "target_languages": recipe.task.target_languages}
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.models.family import family_of_processor
         from trimlingual.models.loading import load_processor
-        from trimlingual.models.qwen2_audio import window_s
 
-        return prepare_data(
-            recipe.data, recipe.task, folder, window_s=window_s(load_processor(inputs["processor"].folder))
-        )
+        processor = load_processor(inputs["processor"].folder)
+        window_s = family_of_processor(processor).window_s(processor)
+        return prepare_data(recipe.data, recipe.task, folder, window_s=window_s)
 
     return Step("data", out, settings, {"processor": processor_ref(base, remembered), **read}, work)
 

@@ -12,9 +12,9 @@ from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.exports.shipped import SHIPPED_FILE, Shipped, read_shipped
+from trimlingual.models.family import family_of_processor
 from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
-from trimlingual.models.qwen2_audio import window_s
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.progress import say
 
@@ -48,7 +48,7 @@ def translate_files(
         task.language_name(language)
     audio = _files(audio)
     processor = load_processor(model_dir)
-    window = window_s(processor)
+    window = family_of_processor(processor).window_s(processor)
     heard = {str(path): describe_audio(path) for path in audio}
     clips = [Clip(name, Path(name), {}, None, found.duration_s, "") for name, found in heard.items()]
     too_long = [clip for clip in clips if clip.duration_s > window]

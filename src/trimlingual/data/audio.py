@@ -19,7 +19,7 @@ from scipy.signal import resample_poly
 
 from trimlingual.data.same_recording import FINGERPRINT_S, fingerprint
 
-SAMPLE_RATE = 16_000  # Hz; what the Whisper feature extractor of Qwen2-Audio expects
+SAMPLE_RATE = 16_000  # Hz; what Whisper's feature extractors expect
 READ_FRAMES = 1 << 20  # decoded at a time while checking, so that hours of audio do not fill the memory
 UNKNOWN_SIZE = 0x7FFFF000  # bytes; recorders that cannot seek back leave a placeholder from here up in the header
 INTEGER_SCALE = 10.0  # float samples are within -1..1, with mastering overs a little beyond; integers reach thousands

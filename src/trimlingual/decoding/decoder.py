@@ -22,8 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from trimlingual.decoding.attention import attention_of_one, flash_attention
 from trimlingual.decoding.ragged import Packed, Tail, chunks, common_beginnings
 from trimlingual.decoding.slots import PackedInSlots, Slots
-from trimlingual.models.kernels import rotate
-from trimlingual.models.qwen2_audio import decoder_layer, embed, layer_list, lm_head, rms_norm, text_decoder
+from trimlingual.models.family import family_of
+from trimlingual.models.kernels import rms_norm, rotate
+from trimlingual.models.tree import embed, layer_list, lm_head, text_decoder
 
 # Attention (B, H, E) of one query (B, H, E) per row over a layer's keys and values (S, K, E).
 OverSlots = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,7 +34,7 @@ class PackedDecoder:
     """The text decoder of `model`, run over packed tokens."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.family = model, family_of(model)
         self.decoder, self.head = text_decoder(model), lm_head(model)
         self.layers = list(layer_list(model, "decoder"))
         weight = self.decoder.embed_tokens.weight
@@ -67,9 +68,7 @@ class PackedDecoder:
 
     def rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary cosines and sines, (N, E) each, of positions (N,)."""
-        probe = torch.empty(0, dtype=self.dtype, device=self.device)
-        cosine, sine = self.decoder.rotary_emb(probe, position[None])
-        return cosine[0], sine[0]
+        return self.family.rope(self.model, position, self.dtype)
 
     def forward(
         self,
@@ -108,7 +107,9 @@ class PackedDecoder:
                     key, value = key[packed.computed_index], value[packed.computed_index]
                 return self._causal(query, key, value, packed, last or packed.computed)
 
-            hidden = decoder_layer(self.layers[layer], hidden, attend, last.computed_index if last else None)
+            hidden = self.family.decoder_layer(
+                self.layers[layer], hidden, attend, last.computed_index if last else None
+            )
             yield layer, hidden, keys_values[0], keys_values[1]
 
     def ends(
@@ -171,7 +172,7 @@ class PackedDecoder:
             query, _ = rotate(query, key, value, rope, (keys, values, slot))
             return over(query, keys, values)
 
-        return decoder_layer(self.layers[layer], hidden, attend)
+        return self.family.decoder_layer(self.layers[layer], hidden, attend)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed, tail: Tail) -> Tensor:
         """Causal attention (M, H, E) of the tails' queries (M, H, E) over the rows' keys and values (N, K, E)."""

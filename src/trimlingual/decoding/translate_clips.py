@@ -27,15 +27,9 @@ from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.rows import Rows
 from trimlingual.evaluation.cost import Stopwatch, peak_bytes
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Prompter, log_mels
-from trimlingual.models.qwen2_audio import (
-    embed,
-    eos_token_ids,
-    num_audio_states,
-    project,
-    tower_states,
-    unwrap,
-)
+from trimlingual.models.tree import audio_tower, embed
 from trimlingual.recipe import DecodeSettings, TaskSettings
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index
@@ -65,11 +59,10 @@ def max_new_tokens(duration_s: float, settings: DecodeSettings) -> int:
 @torch.inference_mode()
 def encode_audio(model: Any, processor: Any, audio: Sequence[np.ndarray]) -> list[Tensor]:
     """The audio tower's output for each clip, (F_i, A), without padding."""
-    tower = unwrap(model).model.audio_tower
-    device, dtype = tower.conv1.weight.device, tower.conv1.weight.dtype
-    features, mask = log_mels(processor, audio, device=device)
-    states = tower_states(model, features.to(device, dtype), mask.to(device))
-    return [row[:count] for row, count in zip(states, num_audio_states(mask.sum(-1)).tolist())]
+    family, weight = family_of(model), next(audio_tower(model).parameters())
+    features, mask = log_mels(processor, audio, device=weight.device)
+    states = family.audio_states(model, features.to(weight.device, weight.dtype), mask.to(weight.device))
+    return [row[:count] for row, count in zip(states, family.num_states(mask.sum(-1)).tolist())]
 
 
 def _load_and_encode(model: Any, processor: Any, clips: Sequence[Clip]) -> list[Tensor]:
@@ -92,7 +85,7 @@ def encode_clips(model: Any, processor: Any, clips: Sequence[Clip], batch_size: 
 def embed_prompt(model: Any, prompter: Prompter, states: Tensor, language: str) -> Tensor:
     """The decoder's input (T, D) for one clip: the embedded text before the audio, the projected `states` (F, A), the text after it."""
     before, after = prompter.parts(language)
-    projected = project(model, states)
+    projected = family_of(model).project(model, states)
     device = projected.device
     parts = [embed(model, torch.tensor(ids, device=device)) for ids in (before, after)]
     return torch.cat([parts[0], projected.to(parts[0].dtype), parts[1]])
@@ -197,7 +190,7 @@ def translate_clips(
     The result is in the order of `clips`, and per clip in the task's order of languages.
     """
     prompter = Prompter(processor, task)
-    stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
+    stepper = Stepper(PackedDecoder(model), family_of(model).end_tokens(model, processor))
     done: dict[tuple[str, str], Translation] = {}
     with progress(label, len(clips)) as advance:
         for batch in _batches(clips, clips_at_once(settings, stepper.decoder.device)):
@@ -223,7 +216,7 @@ def translate_split(
     on where a run was killed, so neither do the translations. All processes must call this, and all get every translation.
     """
     prompter = Prompter(processor, task)
-    stepper = Stepper(PackedDecoder(model), eos_token_ids(model, processor))
+    stepper = Stepper(PackedDecoder(model), family_of(model).end_tokens(model, processor))
     earlier = gather(_read_journals(journals) if is_main_process() else None)[0]
     known = {t["id"] for record in earlier for t in record["translations"]}
     device = stepper.decoder.device

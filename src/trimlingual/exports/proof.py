@@ -16,6 +16,7 @@ from scipy.stats import binom
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.evaluation.results import read_translations
+from trimlingual.models.family import family_of_folder
 from trimlingual.models.loading import pick_device
 from trimlingual.recipe import Recipe
 
@@ -91,19 +92,22 @@ def translate_plainly(
     Where `recorded` translations are given, `margins` say by how much (difference of logits) the model prefers its own answer where the
     two part.
     """
+    family, task = family_of_folder(folder), recipe.task
     with tempfile.TemporaryDirectory() as temporary:
         items = []
         for index, (clip, language) in enumerate(asked):
             samples = Path(temporary) / f"{index}.npy"
             np.save(samples, load_audio(clip.audio))
-            items.append({"samples": str(samples), "prompt": recipe.task.prompt_for(language)})
+            conversation = family.conversation(task.system_prompt, task.prompt_for(language))
+            items.append({"samples": str(samples), "conversation": conversation})
             if recorded:
                 items[-1]["recorded"] = recorded[index]
         request = {
             "folder": str(folder),
             "dtype": recipe.model.dtype,
             "device": str(pick_device(recipe.model.device)),
-            "system_prompt": recipe.task.system_prompt,
+            "model_class": family.model_class,
+            "chat_reads_audio": family.chat_reads_audio,
             "items": items,
         }
         # -P: the script's own folder is not on the path, so that this package's modules cannot be imported by chance

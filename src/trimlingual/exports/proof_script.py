@@ -3,13 +3,18 @@
 Reads a JSON request on standard input, writes the answer as the last line of standard output.
 """
 
+import base64
+import io
 import json
 import sys
+from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 import transformers
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+SAMPLE_RATE = 16_000
 
 
 def margin(model, processor, inputs, ids, recorded):
@@ -32,9 +37,9 @@ def main() -> None:
     """Load the folder, translate the samples with `generate()`, one at a time."""
     request = json.load(sys.stdin)
     folder = request["folder"]
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
-    model, loading = Qwen2AudioForConditionalGeneration.from_pretrained(
+    model, loading = getattr(transformers, request["model_class"]).from_pretrained(
         folder,
         dtype=getattr(torch, request["dtype"]),
         device_map={"": request["device"]},
@@ -48,17 +53,8 @@ def main() -> None:
     }
     said, margins = [], []
     for item in request["items"]:
-        conversation = [
-            {"role": "system", "content": request["system_prompt"]},
-            {
-                "role": "user",
-                "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": item["prompt"]}],
-            },
-        ]
-        text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=text, audio=[np.load(item["samples"])], sampling_rate=16000, return_tensors="pt").to(
-            model.device
-        )
+        inputs = model_inputs(processor, item["conversation"], np.load(item["samples"]), request["chat_reads_audio"])
+        inputs = inputs.to(model.device)
         inputs["input_features"] = inputs["input_features"].to(model.dtype)
         with torch.inference_mode():
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
@@ -68,6 +64,25 @@ def main() -> None:
     assert not any(name.partition(".")[0] == "trimlingual" for name in sys.modules)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     print(json.dumps({"versions": versions, "keys": keys, "said": said, "margins": margins}))
+
+
+def model_inputs(
+    processor: Any, conversation: list[dict[str, Any]], samples: np.ndarray, chat_reads_audio: bool
+) -> Any:
+    """What the processor makes of one chat about one clip, samples (S,) at 16 kHz: the arguments of the model's own forward.
+
+    With `chat_reads_audio` the chat template takes the clip from the conversation, else the processor is given it beside the text.
+    """
+    if not chat_reads_audio:
+        text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return processor(text=text, audio=[samples], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    wav = io.BytesIO()
+    soundfile.write(wav, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    encoded = base64.b64encode(wav.getvalue()).decode("ascii")
+    for piece in conversation[-1]["content"]:
+        if piece["type"] == "audio":
+            piece["base64"] = encoded
+    return processor.apply_chat_template(conversation)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from trimlingual.run.fingerprint import read_object
 
 # Stages that need the weights themselves, which 4-bit words of bitsandbytes are not.
 CHANGES_WEIGHTS = ("teacher", "recovered", "pruned", "quantized")
-PROCESSOR_FILES = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
+# The known families (`model_type` of config.json). One of the files beside a family's name holds the tokenizer.
+FAMILIES = {"qwen2_audio": ("tokenizer.json", "vocab.json")}
+EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def folder_problems(folder: Path, stage: str) -> list[str]:
@@ -54,7 +56,7 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
     if not (folder / "config.json").is_file():
         return [f"{folder} holds no config.json: not a Hugging Face model folder"]
     if not _is_model(folder):
-        return [f"{folder} holds a {_config(folder).get('model_type')!r} model; supported: qwen2_audio"]
+        return [f"{folder} holds a {_config(folder).get('model_type')!r} model; supported: {', '.join(FAMILIES)}"]
     if not weights or (folder / "random.json").is_file():
         return []
     if not list(folder.glob("*.safetensors")):
@@ -70,9 +72,10 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
 
 def processor_problems(folder: Path) -> list[str]:
     """Which of the processor's files `folder` lacks."""
+    tokenizer_files = FAMILIES[_config(folder)["model_type"]]
     return [
         f"{folder} has no {names[0]}; copy the processor's files from the base model's folder"
-        for names in PROCESSOR_FILES
+        for names in (EXTRACTOR_FILES, tokenizer_files)
         if not any((folder / name).is_file() for name in names)
     ]
 
@@ -87,7 +90,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _is_model(folder: Path) -> bool:
-    return _config(folder).get("model_type") == "qwen2_audio"
+    return _config(folder).get("model_type") in FAMILIES
 
 
 def _largest_id(path: Path) -> int | None:

@@ -1,6 +1,6 @@
 """The chat prompt, and batches of it with the answer for training.
 
-A prompt is the chat template's text with one audio placeholder, which stands for as many tokens as the clip has audio states.
+A prompt has one audio placeholder, which stands for as many tokens as the clip has audio states.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 
 from trimlingual.data.sources import Clip
-from trimlingual.models.qwen2_audio import num_audio_states
+from trimlingual.models.family import family_of_processor
 from trimlingual.recipe import TaskSettings
 
 IGNORED = -100  # label of positions that do not count, PyTorch's default ignore_index
-# Mel frames beyond a clip's last that its last audio state depends on: convolutions of width 3 and stride 1, then 2, see frame 2p + 2
-# from position p, and the last valid position is at most half the last frame. The spectra of both are those of silence, or nearly.
-CONTEXT_FRAMES = 2
-FRAMES_MULTIPLE = 64  # 0.64 s, 16 audio states: few different shapes, and aligned ones, at little padding
 
 
 @dataclass(frozen=True)
@@ -48,35 +44,17 @@ class Prompter:
     def __init__(self, processor: Any, task: TaskSettings):
         self.processor = processor
         self.task = task
-        self.audio_token_id = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
-        self.end_id = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.family = family_of_processor(processor)
+        self.audio_token_id = self.family.audio_token(processor)
+        self.end_id = self.family.end_token(processor)
         self._parts: dict[str, tuple[list[int], list[int]]] = {}
-
-    def text(self, language: str) -> str:
-        """The prompt as text, with one audio placeholder, ending where the answer begins."""
-        conversation = [
-            {"role": "system", "content": self.task.system_prompt},
-            {
-                "role": "user",
-                "content": [
-                    {"type": "audio", "audio_url": "clip"},
-                    {"type": "text", "text": self.task.prompt_for(language)},
-                ],
-            },
-        ]
-        return self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
     def parts(self, language: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the audio."""
         if language not in self._parts:
-            ids = self.processor.tokenizer(self.text(language), add_special_tokens=False)["input_ids"]
-            if ids.count(self.audio_token_id) != 1:
-                raise ValueError(
-                    f"the chat template yields {ids.count(self.audio_token_id)} audio placeholders for one clip; "
-                    "expected 1: is the processor Qwen2-Audio's?"
-                )
-            at = ids.index(self.audio_token_id)
-            self._parts[language] = (ids[:at], ids[at + 1 :])
+            self._parts[language] = self.family.prompt(
+                self.processor, self.task.system_prompt, self.task.prompt_for(language)
+            )
         return self._parts[language]
 
     def prompt_ids(self, language: str, num_states: int) -> list[int]:
@@ -96,36 +74,18 @@ class Prompter:
 def log_mels(
     processor: Any, audio: Sequence[np.ndarray], whole_window: bool = False, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Log-mel spectra (N, mels, M) and their mask (N, M), as the processor makes them over its window but cut to what is needed.
+    """Log-mel spectra (N, mels, M) and their mask (N, M) of clips, cut to what the longest needs, or to the whole window.
 
-    They are computed on `device`, in float32, and returned on the CPU.
-
-    M is the longest clip's frames and the two that the encoder's convolutions see beyond it, rounded up to a multiple of
-    FRAMES_MULTIPLE; what is left out is padding that the encoder masks. Values are those of the whole window: silence is the
-    least value there is, so the maximum that a clip is normalised by is found within the clip. `whole_window`: M is the window's
-    length, which transformers' own forward insists on. Raises ValueError for a clip longer than the window: it would be cut silently.
+    They are computed on `device`, in float32, and returned on the CPU. Raises ValueError for a clip longer than the model's window.
     """
-    extractor = processor.feature_extractor
-    longest = max(len(samples) for samples in audio)
-    if longest > extractor.n_samples:
+    family, rate = family_of_processor(processor), processor.feature_extractor.sampling_rate
+    longest, window = max(map(len, audio)) / rate, family.window_s(processor)
+    if longest > window:
         raise ValueError(
-            f"a clip of {longest / extractor.sampling_rate:.1f} s is longer than the model's window of "
-            f"{extractor.n_samples / extractor.sampling_rate:.0f} s; split it, or drop it with data.too_long: drop"
+            f"a clip of {longest:.1f} s is longer than the model's window of {window:.0f} s; "
+            "split it, or drop it with data.too_long: drop"
         )
-    num_frames = -(-longest // extractor.hop_length) + CONTEXT_FRAMES
-    num_frames = -(-num_frames // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
-    num_samples = extractor.n_samples if whole_window else min(num_frames * extractor.hop_length, extractor.n_samples)
-    features = extractor(
-        list(audio),
-        sampling_rate=extractor.sampling_rate,
-        padding="max_length",
-        max_length=num_samples,
-        return_attention_mask=True,
-        return_tensors="pt",
-        device=str(device),
-    )
-    # A copy: NumPy aligns memory by 16 bytes, PyTorch by 64, and what a kernel gives may depend on it in its last bits.
-    return features["input_features"].clone(), features["attention_mask"]
+    return family.features(processor, audio, whole_window, device)
 
 
 class Collator:
@@ -181,4 +141,6 @@ class Collator:
             return {"audio_states": padded, "audio_lengths": lengths}, lengths.tolist()
         audio = [self.load(example.clip) for example in examples]
         features, mask = log_mels(self.prompter.processor, audio, self.whole_window, self.mels_on)
-        return {"input_features": features, "feature_attention_mask": mask}, num_audio_states(mask.sum(-1)).tolist()
+        return {"input_features": features, "feature_attention_mask": mask}, self.prompter.family.num_states(
+            mask.sum(-1)
+        ).tolist()

@@ -67,6 +67,11 @@ def rotate(
     return query, key
 
 
+def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
+    """A root-mean-square norm (..., D) of transformers in one kernel, where its own takes six."""
+    return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up, (N, F); `gate` is used up."""
     if not usable(gate) or not isinstance(act, (nn.SiLU, SiLUActivation)):
@@ -77,11 +82,11 @@ def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def add_norm(hidden: Tensor, more: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """hidden + more (N, D), and its Qwen2RMSNorm; `more` is used up."""
+    """hidden + more (N, D), and its root-mean-square norm; `more` is used up."""
     weight, epsilon = norm.weight, norm.variance_epsilon
     if not usable(hidden):
         hidden = hidden + more
-        return hidden, nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
+        return hidden, rms_norm(norm, hidden)
     rows, width = hidden.shape
     normed = torch.empty_like(hidden)
     block = triton.next_power_of_2(width)

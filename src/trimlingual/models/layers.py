@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trimlingual.models.qwen2_audio import layer_list, set_layer_list
+from trimlingual.models.tree import layer_list, set_layer_list
 from trimlingual.recipe import Tower
 
 

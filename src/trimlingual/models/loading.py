@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor
 
 from trimlingual.models.errors import ModelError
+from trimlingual.models.family import family_named
 from trimlingual.models.folders import model_problems, processor_problems, refuse
 from trimlingual.models.packed_weights import alone, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
@@ -86,8 +87,9 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
         return _load_random(folder, dtype, device, quantization_config)
     refuse(model_problems(folder))
     try:
-        with _packed_loading(AutoConfig.from_pretrained(folder)):
-            model = Qwen2AudioForConditionalGeneration.from_pretrained(
+        config = AutoConfig.from_pretrained(folder)
+        with _packed_loading(config):
+            model = family_named(config.model_type).transformers_class.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
                 device_map={"": device},

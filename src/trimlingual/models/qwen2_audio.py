@@ -1,176 +1,173 @@
-"""The parts of a Qwen2-Audio model, and its layers run one by one: the only place that knows where the family keeps them.
+"""Qwen2-Audio: a Whisper encoder with masked padding and a pool of 2, one linear projection, a Qwen2 decoder, ChatML prompts.
 
-In memory (transformers 5) Qwen2-Audio holds `model.audio_tower`, `model.multi_modal_projector`, `model.language_model`, `lm_head`;
-on disk the published names remain and `save_pretrained` maps between them.
-
-Shapes: B batch, N clips, M mel frames, F audio states of a clip, A tower width, T tokens, D decoder width, V vocabulary.
+Shapes: N clips, M mel frames, F audio states of a clip, A tower width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoProcessor, Qwen2AudioConfig, WhisperFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 
-from trimlingual.models.kernels import add_norm, gated
-from trimlingual.recipe import Tower
+from trimlingual.models.family import Family, Shapes
+from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower
 
-# Names of the parts as modules in memory; used by quantisation, freezing and reports.
-PARTS = {
-    "audio_tower": "model.audio_tower",
-    "projector": "model.multi_modal_projector",
-    "decoder": "model.language_model",
-    "lm_head": "lm_head",
-}
-# How the names of the stored tensors with one row a token end: the embedding, the output head (absent when tied).
-ROWS_BY_TOKEN = ("embed_tokens.weight", "lm_head.weight")
+# Mel frames beyond a clip's last that its last audio state depends on: convolutions of width 3 and stride 1, then 2, see frame 2p + 2
+# from position p, and the last valid position is at most half the last frame. The spectra of both are those of silence, or nearly.
+CONTEXT_FRAMES = 2
+FRAMES_MULTIPLE = 64  # 0.64 s, 16 audio states: few different shapes, and aligned ones, at little padding
 
 
-def text_decoder(model: Any) -> Any:
-    """The decoder without its head: embeddings (B, T, D) in, hidden states (B, T, D) out."""
-    return unwrap(model).model.language_model
+class Qwen2Audio(Family):
+    """Qwen/Qwen2-Audio-7B-Instruct and models of its form, the built-in one among them."""
+
+    model_class = "Qwen2AudioForConditionalGeneration"
+    processor_class = "Qwen2AudioProcessor"
+    chat_reads_audio = False
+    states_per_s = 25  # 100 mel frames a second, a convolution of stride 2, a pool of 2
+    # As published (its config.json), and a model of its form that a CPU runs in seconds.
+    shapes: ClassVar[Shapes] = {
+        "qwen2-audio-7b": {
+            "text": {
+                "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 32, "vocab_size": 156032, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+            },
+            "audio": {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120},
+            "mels": 128,
+            "window_s": 30,
+        },
+        "qwen2-audio-tiny": {
+            "text": {
+                "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
+                "num_key_value_heads": 4, "vocab_size": 2304, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+            },
+            "audio": {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128},
+            "mels": 128,
+            "window_s": 8,
+        },
+    }  # fmt: skip
+
+    def window_s(self, processor: Any) -> float:
+        """The encoder's window (30 s in the published model); what is beyond would be cut silently."""
+        extractor = processor.feature_extractor
+        return extractor.n_samples / extractor.sampling_rate
+
+    def features(
+        self, processor: Any, audio: Sequence[np.ndarray], whole_window: bool, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """Log-mel spectra and their mask, as the processor makes them over its window but cut to what is needed.
+
+        M is the longest clip's frames and the two that the encoder's convolutions see beyond it, rounded up to a multiple of
+        FRAMES_MULTIPLE; what is left out is padding that the encoder masks. Values are those of the whole window: silence is the
+        least value there is, so the maximum that a clip is normalised by is found within the clip. `whole_window`: M is the window's
+        length, which transformers' own forward insists on.
+        """
+        extractor = processor.feature_extractor
+        num_frames = -(-max(map(len, audio)) // extractor.hop_length) + CONTEXT_FRAMES
+        num_frames = -(-num_frames // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
+        num_samples = min(num_frames * extractor.hop_length, extractor.n_samples)
+        features = extractor(
+            list(audio),
+            sampling_rate=extractor.sampling_rate,
+            padding="max_length",
+            max_length=extractor.n_samples if whole_window else num_samples,
+            return_attention_mask=True,
+            return_tensors="pt",
+            device=str(device),
+        )
+        # A copy: NumPy aligns memory by 16 bytes, PyTorch by 64, and what a kernel gives may depend on it in its last bits.
+        return features["input_features"].clone(), features["attention_mask"]
+
+    def audio_states(self, model: Any, features: Tensor, mask: Tensor) -> Tensor:
+        """Audio tower output, with padding masked as in training.
+
+        M may be less than the model's window, which the tower's own forward refuses: so its modules are called one by one here.
+        Valid states are those of the whole window if M holds two frames beyond the longest clip, or is the window.
+        """
+        tower = audio_tower(model)
+        weight = tower.conv1.weight
+        hidden = nn.functional.gelu(tower.conv1(features.to(weight.device, weight.dtype)))
+        hidden = nn.functional.gelu(tower.conv2(hidden)).permute(0, 2, 1)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        lengths = (mask.to(hidden.device).sum(-1) - 1) // 2 + 1
+        valid = positions[None, :] < lengths[:, None]
+        mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
+        hidden = nn.functional.dropout(
+            hidden + tower.embed_positions(positions), p=tower.dropout, training=tower.training
+        )
+        with attention_for_unlike_lengths():
+            for layer in tower.layers:
+                hidden = layer(hidden, mask)
+        return tower.layer_norm(tower.avg_pooler(hidden.permute(0, 2, 1)).permute(0, 2, 1))
+
+    def num_states(self, num_frames: Tensor) -> Tensor:
+        """Convolution of stride 2, then average pool of 2."""
+        return ((num_frames - 1) // 2 + 1 - 2) // 2 + 1
+
+    def state_width(self, config: Any) -> int:
+        """The tower's width."""
+        return config.audio_config.d_model
+
+    def chat(self, processor: Any, system: str, text: str) -> str:
+        """The prompt as text, with one audio placeholder, ending where the answer begins."""
+        conversation = self.conversation(system, text)
+        return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+    def prompt(self, processor: Any, system: str, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of the chat before and after the audio."""
+        ids = processor.tokenizer(self.chat(processor, system, text), add_special_tokens=False)["input_ids"]
+        placeholder = self.audio_token(processor)
+        if ids.count(placeholder) != 1:
+            raise ValueError(
+                f"the chat template yields {ids.count(placeholder)} audio placeholders for one clip; "
+                "expected 1: is the processor Qwen2-Audio's?"
+            )
+        index = ids.index(placeholder)
+        return ids[:index], ids[index + 1 :]
+
+    def audio_token(self, processor: Any) -> int:
+        """`<|AUDIO|>`."""
+        return processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
+
+    def end_token(self, processor: Any) -> int:
+        """`<|im_end|>`; the published generation config has `<|endoftext|>` as well."""
+        return processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def conversation(self, system: str, text: str) -> list[dict[str, Any]]:
+        """A system and a user message; the template makes text, and the processor is given the audio beside it."""
+        content = [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": text}]
+        return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+    def random_config(self, shape: Mapping[str, Any], processor: Any, **text: Any) -> Any:
+        """Embedding and output head are two tensors, as in the published model."""
+        tokenizer = processor.tokenizer
+        audio = {"num_mel_bins": shape["mels"], "max_source_positions": 50 * shape["window_s"], **shape["audio"]}
+        decoder = {
+            **shape["text"], **text, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }  # fmt: skip
+        return Qwen2AudioConfig(
+            audio_config={"model_type": "qwen2_audio_encoder", **audio},
+            text_config={"model_type": "qwen2", "tie_word_embeddings": False, **decoder},
+            audio_token_index=self.audio_token(processor),
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+            architectures=[self.model_class],
+        )
+
+    def random_processor(self, shape: Mapping[str, Any]) -> Any:
+        """The built-in model's, with the shape's window and mel bands."""
+        processor = AutoProcessor.from_pretrained(Path(__file__).parents[1] / "mini" / "model")
+        processor.feature_extractor = WhisperFeatureExtractor(
+            feature_size=shape["mels"], chunk_length=shape["window_s"]
+        )
+        return processor
 
 
-def lm_head(model: Any) -> nn.Module:
-    """The output projection, D -> V."""
-    return unwrap(model).lm_head
-
-
-def layer_list(model: Any, tower: Tower) -> nn.ModuleList:
-    """The layers of the decoder or of the audio encoder."""
-    inner = unwrap(model).model
-    return inner.language_model.layers if tower == "decoder" else inner.audio_tower.layers
-
-
-def set_layer_list(model: Any, tower: Tower, layers: nn.ModuleList) -> None:
-    """Put `layers` in place and make the config and the cache indices agree with them."""
-    inner = unwrap(model).model
-    config = unwrap(model).config
-    if tower == "encoder":
-        inner.audio_tower.layers = layers
-        for audio_config in {id(c): c for c in (config.audio_config, inner.audio_tower.config)}.values():
-            audio_config.encoder_layers = len(layers)
-        return
-    decoder = inner.language_model
-    decoder.layers = layers
-    kinds = [getattr(layer, "attention_type", "full_attention") for layer in layers]
-    for text_config in {id(c): c for c in (config.text_config, decoder.config)}.values():
-        text_config.num_hidden_layers = len(layers)
-        text_config.layer_types = kinds
-    layer: Any
-    for index, layer in enumerate(layers):
-        layer.self_attn.layer_idx = index
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT (or DDP) wrapper."""
-    while hasattr(model, "module") or hasattr(model, "get_base_model"):
-        model = model.module if hasattr(model, "module") else model.get_base_model()
-    return model
-
-
-def eos_token_ids(model: Any, processor: Any) -> tuple[int, ...]:
-    """Tokens that end an answer, from the generation config (Qwen2-Audio has two)."""
-    eos = unwrap(model).generation_config.eos_token_id
-    if eos is None:
-        eos = processor.tokenizer.eos_token_id
-    return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-
-
-def window_s(processor: Any) -> float:
-    """Longest clip in seconds that the model takes whole (Qwen2-Audio: 30); what is beyond would be cut silently."""
-    extractor = processor.feature_extractor
-    return extractor.n_samples / extractor.sampling_rate
-
-
-def num_audio_states(num_frames: Tensor) -> Tensor:
-    """Audio states of a clip for its number of mel frames: convolution of stride 2, then average pool of 2."""
-    return ((num_frames - 1) // 2 + 1 - 2) // 2 + 1
-
-
-def tower_states(model: Any, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
-    """Audio tower output (N, F_max, A) for log-mels (N, mels, M) and their mask (N, M), with padding masked as in training.
-
-    M may be less than the model's window, which the tower's own forward refuses: so its modules are called one by one here.
-    Valid states are those of the whole window if M holds two frames beyond the longest clip, or is the window.
-    """
-    tower = unwrap(model).model.audio_tower
-    weight = tower.conv1.weight
-    hidden = nn.functional.gelu(tower.conv1(input_features.to(weight.device, weight.dtype)))
-    hidden = nn.functional.gelu(tower.conv2(hidden)).permute(0, 2, 1)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    lengths = (feature_attention_mask.to(hidden.device).sum(-1) - 1) // 2 + 1
-    valid = positions[None, :] < lengths[:, None]
-    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
-    hidden = nn.functional.dropout(hidden + tower.embed_positions(positions), p=tower.dropout, training=tower.training)
-    with attention_for_unlike_lengths():
-        for layer in tower.layers:
-            hidden = layer(hidden, mask)
-    return tower.layer_norm(tower.avg_pooler(hidden.permute(0, 2, 1)).permute(0, 2, 1))
-
-
-def attention_for_unlike_lengths() -> AbstractContextManager[None]:
-    """PyTorch's attention without cuDNN's kernels, for which PyTorch builds a plan at every new shape."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-def project(model: Any, states: Tensor) -> Tensor:
-    """Audio states (..., A) to decoder width (..., D)."""
-    return unwrap(model).model.multi_modal_projector(states)
-
-
-def embed(model: Any, input_ids: Tensor) -> Tensor:
-    """Token embeddings (..., D)."""
-    return text_decoder(model).embed_tokens(input_ids)
-
-
-def freeze_(model: Any, parts: Sequence[str]) -> None:
-    """Stop the named parts from training: audio_tower, projector, embeddings, lm_head."""
-    inner = unwrap(model)
-    modules = {
-        "audio_tower": inner.model.audio_tower,
-        "projector": inner.model.multi_modal_projector,
-        "embeddings": inner.model.language_model.embed_tokens,
-        "lm_head": inner.lm_head,
-    }
-    for part in parts:
-        modules[part].requires_grad_(False)
-
-
-def part_of(module_name: str, parts: Mapping[str, str] = PARTS) -> str | None:
-    """The part (audio_tower, projector, decoder, lm_head) a module name in memory belongs to."""
-    for part, prefix in parts.items():
-        if module_name == prefix or module_name.startswith(prefix + "."):
-            return part
-    return None
-
-
-def decoder_layer(
-    layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], wanted: Tensor | None = None
-) -> Tensor:
-    """One Qwen2 decoder layer over N tokens, (N, D) to (N, D), with rotary embedding and attention left to the caller.
-
-    `attend` gets queries (N, H, E), keys and values (N, K, E), which it may overwrite, and returns (N, H, E). With `wanted` (M,) only
-    these tokens' outputs are computed: queries and result have M rows.
-    """
-    attention = layer.self_attn
-    normed = rms_norm(layer.input_layernorm, hidden)
-    key, value = (
-        linear(normed).view(len(hidden), -1, attention.head_dim) for linear in (attention.k_proj, attention.v_proj)
-    )
-    if wanted is not None:
-        normed, hidden = normed[wanted], hidden[wanted]
-    mixed = attend(attention.q_proj(normed).view(len(hidden), -1, attention.head_dim), key, value)
-    hidden, normed = add_norm(hidden, attention.o_proj(mixed.flatten(1)), layer.post_attention_layernorm)
-    mlp = layer.mlp
-    return hidden + mlp.down_proj(gated(mlp.act_fn, mlp.gate_proj(normed), mlp.up_proj(normed)))
-
-
-def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
-    """A Qwen2RMSNorm (..., D) in one kernel, where transformers' own takes six."""
-    return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+FAMILY = Qwen2Audio()

@@ -17,19 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from trimlingual.models.packed_weights import alone, is_packed, unpack_
-from trimlingual.models.qwen2_audio import PARTS, part_of
 from trimlingual.models.saving import DTYPES, explained_disk_full, finish_saved, round_weights_
+from trimlingual.models.tree import EMBEDDINGS, PARTS, PATTERNS, part_of
 from trimlingual.recipe import Dtype, QuantizeSettings
 
-# Names in the folder's config. They match the names in memory and the published ones, which vLLM uses.
-PATTERNS = {
-    "audio_tower": r"re:.*audio_tower.*",
-    "projector": r"re:.*multi_modal_projector.*",
-    "decoder": r"re:.*language_model.*layers.*",
-    "lm_head": r"re:.*lm_head$",
-    "embeddings": r"re:.*embed_tokens$",
-}
-EMBEDDINGS = PARTS["decoder"] + ".embed_tokens"
 # Scales tried for each group, as fractions of the one that puts its largest weight on the last step. Clipping the largest weight a
 # little is better for the sum of squares: with 128 normal weights a group 20.3 dB instead of 19.7 (nf4 with blocks of 64: 20.7).
 CLIPPINGS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from trimlingual.models.qwen2_audio import PARTS, part_of
 from trimlingual.models.saving import DTYPES
+from trimlingual.models.tree import PARTS, part_of
 from trimlingual.recipe import QuantizeSettings
 
 

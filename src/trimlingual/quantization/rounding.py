@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimlingual.models.qwen2_audio import layer_list
+from trimlingual.models.tree import layer_list
 from trimlingual.quantization.int4 import best_scale, modules_to_pack
 from trimlingual.recipe import TOWERS, QuantizeSettings
 from trimlingual.run.progress import progress

@@ -17,7 +17,7 @@ LATIN, CYRILLIC, HAN, ARABIC, DEVANAGARI = "LATIN", "CYRILLIC", "HAN", "ARABIC",
 
 @dataclass(frozen=True)
 class Language:
-    """One language. `name` is the English one, as Qwen2-Audio's published prompt spells it ("into German:")."""
+    """One language. `name` is the English one, as the published prompt spells it ("into German:")."""
 
     name: str
     scripts: tuple[str, ...] = (LATIN,)

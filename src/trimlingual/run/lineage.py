@@ -110,12 +110,11 @@ def read_lineage(folder: Path, name: str | None = None) -> Lineage:
         return read_record(
             path, Lineage, LineageError, "copy the model's folder again, or run the stage that made it again"
         )
-    config = read_record(
-        folder / "config.json", _Config, LineageError, "it must be a model folder of the qwen2_audio type"
-    )
+    config = read_record(folder / "config.json", _Config, LineageError, "it must be a folder of a supported model")
+    audio = config["audio_config"]
     counts = {
         "decoder": config["text_config"].get("num_hidden_layers", 32),
-        "encoder": config["audio_config"].get("encoder_layers", 32),
+        "encoder": audio.get("encoder_layers", audio.get("num_hidden_layers", 32)),
     }
     return Lineage(
         base=name or str(folder), layers={k: list(range(n)) for k, n in counts.items()}, num_base_layers=counts

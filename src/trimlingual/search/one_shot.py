@@ -9,7 +9,7 @@ import torch
 
 from trimlingual.data.audio import load_audio
 from trimlingual.models.inputs import Collator, Example
-from trimlingual.models.qwen2_audio import layer_list
+from trimlingual.models.tree import layer_list
 from trimlingual.recipe import Tower
 from trimlingual.search.plan import PrunePlan, Removal
 from trimlingual.search.scorer import Candidate, Scorer

@@ -33,9 +33,9 @@ from trimlingual.decoding.translate_clips import (
     split_on_oom,
 )
 from trimlingual.evaluation.quality import SentenceStatistics, sentence_statistics
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.layers import drop_layers_, without_layers
-from trimlingual.models.qwen2_audio import eos_token_ids
 from trimlingual.recipe import TOWERS, RankSettings, SharedSettings, Tower
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
@@ -145,7 +145,7 @@ class Scorer:
         self.task, self.decode = shared.task, shared.decode
         self.settings, self.lineage, self.present = settings, lineage, present
         self.prompter = Prompter(processor, self.task)
-        self.eos = eos_token_ids(model, processor)
+        self.eos = family_of(model).end_tokens(model, processor)
         self.metrics = {language: settings.metric_for(language) for language in self.task.target_languages}
         self.translated = [language for language, metric in self.metrics.items() if metric != "loss"]
         self._sharing = settings.towers != "encoder"

@@ -13,6 +13,7 @@ from trimlingual.data.sources import Clip
 from trimlingual.evaluation.results import read_result
 from trimlingual.exports.proof import prove_export
 from trimlingual.exports.shipped import Shipped
+from trimlingual.models.family import Family, family_of_folder
 from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import is_on_hub
 from trimlingual.models.saving import finish_saved
@@ -48,7 +49,7 @@ def export(
         exact = recipe.model.dtype == "float32" and lineage.quantization is None
         proof = prove_export(out_dir, recipe, evaluation_dir, clips, exact)
         say(f"  proof: {proof_text(proof)}")
-    write_text(out_dir / "README.md", model_card(recipe, lineage, result, proof))
+    write_text(out_dir / "README.md", model_card(recipe, lineage, family_of_folder(out_dir), result, proof))
     return {
         "proof": proof,
         "files": sorted(path.name for path in out_dir.iterdir() if path.is_file() and path.name != "work.json"),
@@ -56,7 +57,7 @@ def export(
 
 
 def model_card(
-    recipe: Recipe, lineage: Lineage, result: dict[str, Any] | None, proof: dict[str, Any] | None = None
+    recipe: Recipe, lineage: Lineage, family: Family, result: dict[str, Any] | None, proof: dict[str, Any] | None = None
 ) -> str:
     """The Hub model card: metadata block, how to use it, what was done, what was measured."""
     environment = Environment(
@@ -65,6 +66,7 @@ def model_card(
     return environment.get_template("model_card.md.j2").render(
         recipe=recipe,
         lineage=lineage,
+        family=family,
         result=result,
         proof=proof_text(proof) if proof else None,
         removed=lineage.removed("decoder"),

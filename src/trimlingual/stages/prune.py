@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trimlingual.models.errors import ProofError
+from trimlingual.models.family import family_of
 from trimlingual.models.folders import check_folder
 from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model, load_processor, pick_device
-from trimlingual.models.qwen2_audio import embed, layer_list, lm_head, project, text_decoder, tower_states
 from trimlingual.models.saving import round_weights_, save_model
+from trimlingual.models.tree import embed, layer_list, lm_head, text_decoder
 from trimlingual.recipe import TOWERS, ModelSettings, Tower
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.plan import FINETUNED, PlanError, check_plan, read_plan
@@ -104,10 +105,11 @@ def probe(model: Any) -> Tensor:
     parameter = next(model.parameters())
     features = torch.randn((2, audio.num_mel_bins, audio.max_source_positions * 2), generator=generator)
     mask = torch.ones((2, features.shape[-1]), dtype=torch.long)
-    states = tower_states(model, features.to(parameter.device, parameter.dtype), mask.to(parameter.device))[:, :16]
+    family, features = family_of(model), features.to(parameter.device, parameter.dtype)
+    states = family.audio_states(model, features, mask.to(parameter.device))[:, :16]
     ids = torch.randint(0, model.config.text_config.vocab_size, (2, 16), generator=generator)
     embeds = embed(model, ids.to(parameter.device))
-    return torch.cat([project(model, states).to(embeds.dtype), embeds], dim=1)
+    return torch.cat([family.project(model, states).to(embeds.dtype), embeds], dim=1)
 
 
 def _cached_difference(model: Any, embeds: Tensor, uncached: Tensor, split: int = 20) -> float:

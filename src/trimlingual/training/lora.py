@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from trimlingual.models.qwen2_audio import PARTS, text_decoder, unwrap
+from trimlingual.models.tree import EMBEDDINGS, PARTS, lm_head, text_decoder
 from trimlingual.recipe import LoraSettings
 
 
@@ -52,9 +52,9 @@ def add_lora(model: Any, settings: LoraSettings, seed: int, frozen: Sequence[str
 
 def _names_in(model: Any, parts: Sequence[str]) -> str | None:
     """A pattern of the names of all modules in these parts. Tied embeddings are the output head, so one is frozen with the other."""
-    names = PARTS | {"embeddings": PARTS["decoder"] + ".embed_tokens"}
+    names = PARTS | {"embeddings": EMBEDDINGS}
     chosen, tied = set(parts), {"embeddings", "lm_head"}
-    if chosen & tied and text_decoder(model).embed_tokens.weight is unwrap(model).lm_head.weight:
+    if chosen & tied and text_decoder(model).embed_tokens.weight is lm_head(model).weight:
         chosen |= tied
     return "|".join(rf"{re.escape(names[part])}(\..*)?" for part in sorted(chosen)) or None
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimlingual.models.family import family_of
 from trimlingual.models.inputs import IGNORED, Collator, Example
-from trimlingual.models.qwen2_audio import embed, lm_head, num_audio_states, project, text_decoder, tower_states, unwrap
+from trimlingual.models.tree import audio_token_id, embed, lm_head, text_decoder, unwrap
 from trimlingual.recipe import TokenDistillation
 
 SMALLEST_REST = 1e-6  # probability of what is not among the teacher's tokens, at least: its logarithm is taken
@@ -41,17 +42,19 @@ def answer_forward(model: Any, distillation: TokenDistillation | None = None) ->
         teacher_log_probs: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """So many parameters because the Trainer gives a batch by the names of its tensors."""
+        family = family_of(model)
         if audio_states is None:
             assert input_features is not None
             assert feature_attention_mask is not None
-            audio_states = tower_states(model, input_features, feature_attention_mask)
-            audio_lengths = num_audio_states(feature_attention_mask.sum(-1))
+            audio_states = family.audio_states(model, input_features, feature_attention_mask)
+            audio_lengths = family.num_states(feature_attention_mask.sum(-1))
         assert audio_lengths is not None
         decoder = text_decoder(model)
         embeds = embed(model, input_ids)
-        projected = project(model, audio_states.to(embeds.dtype))  # under FSDP not the dtype in which weights are kept
+        # Under FSDP the weights are not kept in the dtype of the embeddings.
+        projected = family.project(model, audio_states.to(embeds.dtype))
         valid = torch.arange(projected.shape[1], device=projected.device)[None, :] < audio_lengths[:, None]
-        is_audio = (input_ids == unwrap(model).config.audio_token_id)[..., None]
+        is_audio = (input_ids == audio_token_id(unwrap(model).config))[..., None]
         embeds = embeds.masked_scatter(is_audio, projected[valid].to(embeds.dtype))
         hidden = decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
         targets = labels[:, 1:]

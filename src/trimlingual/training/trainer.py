@@ -25,8 +25,8 @@ from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, pick_device
-from trimlingual.models.qwen2_audio import attention_for_unlike_lengths, freeze_, layer_list
 from trimlingual.models.saving import explained_disk_full
+from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower, freeze_, layer_list
 from trimlingual.recipe import FLASH_ADAMW, SharedSettings, TrainSettings
 from trimlingual.run import interruptions
 from trimlingual.run.processes import num_processes
@@ -225,7 +225,7 @@ def make_trainer(
         fuse_lora_(trained)
     optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
     states = None
-    if not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters()):
+    if not any(parameter.requires_grad for parameter in audio_tower(model).parameters()):
         states = stored_states(model, processor, data.clips, work_dir)
     trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
         True  # answer_forward divides by num_items_in_batch itself

@@ -30,8 +30,8 @@ from trimlingual.models.errors import ProofError
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_processor
-from trimlingual.models.qwen2_audio import ROWS_BY_TOKEN
 from trimlingual.models.saving import explained_disk_full, finish_saved
+from trimlingual.models.tree import ROWS_BY_TOKEN, audio_token_id
 from trimlingual.recipe import TaskSettings, VocabSettings
 from trimlingual.run.artifacts import write_json, write_text
 from trimlingual.run.lineage import ModelFolder
@@ -302,7 +302,7 @@ def _write_configs(config: Any, generation: Mapping[str, Any], kept: Kept, out_d
     for part in _configs(config):
         for key, value in _attributes(part).items():
             setattr(part, key, _renumber(value, kept))
-    if config.audio_token_id is None:
+    if audio_token_id(config) is None:
         raise VocabError(
             "the configuration's audio token is not in the tokenizer: model and processor do not belong together"
         )
