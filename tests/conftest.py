@@ -27,13 +27,15 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported, since its own functions are interpreted as well
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
+from transformers import Qwen2AudioConfig, VoxtralConfig, WhisperFeatureExtractor
 
 import trimlingual
 from tools.mini.network import train_processor
 from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import Split
+from trimlingual.models.family import Family, family_named
+from trimlingual.models.folders import FAMILIES, library_problem
 from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, SharedSettings, TaskSettings
@@ -74,16 +76,32 @@ def pytest_configure() -> None:
     warnings.warn = _strict
 
 
+# A test marked so runs once for each model family; any other runs for the family of the built-in model.
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def processor() -> Any:
-    """A Qwen2-Audio processor with a small vocabulary and a two-second window."""
+def family(request: pytest.FixtureRequest) -> Family:
+    """The family whose small models a test uses."""
+    named = family_named(getattr(request, "param", "qwen2_audio"))
+    for file in FAMILIES[named.model_type]:
+        if problem := library_problem(file):
+            pytest.skip(problem)
+    return named
+
+
+@pytest.fixture(scope="session")
+def processor(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A processor with a small vocabulary; Qwen2-Audio's has a window of two seconds."""
+    if family.model_type == "voxtral":
+        return family.random_processor(family.shapes["voxtral-tiny"], tmp_path_factory.mktemp("processor"))
     made = train_processor(TEXTS)
     made.feature_extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW_S)
     return made
 
 
 @pytest.fixture(scope="session")
-def make_model(processor: Any) -> Callable[..., Any]:
+def make_model(family: Family, processor: Any) -> Callable[..., Any]:
     """Random models of chosen shape. The spread of the weights is wide, so that outputs are varied and some answers end."""
 
     def make(
@@ -97,27 +115,41 @@ def make_model(processor: Any) -> Callable[..., Any]:
     ) -> Any:
         torch.manual_seed(seed)
         tokenizer = processor.tokenizer
-        config = Qwen2AudioConfig(
-            audio_config={
-                "model_type": "qwen2_audio_encoder", "num_mel_bins": 80, "d_model": 64, "encoder_layers": encoder_layers,
-                "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "max_source_positions": WINDOW_S * 50,
-            },
-            text_config={
-                "model_type": "qwen2", "hidden_size": width, "intermediate_size": 128, "num_hidden_layers": layers,
-                "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": len(tokenizer),
-                "tie_word_embeddings": tied, "max_position_embeddings": 512, "initializer_range": 0.15,
-                "pad_token_id": tokenizer.pad_token_id,
-            },
-            audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-            tie_word_embeddings=tied,
-        )  # fmt: skip
-        model = Qwen2AudioForConditionalGeneration(config).eval()
+        text = {
+            "hidden_size": width, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "vocab_size": len(tokenizer), "tie_word_embeddings": tied,
+            "max_position_embeddings": 512, "initializer_range": 0.15, "pad_token_id": tokenizer.pad_token_id,
+        }  # fmt: skip
+        config = (
+            _voxtral(text, encoder_layers) if family.model_type == "voxtral" else _qwen2_audio(text, encoder_layers)
+        )
+        config.tie_word_embeddings = tied
+        config.audio_token_id = family.audio_token(processor)
+        model = family.build(config).eval()
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.do_sample = False
         return model
 
     return make
+
+
+def _qwen2_audio(text: dict[str, Any], encoder_layers: int) -> Any:
+    audio = {
+        "model_type": "qwen2_audio_encoder", "num_mel_bins": 80, "d_model": 64, "encoder_layers": encoder_layers,
+        "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "max_source_positions": WINDOW_S * 50,
+    }  # fmt: skip
+    return Qwen2AudioConfig(audio_config=audio, text_config={"model_type": "qwen2", **text})
+
+
+def _voxtral(text: dict[str, Any], encoder_layers: int) -> Any:
+    """Its decoder's heads are wider than its width has room for, as in the published models."""
+    audio = {
+        "model_type": "voxtral_encoder", "hidden_size": 64, "num_hidden_layers": encoder_layers, "num_attention_heads": 2,
+        "intermediate_size": 256, "initializer_range": 0.15,
+    }  # fmt: skip
+    text = text | {"model_type": "llama", "head_dim": 32, "max_position_embeddings": 2048, "rope_theta": 1e8}
+    return VoxtralConfig(audio_config=audio, text_config=text)
 
 
 @pytest.fixture(scope="session")
@@ -141,12 +173,12 @@ def write_clip(path: Path, duration_s: float, seed: int) -> None:
     soundfile.write(path, (0.3 * tone + 0.05 * rng.standard_normal(len(time))).astype(np.float32), SAMPLE_RATE)
 
 
-def make_clips(folder: Path, count: int, first_seed: int = 0) -> list[Clip]:
-    """Clips of very different length (0.3 to 1.9 s) with references in both languages."""
+def make_clips(folder: Path, count: int, first_seed: int = 0, longer_s: float = 0.0) -> list[Clip]:
+    """Clips of very different length (0.3 to 1.9 s, and `longer_s`) with references in both languages."""
     clips = []
     for i in range(count):
         path = folder / f"clip-{first_seed + i}.wav"
-        duration = 0.3 + 1.6 * ((i * 7) % 11) / 11
+        duration = longer_s + 0.3 + 1.6 * ((i * 7) % 11) / 11
         write_clip(path, duration, first_seed + i)
         references = {"de": TEXTS[i % 4], "zh": TEXTS[4 + i % 4]}
         info = soundfile.info(path)
@@ -155,8 +187,11 @@ def make_clips(folder: Path, count: int, first_seed: int = 0) -> list[Clip]:
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> Split:
-    return Split("select", tuple(make_clips(tmp_path, 7)))
+def split(family: Family, processor: Any, tmp_path: Path) -> Split:
+    """Clips of one window; where a model takes longer ones, fewer, and one of them in two chunks."""
+    if family.window_s(processor) == WINDOW_S:
+        return Split("select", tuple(make_clips(tmp_path, 7)))
+    return Split("select", (*make_clips(tmp_path, 4), *make_clips(tmp_path, 1, first_seed=4, longer_s=30.5)))
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.stored_audio import stored_states
 from trimlingual.training.trainer import make_trainer, train_
 
+from .conftest import EVERY_FAMILY
+from .plain_inputs import own_inputs
+
 
 @pytest.fixture
 def examples(split, task):
@@ -30,6 +33,7 @@ def examples(split, task):
     ]
 
 
+@EVERY_FAMILY
 def test_loss_equals_the_models_own_on_answer_tokens(make_model, processor, split, task, examples):
     """Ours (logits at answer positions only) against transformers' full forward with the same labels."""
     model = make_model()
@@ -38,10 +42,11 @@ def test_loss_equals_the_models_own_on_answer_tokens(make_model, processor, spli
     batch.pop("ids")
     with torch.no_grad():
         ours = answer_forward(model)(**batch)["loss"]
-        theirs = model(**batch).loss
+        theirs = model(**own_inputs(model, batch)).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@EVERY_FAMILY
 def test_labels_cover_the_answer_and_its_end_only(processor, split, task, examples):
     prompter = Prompter(processor, task)
     batch = Collator(prompter, lambda i: load_audio(split.clips[i].audio))(examples[:3])
@@ -67,6 +72,7 @@ def test_accumulated_gradients_equal_one_large_batch(make_model, processor, spli
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
+@EVERY_FAMILY
 def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, split, task, examples):
     model = make_model()
     from trimlingual.decoding.translate_clips import encode_clips
@@ -82,6 +88,7 @@ def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, sp
     )
 
 
+@EVERY_FAMILY
 def test_training_learns_and_records(given, split, shared, data, tmp_path):
     settings = TrainSettings(epochs=6.0, batch_size=4, learning_rate=3e-3, logging_steps=1)
     info = finetune(given, data, shared, settings, tmp_path)
@@ -99,6 +106,7 @@ def test_frozen_parts_do_not_move(given, model_dir, shared, data, tmp_path):
     assert not [n for n in changed if "audio_tower" in n or "embed_tokens" in n]
 
 
+@EVERY_FAMILY
 def test_lora_saves_a_merged_model_and_its_adapter(given, model_dir, shared, data, tmp_path):
     settings = TrainSettings(method="lora", max_steps=4, learning_rate=1e-2, lora=LoraSettings(r=4, alpha=8))
     finetune(given, data, shared, settings, tmp_path)

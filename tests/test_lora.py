@@ -16,6 +16,8 @@ from trimlingual.training import lora
 from trimlingual.training.lora import add_lora, fuse_lora_
 from trimlingual.training.trainer import train_
 
+from .conftest import EVERY_FAMILY
+
 
 class Two(nn.Module):
     """A layer with a bias, one without, and something between."""
@@ -132,6 +134,7 @@ def test_merged_and_disabled_adapters():
     assert not torch.allclose(base, expected)
 
 
+@EVERY_FAMILY
 def test_every_layer_of_a_model_is_fused(make_model):
     model = make_model()
     assert fuse_lora_(add_lora(model, LoraSettings(r=4, alpha=8), 0)) == sum(

@@ -16,6 +16,7 @@ from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.quantize import quantize, sqnr_db
 
+from .conftest import EVERY_FAMILY
 from .test_pipeline import as_words
 
 CPU = torch.device("cpu")
@@ -29,6 +30,7 @@ def examples(split, task):
     ]
 
 
+@EVERY_FAMILY
 def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path):
     settings = QuantizeSettings(compute_dtype="float32", merge_base="dequantized", train=TRAIN)
     info = quantize(given, data, shared, settings, tmp_path)
@@ -44,6 +46,7 @@ def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@EVERY_FAMILY
 def test_integers_that_ship(given, model_dir, shared, data, tmp_path):
     pytest.importorskip("compressed_tensors")
     settings = QuantizeSettings(
@@ -83,6 +86,7 @@ def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, process
     assert abs(kept["dequantized"]) < 0.25
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("parts", [["decoder"], ["audio_tower", "projector"], ["decoder", "lm_head"]])
 def test_exactly_the_chosen_parts_are_4bit(model_dir, parts):
     settings = QuantizeSettings(parts=parts)

@@ -23,6 +23,7 @@ from trimlingual.models.inputs import Prompter
 from trimlingual.models.tree import embed
 from trimlingual.recipe import DecodeSettings
 
+from .conftest import EVERY_FAMILY
 from .plain_inputs import plain_inputs
 
 
@@ -34,15 +35,17 @@ def plain_generate(model, processor, task, clip, language, limit):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("family", "shape", "batch_size"),
     [
-        {"heads": 4, "kv_heads": 2},
-        {"heads": 4, "kv_heads": 4, "layers": 2},
-        {"heads": 2, "kv_heads": 1, "width": 48, "tied": True},
+        *[("qwen2_audio", {"heads": 4, "kv_heads": 2}, size) for size in (1, 3, 16)],
+        *[("qwen2_audio", {"heads": 4, "kv_heads": 4, "layers": 2}, size) for size in (1, 3, 16)],
+        *[("qwen2_audio", {"heads": 2, "kv_heads": 1, "width": 48, "tied": True}, size) for size in (1, 3, 16)],
+        *[("voxtral", {"heads": 4, "kv_heads": 2}, size) for size in (1, 3)],
+        ("voxtral", {"heads": 4, "kv_heads": 4, "layers": 2, "width": 96}, 16),
     ],
-    ids=["grouped", "plain", "odd-width-tied"],
+    indirect=["family"],
+    scope="session",
 )
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_equals_generate_one_clip_at_a_time(make_model, processor, split, task, shape, batch_size):
     model = make_model(**shape)
     prompter = Prompter(processor, task)
@@ -54,6 +57,7 @@ def test_equals_generate_one_clip_at_a_time(make_model, processor, split, task, 
             theirs = plain_generate(model, processor, task, clip, language, limit)
             assert ours[clip.id, language].hypothesis == prompter.decode(theirs)
             assert ours[clip.id, language].num_tokens == len(theirs)
+    assert len({t.hypothesis for t in ours.values()}) > len(split.clips)  # not one answer for everything
 
 
 def test_rows_end_at_different_times(make_model, processor, split, task):
@@ -84,6 +88,7 @@ def test_limits_bound_each_row(make_model, processor, split, task):
     assert [len(t) for t in tokens] == limits
 
 
+@EVERY_FAMILY
 def test_prompt_tokens_are_the_processors(make_model, processor, split, task):
     prompter = Prompter(processor, task)
     for clip in split.clips:
@@ -92,6 +97,7 @@ def test_prompt_tokens_are_the_processors(make_model, processor, split, task):
         assert prompter.prompt_ids("de", num_states) == theirs["input_ids"][0].tolist()
 
 
+@EVERY_FAMILY
 def test_encoded_audio_and_prompt_equal_the_models_own(make_model, processor, split, task):
     """Logits from our embedded prompt are those of the model's own forward."""
     model, prompter = make_model(), Prompter(processor, task)

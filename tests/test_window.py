@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.masking_utils import create_bidirectional_mask
 
-from tests.conftest import WINDOW_S
+from tests.conftest import EVERY_FAMILY, WINDOW_S
+from tests.plain_inputs import own_inputs
 from trimlingual.data.audio import SAMPLE_RATE, load_audio
 from trimlingual.decoding.translate_clips import encode_audio
 from trimlingual.models.inputs import Collator, Example, Prompter, log_mels
@@ -78,6 +79,7 @@ def test_states_do_not_depend_on_the_company(make_model, processor):
     torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
 
 
+@EVERY_FAMILY
 def test_loss_and_gradients_equal_those_of_the_published_set_up(make_model, processor, split, task):
     """Ours (cut window, logits of answers alone) and transformers' own forward over the whole window, on the same batch, in float32."""
     prompter = Prompter(processor, task)
@@ -88,7 +90,7 @@ def test_loss_and_gradients_equal_those_of_the_published_set_up(make_model, proc
         collator = Collator(prompter, lambda i: load_audio(split.clips[i].audio), whole_window=whole_window)
         batch = collator(examples)
         batch.pop("ids")
-        loss = model(**batch).loss if whole_window else answer_forward(model)(**batch)["loss"]
+        loss = model(**own_inputs(model, batch)).loss if whole_window else answer_forward(model)(**batch)["loss"]
         loss.backward()
         losses.append(loss.detach())
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

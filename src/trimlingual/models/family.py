@@ -85,8 +85,8 @@ class Family(ABC):
         """Configuration of a random model of one of `shapes`; `text` overrides sizes of its decoder."""
 
     @abstractmethod
-    def random_processor(self, shape: Mapping[str, Any]) -> Any:
-        """A processor for a random model of one of `shapes`, made of what is installed."""
+    def random_processor(self, shape: Mapping[str, Any], folder: Path) -> Any:
+        """A processor for a random model of one of `shapes`, made of what is installed, and saved to `folder`."""
 
     def project(self, model: Any, states: Tensor) -> Tensor:
         """Audio states (..., A) to decoder width (..., D)."""
@@ -133,6 +133,11 @@ class Family(ABC):
     def build(self, config: Any) -> Any:
         """A model of this configuration, on PyTorch's default device and in its default dtype."""
         return self.transformers_class(config)
+
+    @property
+    def model_type(self) -> str:
+        """As in config.json, and as the family's file is named."""
+        return type(self).__module__.rpartition(".")[2]
 
     @property
     def transformers_class(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from trimlingual.run.fingerprint import read_object
 # Stages that need the weights themselves, which 4-bit words of bitsandbytes are not.
 CHANGES_WEIGHTS = ("teacher", "recovered", "pruned", "quantized")
 # The known families (`model_type` of config.json). One of the files beside a family's name holds the tokenizer.
-FAMILIES = {"qwen2_audio": ("tokenizer.json", "vocab.json")}
+FAMILIES = {"qwen2_audio": ("tokenizer.json", "vocab.json"), "voxtral": ("tekken.json",)}
+# A library that reads this tokenizer and is no dependency of the package: its module, and the extra that installs it.
+NEEDED = {"tekken.json": ("mistral_common", "voxtral")}
 EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -71,13 +74,25 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
 
 
 def processor_problems(folder: Path) -> list[str]:
-    """Which of the processor's files `folder` lacks."""
+    """Which of the processor's files `folder` lacks, and which library that reads them is not installed."""
     tokenizer_files = FAMILIES[_config(folder)["model_type"]]
-    return [
+    missing = [
         f"{folder} has no {names[0]}; copy the processor's files from the base model's folder"
         for names in (EXTRACTOR_FILES, tokenizer_files)
         if not any((folder / name).is_file() for name in names)
     ]
+    return missing + [problem for name in tokenizer_files if (problem := library_problem(name))]
+
+
+def library_problem(tokenizer_file: str) -> str | None:
+    """What to install where the library that reads this tokenizer file is not there."""
+    module, extra = NEEDED.get(tokenizer_file, (None, None))
+    if module is None or find_spec(module):
+        return None
+    return (
+        f"{tokenizer_file} is read by the library {module.replace('_', '-')}, which is not installed: "
+        f"pip install 'trimlingual[{extra}]'. On Python 3.12 and older it wants numpy < 2.4"
+    )
 
 
 def is_bitsandbytes(folder: Path) -> bool:

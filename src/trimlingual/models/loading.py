@@ -21,6 +21,7 @@ from trimlingual.models.saving import DTYPES, save_model
 from trimlingual.recipe import Dtype
 
 BUILTIN = "builtin:"
+OTHER_FORMATS = ["consolidated*"]  # the same weights once more, for another library
 
 
 def is_on_hub(base: str) -> bool:
@@ -52,7 +53,15 @@ def resolve_base(base: str, revision: str | None = None, download: bool = True, 
 
     try:
         patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, local_files_only=not download))
+        return Path(
+            snapshot_download(
+                base,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=OTHER_FORMATS,
+                local_files_only=not download,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model {base!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}). "

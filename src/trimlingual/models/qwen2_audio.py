@@ -161,12 +161,13 @@ class Qwen2Audio(Family):
             architectures=[self.model_class],
         )
 
-    def random_processor(self, shape: Mapping[str, Any]) -> Any:
+    def random_processor(self, shape: Mapping[str, Any], folder: Path) -> Any:
         """The built-in model's, with the shape's window and mel bands."""
         processor = AutoProcessor.from_pretrained(Path(__file__).parents[1] / "mini" / "model")
         processor.feature_extractor = WhisperFeatureExtractor(
             feature_size=shape["mels"], chunk_length=shape["window_s"]
         )
+        processor.save_pretrained(folder)
         return processor
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from trimlingual.models.family import Family, family_named, meta_model
-from trimlingual.models.folders import FAMILIES
+from trimlingual.models.folders import FAMILIES, library_problem, refuse
 from trimlingual.run.artifacts import fingerprint, write_json
 from trimlingual.run.version import version as own_version
 
@@ -45,6 +45,7 @@ def random_base(name: str) -> Path:
         raise ValueError(f"{name!r} is not known; random models: {', '.join(RANDOM + known for known in shapes)}")
     family, settings = shapes[shape]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimlingual" / "random"
+    refuse([problem for file in FAMILIES[family.model_type] if (problem := library_problem(file))])
     made_by = {"trimlingual": own_version(), "transformers": version("transformers"), "settings": settings}
     folder = cache / f"{shape}-{fingerprint('random', made_by, {})}"
     if is_random(folder):
@@ -62,8 +63,7 @@ def random_base(name: str) -> Path:
 
 
 def _write(family: Family, shape: str, folder: Path) -> None:
-    processor = family.random_processor(family.shapes[shape])
-    processor.save_pretrained(folder)
+    processor = family.random_processor(family.shapes[shape], folder)
     tokenizer = processor.tokenizer
     config = family.random_config(family.shapes[shape], processor)
     config.save_pretrained(folder)

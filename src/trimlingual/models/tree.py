@@ -77,7 +77,8 @@ def set_layer_list(model: Any, tower: Tower, layers: nn.ModuleList) -> None:
     kinds = [getattr(layer, "attention_type", "full_attention") for layer in layers]
     for text_config in {id(c): c for c in (config.text_config, decoder.config)}.values():
         text_config.num_hidden_layers = len(layers)
-        text_config.layer_types = kinds
+        if getattr(text_config, "layer_types", None) is not None:
+            text_config.layer_types = kinds
     layer: Any
     for index, layer in enumerate(layers):
         layer.self_attn.layer_idx = index

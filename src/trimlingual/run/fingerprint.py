@@ -293,7 +293,7 @@ def is_whole(folder: Path) -> bool:
     """Whether a model folder has its configuration, a tokenizer and all of its weights (a download may have been stopped)."""
     index = read_object(folder / "model.safetensors.index.json").get("weight_map", {})
     weights = {*index.values()} or {path.name for path in folder.glob("*.safetensors")}
-    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tekken.json")
     return (
         bool(weights)
         and all((folder / name).is_file() for name in ("config.json", *weights))

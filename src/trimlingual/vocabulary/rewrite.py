@@ -71,6 +71,11 @@ def trim_vocab(
     model_dir = folder.path
     check_folder(model_dir, "trimmed")
     processor = load_processor(model_dir)
+    if not hasattr(processor.tokenizer, "backend_tokenizer"):
+        raise VocabError(
+            f"the tokenizer in {model_dir} is no tokenizer.json ({type(processor.tokenizer).__name__}), and no other kind can be "
+            "trimmed: leave out the section vocab"
+        )
     full = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     bpe = read_bpe(full)
     config, generation = AutoConfig.from_pretrained(model_dir), _read_json(model_dir / "generation_config.json")
