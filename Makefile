@@ -11,7 +11,10 @@ WORKERS ?= 2
 VENV_LOWEST ?= .venv-lowest
 LOWEST_TORCH ?= 2.13.0
 
-.PHONY: compress test test-slow test-lowest test-gpu lint format bench dist clean
+# test-voxtral: an environment of its own as well, because mistral-common wants an older NumPy than constraints.txt names.
+VENV_VOXTRAL ?= .venv-voxtral
+
+.PHONY: compress test test-slow test-lowest test-voxtral test-gpu lint format bench dist clean
 
 compress: $(VENV)/.ready
 	$(BIN)/trimlingual compress $(RECIPE) $(ARGS)
@@ -55,8 +58,18 @@ $(VENV_LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 dist:
 	tools/dist.sh $(PYTHON)
 
+test-voxtral: $(VENV_VOXTRAL)/.ready
+	$(VENV_VOXTRAL)/bin/python -m pytest -k voxtral $(ARGS)
+
+$(VENV_VOXTRAL)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_VOXTRAL)
+	grep -v '^numpy==' constraints.txt > $(VENV_VOXTRAL)/constraints.txt
+	$(VENV_VOXTRAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_VOXTRAL)/constraints.txt torch
+	$(VENV_VOXTRAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_VOXTRAL)/constraints.txt --editable '.[dev,voxtral]'
+	touch $@
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/mini_compress.py
 
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST) dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,7 @@ from scipy.stats import binom
 import trimlingual
 from trimlingual.app.translate import translate_files
 from trimlingual.data.sources import Clip
+from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.exports import proof
 from trimlingual.exports.proof import ExportError, most_different, prove_export
 from trimlingual.exports.shipped import SHIPPED_FILE, read_shipped
@@ -31,10 +32,11 @@ from trimlingual.models.saving import (
     tensor_names,
     use_published_names,
 )
-from trimlingual.pipeline import run_stage
-from trimlingual.recipe import load_recipe
+from trimlingual.recipe import DecodeSettings, load_recipe
 from trimlingual.run.lineage import LeakError, ModelFolder, check_unseen, read_lineage
 from trimlingual.stages.export import export
+
+from .conftest import EVERY_FAMILY
 
 MINI = Path(trimlingual.__file__).parent / "mini" / "model"
 PUBLISHED = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.1}
@@ -189,6 +191,22 @@ def test_a_near_tie_does_not_count_in_16_bits(base, mini_clips, monkeypatch):
     assert prove_export(base, load_recipe("mini"), None, [], exact=False)["equal"] == len(recorded) - 1
     with pytest.raises(ExportError, match="not the recorded ones"):
         prove_export(base, load_recipe("mini"), None, [], exact=True)
+
+
+@EVERY_FAMILY
+def test_plain_generate_gives_what_our_decoder_gives(model_dir, processor, split, tmp_path, monkeypatch):
+    """A saved random model, in a fresh process, in float32."""
+    recipe = load_recipe("mini", ["model.dtype=float32", "model.device=cpu"])
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    finish_saved(folder, 6)
+    model = load_model(folder, "float32", torch.device("cpu"))
+    settings = DecodeSettings(batch_size=4, max_new_tokens=6, min_new_tokens=6)
+    said = translate_clips(model, processor, recipe.task, split.clips, settings)
+    assert len({t.hypothesis for t in said}) > len(split.clips) / 2
+    clips = {clip.id: clip for clip in split.clips}
+    recorded = [(clips[t.id], t.language, t.hypothesis) for t in said]
+    monkeypatch.setattr(proof, "_recorded", lambda *given: recorded)
+    assert prove_export(folder, recipe, None, [], exact=True)["equal"] == len(recorded)
 
 
 def test_what_is_no_model_is_refused(base, tmp_path):

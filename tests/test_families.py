@@ -7,12 +7,20 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import trimlingual
+from trimlingual.models import folders
 from trimlingual.models.errors import ModelError
-from trimlingual.models.family import Family, family_named, family_of_processor
+from trimlingual.models.family import Family, family_named, family_of_processor, meta_model
 from trimlingual.models.folders import FAMILIES, folder_problems
+from trimlingual.models.loading import load_model, resolve_base
+from trimlingual.models.tree import layer_list
+from trimlingual.recipe import TaskSettings, VocabSettings
+from trimlingual.run.lineage import ModelFolder, read_lineage
+from trimlingual.vocabulary.bpe import VocabError
+from trimlingual.vocabulary.rewrite import trim_vocab
 
 PACKAGE = Path(trimlingual.__file__).parent
 # Names of families and their classes, modules that only a family's tree has, tokens of a family's prompt. What a user writes in a
@@ -46,6 +54,40 @@ def test_a_family_has_the_whole_interface(name):
     for function, _ in inspect.getmembers(Family, inspect.isfunction):
         theirs, ours = (inspect.signature(getattr(kind, function)) for kind in (Family, type(family)))
         assert list(theirs.parameters) == list(ours.parameters), function
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [("voxtral-mini-3b", 4_676_271_104), ("voxtral-small-24b", 24_261_800_960)]
+)
+@pytest.mark.parametrize("family", ["voxtral"], indirect=True, scope="session")
+def test_parameters_of_the_true_shapes(family, processor, shape, expected):
+    """Mini's number is the published one; Small's follows from its shapes."""
+    model = meta_model(family.random_config(family.shapes[shape], processor))
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("family", ["voxtral"], indirect=True, scope="session")
+def test_a_random_base_and_what_cannot_be_done_with_it(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = resolve_base("random:voxtral-tiny")
+    model = load_model(folder, "float32", torch.device("cpu"))
+    assert len(layer_list(model, "decoder")) == 6
+    assert read_lineage(folder).layers == {"decoder": list(range(6)), "encoder": [0, 1]}
+    task = TaskSettings(target_languages=["de"])
+    with pytest.raises(VocabError, match="no other kind can be trimmed: leave out the section vocab"):
+        trim_vocab(
+            ModelFolder(folder, read_lineage(folder)), [], {}, task, VocabSettings(max_tokens=2112), tmp_path / "out"
+        )
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "voxtral"}')
+    monkeypatch.setattr(folders, "find_spec", lambda name: None)
+    problems = folders.processor_problems(tmp_path)
+    assert "has no tekken.json" in problems[1]
+    assert "pip install 'trimlingual[voxtral]'" in problems[2]
+    with pytest.raises(ModelError, match="not installed: pip install"):
+        resolve_base("random:voxtral-tiny")
 
 
 def test_an_unknown_type_is_refused(tmp_path):

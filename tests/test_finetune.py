@@ -88,7 +88,6 @@ def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, sp
     )
 
 
-@EVERY_FAMILY
 def test_training_learns_and_records(given, split, shared, data, tmp_path):
     settings = TrainSettings(epochs=6.0, batch_size=4, learning_rate=3e-3, logging_steps=1)
     info = finetune(given, data, shared, settings, tmp_path)

@@ -356,7 +356,7 @@ def test_no_weights_are_fetched_for_the_data(tmp_path, monkeypatch):
 
     fetched = []
 
-    def snapshot_download(name, revision=None, allow_patterns=(), local_files_only=False):
+    def snapshot_download(name, revision=None, allow_patterns=(), ignore_patterns=(), local_files_only=False):
         folder = tmp_path / "hub"
         if local_files_only and not folder.is_dir():
             raise OSError("not here")
