@@ -5,14 +5,19 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from trimlingual.data.rows import MINI_DATA
+from trimlingual.data.sources import Clip
+from trimlingual.data.splits import Split
+from trimlingual.decoding.translate_clips import Translation
 from trimlingual.evaluation.answers import is_wrong_language, strict, wrong_languages
 from trimlingual.evaluation.quality import MetricError, corpus_score
-from trimlingual.recipe import RecipeError, languages, parse_recipe
+from trimlingual.recipe import EvaluateSettings, RecipeError, languages, parse_recipe
 from trimlingual.recipe.languages import LANGUAGES, alike, count_scripts, language, language_name, primary
+from trimlingual.stages.evaluate import _write_and_score
 
 from .test_recipe import MINIMAL
 
@@ -149,18 +154,11 @@ def test_the_table_needs_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_evaluation_counts_answers_in_the_wrong_language():
-    from pathlib import Path
-
-    from trimlingual.data.sources import Clip
-    from trimlingual.decoding.translate_clips import Translation
-    from trimlingual.recipe import EvaluateSettings
-    from trimlingual.stages.evaluate import _score
-
+def test_evaluation_counts_answers_in_the_wrong_language(tmp_path):
     said = ["Das Modell ist sehr klein und schnell.", "The model is very small and quick to run."]
     clips = [Clip(str(i), Path("x"), {"de": said[0]}, None, 1.0, "0") for i in range(2)]
     rows = [Translation(str(i), "de", text, 9, False) for i, text in enumerate(said)]
-    scores = _score("de", rows, clips, EvaluateSettings(), None)
+    scores = _write_and_score("de", rows, Split("test", tuple(clips)), EvaluateSettings(), None, tmp_path)
     assert scores["wrong_language"] == {"count": 1, "share": 0.5}
     assert scores["strict"]["metric"] == "chrfpp"
     assert scores["strict"]["signature"] == scores["chrfpp"]["signature"]

@@ -57,7 +57,7 @@ def test_equals_generate_one_clip_at_a_time(make_model, processor, split, task, 
             theirs = plain_generate(model, processor, task, clip, language, limit)
             assert ours[clip.id, language].hypothesis == prompter.decode(theirs)
             assert ours[clip.id, language].num_tokens == len(theirs)
-    assert len({t.hypothesis for t in ours.values()}) > len(split.clips)  # not one answer for everything
+    assert len({t.hypothesis for t in ours.values()}) > len(task.target_languages)  # not one answer for every clip
 
 
 def test_rows_end_at_different_times(make_model, processor, split, task):
