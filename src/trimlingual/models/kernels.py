@@ -68,8 +68,14 @@ def rotate(
 
 
 def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
-    """A root-mean-square norm (..., D) of transformers in one kernel, where its own takes six."""
-    return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    """A root-mean-square norm (..., D) of transformers in one kernel, where its own takes six.
+
+    It is rounded where transformers rounds it, before the weight and after: PyTorch's own, which rounds once, gives another number at
+    every fourth element in 16 bits, and with it other translations than plain `generate()`.
+    """
+    if not usable(hidden):
+        return norm.weight * nn.functional.rms_norm(hidden, norm.weight.shape, None, norm.variance_epsilon)
+    return _normed(norm, hidden.contiguous(), None)
 
 
 def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -83,17 +89,21 @@ def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 def add_norm(hidden: Tensor, more: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """hidden + more (N, D), and its root-mean-square norm; `more` is used up."""
-    weight, epsilon = norm.weight, norm.variance_epsilon
     if not usable(hidden):
         hidden = hidden + more
         return hidden, rms_norm(norm, hidden)
-    rows, width = hidden.shape
-    normed = torch.empty_like(hidden)
+    return more, _normed(norm, hidden, more)
+
+
+def _normed(norm: Any, hidden: Tensor, more: Tensor | None) -> Tensor:
+    """The norm of `hidden` or, with `more`, of their sum, which then stands in `more`."""
+    normed, width = torch.empty_like(hidden), hidden.shape[-1]
     block = triton.next_power_of_2(width)
-    _add_norm[(rows,)](
-        hidden, more, weight, normed, epsilon, D=width, BLOCK=block, num_warps=max(1, min(8, block // 512)), enable_fp_fusion=False
+    _norm[(hidden.numel() // width,)](
+        hidden, hidden if more is None else more, norm.weight, normed, norm.variance_epsilon,
+        D=width, BLOCK=block, ADD=more is not None, num_warps=max(1, min(8, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
-    return more, normed
+    return normed
 
 
 def _rotary_kernel(
@@ -143,19 +153,22 @@ def _gated_kernel(gate, up, count, BLOCK: tl.constexpr):
     tl.store(gate + at, (act * tl.load(up + at, mask=at < count).to(tl.float32)).to(kind), mask=at < count)
 
 
-def _add_norm_kernel(hidden, more, weight, normed, epsilon, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row; the sum is rounded before it is normed, and stands where `more` was."""
+def _norm_kernel(
+    hidden, more, weight, normed, epsilon, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    """One program a row; with ADD of the sum, which is rounded before it is normed, and stands where `more` was."""
     row = tl.program_id(0).to(tl.int64) * D
     lane = tl.arange(0, BLOCK)
     kind = hidden.dtype.element_ty
     x = tl.load(hidden + row + lane, mask=lane < D, other=0).to(tl.float32)
-    x = (x + tl.load(more + row + lane, mask=lane < D, other=0).to(tl.float32)).to(kind)
-    tl.store(more + row + lane, x, mask=lane < D)
-    x = x.to(tl.float32)
+    if ADD:
+        total = (x + tl.load(more + row + lane, mask=lane < D, other=0).to(tl.float32)).to(kind)
+        tl.store(more + row + lane, total, mask=lane < D)
+        x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / D + epsilon)
-    scaled = x * scale * tl.load(weight + lane, mask=lane < D, other=0).to(tl.float32)
+    scaled = (x * scale).to(kind).to(tl.float32) * tl.load(weight + lane, mask=lane < D, other=0).to(tl.float32)
     tl.store(normed + row + lane, scaled.to(kind), mask=lane < D)
 
 
 if triton is not None:
-    _rotary, _gated, _add_norm = (triton.jit(kernel) for kernel in (_rotary_kernel, _gated_kernel, _add_norm_kernel))
+    _rotary, _gated, _norm = (triton.jit(kernel) for kernel in (_rotary_kernel, _gated_kernel, _norm_kernel))
