@@ -1,23 +1,28 @@
-"""The benchmark of the true shapes runs whole on small ones: what fails here would fail on a GPU that costs money."""
+"""Benchmarks run whole on something small: what fails here would fail on a GPU that costs money, or after an hour."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_formats(tmp_path, monkeypatch):
     pytest.importorskip("compressed_tensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    spec = importlib.util.spec_from_file_location("formats", BENCHMARKS / "formats.py")
-    formats = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(formats)
-    result = formats.main(["--size", "tiny", "--out", str(tmp_path / "results" / "formats_tiny.json")])
+    result = benchmark("formats").main(["--size", "tiny", "--out", str(tmp_path / "results" / "formats_tiny.json")])
     assert result["errors"] == {}
     assert json.loads((tmp_path / "results" / "formats_tiny.json").read_text(encoding="utf-8")) == result
     sizes = list(result["sizes"].values())
@@ -28,3 +33,14 @@ def test_formats(tmp_path, monkeypatch):
     assert {name.replace("5 layers", "24 layers").replace("6 layers", "32 layers") for name in layers} >= {
         "nf4, 32 layers", "nf4, 24 layers", "int4, 24 layers, 8-bit embeddings and head",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_export(tmp_path):
+    """What ships gives what was scored: in float32 to the letter, also where the weights are 4- and 8-bit integers."""
+    pytest.importorskip("compressed_tensors")
+    exact = ["float32", "int4, 8-bit embeddings and head, in float32"]
+    out = tmp_path / "export.json"
+    result = benchmark("export").main(["--clips", "6", "--formats", *exact, "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    assert [result["formats"][name]["plain"][0]["share_equal"] for name in exact] == [1.0, 1.0]
