@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
+from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.inputs import Example
 from trimlingual.models.loading import load_model, resolve_base
 from trimlingual.models.saving import save_model
 from trimlingual.quantization.merge import merge_
 from trimlingual.quantization.nf4 import QuantizationError, bitsandbytes_config, check_quantized, dequantized, is_4bit
-from trimlingual.recipe import LoraSettings, QuantizeSettings, TrainSettings
+from trimlingual.recipe import DecodeSettings, LoraSettings, QuantizeSettings, TrainSettings
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.quantize import quantize, sqnr_db
@@ -100,6 +101,18 @@ def test_exactly_the_chosen_parts_are_4bit(model_dir, parts):
     assert any(name.startswith("model.language_model") for name in four) == ("decoder" in parts)
     assert any(name.startswith("model.audio_tower") for name in four) == ("audio_tower" in parts)
     assert ("lm_head" in four) == ("lm_head" in parts)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_4_bits_load_in_another_dtype_than_they_were_saved_in(
+    model_dir, processor, split, task, tmp_path, saved, asked
+):
+    """transformers leaves some weights as they were saved and casts their biases, so that nothing could be computed."""
+    save_model(load_model(model_dir, saved, CPU, bitsandbytes_config(QuantizeSettings())), processor, tmp_path)
+    model = load_model(tmp_path, asked, CPU)
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    assert kinds == {getattr(torch, asked)}
+    assert translate_clips(model, processor, task, split.clips[:1], DecodeSettings(max_new_tokens=2))
 
 
 def test_a_module_that_should_not_be_4bit_is_an_error(model_dir):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from trimlingual.models.errors import ModelError
 from trimlingual.models.family import family_named
-from trimlingual.models.folders import model_problems, processor_problems, refuse
+from trimlingual.models.folders import is_bitsandbytes, model_problems, processor_problems, refuse
 from trimlingual.models.packed_weights import alone, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
@@ -109,6 +109,11 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
     if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
         unpack_(model, DTYPES[dtype])
+    if is_bitsandbytes(folder):
+        # transformers 5.23 casts the biases, and leaves weights that are not 4-bit as they are stored
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[dtype])
     return model.eval()
 
 
