@@ -85,9 +85,9 @@ def make_search(case: Case, journal: Path, settings: RankSettings) -> Search:
     count = len(case.model.model.language_model.layers)
     layers = {"decoder": list(range(count)), "encoder": list(range(len(case.model.model.audio_tower.layers)))}
     lineage = Lineage("benchmark", layers, {tower: len(indices) for tower, indices in layers.items()})
-    kind = FixedLengths if case.num_tokens else Scorer
+    scorer_class = FixedLengths if case.num_tokens else Scorer
     shared = SharedSettings(case.task, ModelSettings(base="benchmark"), case.decode)
-    scorer = kind(case.model, case.processor, case.split, shared, settings, lineage, layers)
+    scorer = scorer_class(case.model, case.processor, case.split, shared, settings, lineage, layers)
     if isinstance(scorer, FixedLengths):
         assert case.num_tokens is not None
         scorer.num_tokens, scorer.eos, scorer._stepper.eos = case.num_tokens, (), ()
@@ -105,10 +105,12 @@ def ours(case: Case, num_remove: int, metric: Any, early_stopping: bool) -> dict
     rounds = []
     scored = sum(r["seconds"] for r in plan.candidates)
     for number in range(1, num_remove + 1):
-        own = [r for r in plan.candidates if r["round"] == number]
-        share = mean(r["seconds"] for r in own) * seconds / scored  # with its part of what candidates have in common
-        given_up = sum(r["score"] is None for r in own)
-        rounds.append({"round": number, "num_candidates": len(own), "num_given_up": given_up, "seconds": share})
+        of_round = [r for r in plan.candidates if r["round"] == number]
+        share = (
+            mean(r["seconds"] for r in of_round) * seconds / scored
+        )  # with its part of what candidates have in common
+        given_up = sum(r["score"] is None for r in of_round)
+        rounds.append({"round": number, "num_candidates": len(of_round), "num_given_up": given_up, "seconds": share})
     return {"seconds": seconds, "rounds": rounds, "removed": [r.layer for r in plan.removals]}
 
 
@@ -221,9 +223,9 @@ def differences(case: Case, theirs: Sequence[dict[str, Any]]) -> dict[str, int]:
         (mine,) = translate_without(stepper, trace(stepper.decoder, prompts, parent, limits, active, [last]), [last])
         assert mine is not None
         found = {(row["clip"], row["language"]): row["tokens"] for row in candidate["rows"]}
-        wanted = [found[clip, language] for clip in clips for language in languages]
-        differ += sum(a != b for a, b in zip(mine, wanted))
-        total += len(wanted)
+        expected = [found[clip, language] for clip in clips for language in languages]
+        differ += sum(a != b for a, b in zip(mine, expected))
+        total += len(expected)
     return {"translations": total, "differ": differ}
 
 

@@ -114,8 +114,8 @@ def rows_of(lab: Path, name: str, seed: int, run: Path, recipe: Recipe, seconds:
             (model for model in ("base", "teacher") if model in said),
             key=lambda model: _statistics(said[model], metric, language).score(),
         )
-        for voice, wanted in VOICES.items():
-            chosen = {m: [r for r in rows if wanted is None or heard[r["id"]] == wanted] for m, rows in said.items()}
+        for voice, asked in VOICES.items():
+            chosen = {m: [r for r in rows if asked is None or heard[r["id"]] == asked] for m, rows in said.items()}
             best = _statistics(chosen[yardstick], metric, language)
             for model, result in results.items():
                 statistics = _statistics(chosen[model], metric, language)

@@ -43,8 +43,8 @@ ModelOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instead of the run's own folder.")]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(asked: bool) -> None:
+    if asked:
         from trimlingual import __version__
 
         out.print(f"trimlingual {__version__}")

@@ -34,8 +34,8 @@ class Estimate:
     @property
     def disk_text(self) -> str:
         """`~16.79 GB + ~102.84 GB while it runs`."""
-        more = self.while_running + self.temporary
-        return " + ".join([gb(self.disk)] * bool(self.disk) + [f"{gb(more)} while it runs"] * bool(more))
+        extra = self.while_running + self.temporary
+        return " + ".join([gb(self.disk)] * bool(self.disk) + [f"{gb(extra)} while it runs"] * bool(extra))
 
     @property
     def memory_text(self) -> str:
@@ -68,24 +68,27 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" else 0
     gone = removed / num_decoder_layers(recipe)
     pruned = full - round(layers * gone)
-    held, stored = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
-    rows = {"distilled": Estimate(memory=full * held), "pruned": Estimate(pruned * stored, 2 * pruned * held)}
+    weight_bytes, stored_bytes = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
+    rows = {
+        "distilled": Estimate(memory=full * weight_bytes),
+        "pruned": Estimate(pruned * stored_bytes, 2 * pruned * weight_bytes),
+    }
     if recipe.vocab:
-        rows["trimmed"] = Estimate(sum(trimmed.values()) * stored)
+        rows["trimmed"] = Estimate(sum(trimmed.values()) * stored_bytes)
     if recipe.rank:
         each_round = recipe.rank.finetune_each_round
-        trained = _training(sizes, 0, held, stored, each_round) if each_round else Estimate()
-        rows["rank"] = Estimate(memory=max(full * held, trained.memory), while_running=trained.while_running)
+        trained = _training(sizes, 0, weight_bytes, stored_bytes, each_round) if each_round else Estimate()
+        rows["rank"] = Estimate(memory=max(full * weight_bytes, trained.memory), while_running=trained.while_running)
     if recipe.finetune:
-        rows["teacher"] = _training(sizes, 0, held, stored, recipe.finetune)
+        rows["teacher"] = _training(sizes, 0, weight_bytes, stored_bytes, recipe.finetune)
     if recipe.recover:
-        rows["recovered"] = _training(sizes, gone, held, stored, recipe.recover)
-    shipped: float = pruned * stored
-    left: float = (pruned - full + sum(trimmed.values())) * stored
+        rows["recovered"] = _training(sizes, gone, weight_bytes, stored_bytes, recipe.recover)
+    shipped: float = pruned * stored_bytes
+    left: float = (pruned - full + sum(trimmed.values())) * stored_bytes
     if recipe.quantize:
         at_start = 0 if recipe.quantize.start in ("base", "teacher") else gone
-        rows["quantized"] = _quantization(recipe, sizes, at_start, held, stored)
-        shipped, left = rows["quantized"].disk, _quantized_bytes(trimmed, recipe.quantize, stored, at_start)
+        rows["quantized"] = _quantization(recipe, sizes, at_start, weight_bytes, stored_bytes)
+        shipped, left = rows["quantized"].disk, _quantized_bytes(trimmed, recipe.quantize, stored_bytes, at_start)
     if recipe.vocab and recipe.vocab.when == "after":
         rows["trimmed"], shipped = Estimate(left), left
     rows["exported"] = Estimate(shipped)
@@ -135,38 +138,40 @@ def _is_trained(modules: Sequence[str], train: TrainSettings) -> bool:
     """Whether any of the modules of these names is trained; LoRA's are matched as PEFT does it."""
     if "audio_tower" in train.freeze:
         return False
-    wanted = train.lora.target_modules
-    if train.method != "lora" or wanted == "all-linear":
+    targets = train.lora.target_modules
+    if train.method != "lora" or targets == "all-linear":
         return True
-    if isinstance(wanted, str):
-        return any(re.fullmatch(wanted, name) for name in modules)
-    return any(f".{name}".endswith(f".{ending}") for name in modules for ending in wanted)
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in modules)
+    return any(f".{name}".endswith(f".{ending}") for name in modules for ending in targets)
 
 
-def _training(sizes: dict[str, int], gone: float, held: int, stored: int, train: TrainSettings) -> Estimate:
+def _training(
+    sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int, train: TrainSettings
+) -> Estimate:
     """A training section's stage, of a model that `gone` of the decoder's layers have left."""
     num = sum(sizes.values()) - round((sizes["decoder"] + sizes["decoder_other"]) * gone)
     table = sizes["embeddings"]
     if train.fsdp and train.mixed_precision != "no":
-        held = BYTES["float32"]  # mixed precision computes in fewer bits, the weights stay whole
-    checkpoint = _checkpoint_bytes(num, table, held, train)
+        weight_bytes = BYTES["float32"]  # mixed precision computes in fewer bits, the weights stay whole
+    checkpoint = _checkpoint_bytes(num, table, weight_bytes, train)
     if train.method == "lora":
         checkpoint = _adapter_num(sizes, train, gone) * BYTES["float32"] * (1 + ADAM_STATES)
-    memory = _training_bytes(num, table, held, train)
-    return Estimate(num * stored, memory, CHECKPOINTS * checkpoint, divided=train.fsdp)
+    memory = _training_bytes(num, table, weight_bytes, train)
+    return Estimate(num * stored_bytes, memory, CHECKPOINTS * checkpoint, divided=train.fsdp)
 
 
-def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, held: int, stored: int) -> Estimate:
+def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int) -> Estimate:
     settings = recipe.quantize
     assert settings is not None
     trained = settings.model_copy(update={"scheme": "nf4", "eight_bit": []})  # what the adapter is trained on
-    adapter, memory = 0.0, held * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
+    adapter, memory = 0.0, weight_bytes * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
     if settings.train:
         adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
-        memory = _quantized_bytes(sizes, trained, held, gone) + adapter * (2 + ADAM_STATES)
+        memory = _quantized_bytes(sizes, trained, weight_bytes, gone) + adapter * (2 + ADAM_STATES)
     drawn = settings.start == "base" and recipe.model.base.startswith("random:")  # written to be read as 4-bit
     return Estimate(
-        _quantized_bytes(sizes, settings, stored, gone),
+        _quantized_bytes(sizes, settings, stored_bytes, gone),
         memory,
         CHECKPOINTS * adapter * (1 + ADAM_STATES),
         BYTES["bfloat16"] * sum(sizes.values()) if drawn else 0,
@@ -219,26 +224,26 @@ def config_of(recipe: Recipe) -> Any:
     return AutoConfig.from_pretrained(resolve_base(base))
 
 
-def _checkpoint_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:
+def _checkpoint_bytes(num: int, table: int, weight_bytes: int, train: TrainSettings) -> float:
     """Weights and two Adam states; FlashOptim stores the byte more of each weight as two."""
     if train.optimizer == FLASH_ADAMW:
-        return num * (held + 2 + ADAM_STATES * (1 + 2 / 32))
-    return _training_bytes(num, table, held, train) - num * held  # no gradients
+        return num * (weight_bytes + 2 + ADAM_STATES * (1 + 2 / 32))
+    return _training_bytes(num, table, weight_bytes, train) - num * weight_bytes  # no gradients
 
 
-def _training_bytes(num: int, table: int, held: int, train: TrainSettings) -> float:
+def _training_bytes(num: int, table: int, weight_bytes: int, train: TrainSettings) -> float:
     """Weights, and for what is trained a gradient and two Adam states, in the weights' dtype or a byte each.
 
     With bitsandbytes' 8-bit states transformers keeps those of the token embedding, `table` weights, in float32. FlashOptim has a
     scale of 2 bytes for 32 values of each state, and a byte more of each weight.
     """
     if train.method == "lora":
-        return num * held * 1.1
+        return num * weight_bytes * 1.1
     if train.optimizer == FLASH_ADAMW:
-        return num * (2 * held + 1 + ADAM_STATES * (1 + 2 / 32))
-    state = 1 if "8bit" in train.optimizer else held
-    more = BYTES["float32"] - state if "8bit" in train.optimizer else 0
-    return num * (2 * held + ADAM_STATES * state) + table * ADAM_STATES * more
+        return num * (2 * weight_bytes + 1 + ADAM_STATES * (1 + 2 / 32))
+    state = 1 if "8bit" in train.optimizer else weight_bytes
+    float32_bytes = BYTES["float32"] - state if "8bit" in train.optimizer else 0
+    return num * (2 * weight_bytes + ADAM_STATES * state) + table * ADAM_STATES * float32_bytes
 
 
 def _trimmed(sizes: dict[str, int], recipe: Recipe) -> dict[str, int]:
@@ -249,13 +254,15 @@ def _trimmed(sizes: dict[str, int], recipe: Recipe) -> dict[str, int]:
     return sizes | {part: round(sizes[part] * share) for part in ("embeddings", "lm_head")}
 
 
-def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored: int, gone: float) -> float:
+def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored_bytes: int, gone: float) -> float:
     """Bytes of the weights; `gone` is the share of decoder layers that were removed."""
     four = NF4_BYTES[settings.double_quantization]
     if settings.scheme == "int4":
         four = 0.5 + SCALE_BYTES / settings.group_size
     left = {part: 1 - gone if part.startswith("decoder") else 1 for part in sizes}
-    each = {part: 1 if part in settings.eight_bit else four if part in settings.parts else stored for part in sizes}
+    each = {
+        part: 1 if part in settings.eight_bit else four if part in settings.parts else stored_bytes for part in sizes
+    }
     return sum(number * left[part] * each[part] for part, number in sizes.items())
 
 

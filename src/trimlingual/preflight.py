@@ -86,13 +86,13 @@ def _speech(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> tuple[dict[s
     from trimlingual.data.sources import speech_seconds
     from trimlingual.data.splits import load_splits
 
-    wanted = {split for stage, splits in frozen_towers(recipe).items() if stage in names for split in splits}
-    if wanted and "data" not in names:
+    encoded = {split for stage, splits in frozen_towers(recipe).items() if stage in names for split in splits}
+    if encoded and "data" not in names:
         with suppress(DataError):  # the stage says it
             splits = load_splits(run_dir / "data")
-            return {name: split.hours * 3600 for name in wanted if (split := getattr(splits, name))}, []
+            return {name: split.hours * 3600 for name in encoded if (split := getattr(splits, name))}, []
     seconds, unknown = {}, []
-    for name in sorted(wanted):
+    for name in sorted(encoded):
         source = getattr(recipe.data, name)
         found = speech_seconds(source, recipe.task.target_languages) if source else 0.0
         if found is None:

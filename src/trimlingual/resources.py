@@ -22,19 +22,19 @@ TRACKERS = {
 
 def device_problems(recipe: Recipe) -> Iterator[str]:
     """Whether the device is there."""
-    kind, _, index = recipe.model.device.partition(":")
-    if kind in ("auto", "cpu"):
+    device, _, index = recipe.model.device.partition(":")
+    if device in ("auto", "cpu"):
         return
     import torch
 
-    there = {
+    count_of = {
         "cuda": torch.cuda.device_count,
         "mps": lambda: int(torch.backends.mps.is_available()),
         "xpu": torch.xpu.device_count,
     }
-    count = there[kind]()
+    count = count_of[device]()
     if int(index or 0) >= count:
-        yield f"model.device is {recipe.model.device}, but PyTorch {torch.__version__} finds {count} {kind} device(s) on this machine"
+        yield f"model.device is {recipe.model.device}, but PyTorch {torch.__version__} finds {count} {device} device(s) on this machine"
 
 
 def training_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
@@ -109,13 +109,13 @@ def _group_problems(settings: QuantizeSettings, widths: dict[str, set[int]], on_
 
 def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
     """Free space of the run's file system and of the temporary folder's, against the peak."""
-    wanted: dict[int, tuple[Path, float]] = {}
+    needed: dict[int, tuple[Path, float]] = {}
     temporary = max((estimates.get(stage, Estimate()).temporary for stage in stages), default=0.0)
     for folder, size in ((run_dir, disk_peak(estimates, stages)), (Path(tempfile.gettempdir()), temporary)):
         folder = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-        first, before = wanted.get(folder.stat().st_dev, (folder, 0.0))
-        wanted[folder.stat().st_dev] = (first, before + size)
-    for folder, size in wanted.values():
+        first, before = needed.get(folder.stat().st_dev, (folder, 0.0))
+        needed[folder.stat().st_dev] = (first, before + size)
+    for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:
             yield (
@@ -126,10 +126,10 @@ def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Est
 
 def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
     """Stages that want more than the device has, before activations."""
-    kind = _device_kind(recipe)
+    device = _device_kind(recipe)
     if not any(estimates.get(name, Estimate()).memory > 1e9 for name in names):
         return  # less than any machine has
-    if kind == "cuda":
+    if device == "cuda":
         import torch
 
         size = torch.cuda.get_device_properties(torch.device(recipe.model.device.replace("auto", "cuda"))).total_memory

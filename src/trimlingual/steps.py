@@ -214,9 +214,9 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
         select = load_splits(inputs["data"].folder).select
         return rank(folder_of(inputs["model"], recipe), select, recipe.shared, settings, training, folder)
 
-    wanted = _settings(recipe, rank=settings, decode=recipe.decode)
+    step_settings = _settings(recipe, rank=settings, decode=recipe.decode)
     inputs = _inputs(model=model, data=data, deepspeed=_deepspeed(settings.finetune_each_round))
-    return Step("rank", out, wanted, inputs, work, everyone=True)
+    return Step("rank", out, step_settings, inputs, work, everyone=True)
 
 
 def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:
@@ -246,8 +246,8 @@ def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
             clips += [replace(clip, references={}) for clip in splits.out_of_domain.clips]
         return distill(inputs["teacher"].folder, clips, recipe.shared, settings, folder)
 
-    wanted = _settings(recipe, distill=settings, decode=recipe.decode)
-    return Step("distilled", out, wanted, {"teacher": teacher, "data": data}, work, everyone=True)
+    step_settings = _settings(recipe, distill=settings, decode=recipe.decode)
+    return Step("distilled", out, step_settings, {"teacher": teacher, "data": data}, work, everyone=True)
 
 
 def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, teacher: Ref | None, out: Path) -> Step:
@@ -353,8 +353,8 @@ def _inputs(**refs: Ref | None) -> dict[str, Ref]:
 
 def _train_settings(recipe: Recipe, trained: TrainSettings | None, /, **sections: Any) -> dict[str, Any]:
     """As `_settings`; where the selection clips are translated on the way, how that is done decides too."""
-    more = {"decode": recipe.decode} if trained and trained.selection_checks else {}
-    return _settings(recipe, **sections, **more)
+    decoding = {"decode": recipe.decode} if trained and trained.selection_checks else {}
+    return _settings(recipe, **sections, **decoding)
 
 
 def _guide(train: TrainSettings | None, inputs: Mapping[str, Ref]) -> Guide:

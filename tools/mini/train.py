@@ -197,9 +197,9 @@ def parse() -> argparse.Namespace:
 
 def command_line(args: argparse.Namespace) -> str:
     """What to type to get this model again, without this machine's folders."""
-    own = ("out", "espeak_root", "flite_root", "workers", "device")
+    not_settings = ("out", "espeak_root", "flite_root", "workers", "device")
     words = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-             if name not in own and value is not None and not isinstance(value, bool)]  # fmt: skip
+             if name not in not_settings and value is not None and not isinstance(value, bool)]  # fmt: skip
     return " ".join(["python -m tools.mini.train --out DIR", *words])
 
 

@@ -103,12 +103,12 @@ class Family(ABC):
         layer: Any,
         hidden: Tensor,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-        wanted: Tensor | None = None,
+        query_tokens: Tensor | None = None,
     ) -> Tensor:
         """One decoder layer over T tokens, (T, D) to (T, D), with rotary embedding and attention left to the caller.
 
-        `attend` gets queries (T, H, E), keys and values (T, K, E), which it may overwrite, and returns (T, H, E). With `wanted` (M,)
-        only these tokens' outputs are computed: queries and result have M rows. This is the layer of Qwen2 and of Llama: norm,
+        `attend` gets queries (T, H, E), keys and values (T, K, E), which it may overwrite, and returns (T, H, E). With `query_tokens`
+        (M,) only these tokens' outputs are computed: queries and result have M rows. This is the layer of Qwen2 and of Llama: norm,
         attention, norm, gated MLP, each pair added to its input.
         """
         attention = layer.self_attn
@@ -116,8 +116,8 @@ class Family(ABC):
         key, value = (
             linear(normed).view(len(hidden), -1, attention.head_dim) for linear in (attention.k_proj, attention.v_proj)
         )
-        if wanted is not None:
-            normed, hidden = normed[wanted], hidden[wanted]
+        if query_tokens is not None:
+            normed, hidden = normed[query_tokens], hidden[query_tokens]
         mixed = attend(attention.q_proj(normed).view(len(hidden), -1, attention.head_dim), key, value)
         hidden, normed = add_norm(hidden, attention.o_proj(mixed.flatten(1)), layer.post_attention_layernorm)
         mlp = layer.mlp

@@ -37,15 +37,15 @@ def rotate(
     value: Tensor,
     rope: tuple[Tensor, Tensor],
     to: Destination | None,
-    wanted: Tensor | None = None,
+    query_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al. 2021) in place, and the new keys and values written to their slots.
 
     Rotated queries (N, H, E) and keys (N, K, E) for cosines and sines (N, E); the given tensors are used up.
 
-    With `wanted` (M,) the queries are those of these tokens alone, (M, H, E).
+    With `query_tokens` (M,) the queries are those of these tokens alone, (M, H, E).
     """
-    if usable(query) and wanted is None:
+    if usable(query) and query_tokens is None:
         heads, kv_heads, half = query.shape[1], key.shape[1], query.shape[2] // 2
         tile = math.gcd(heads, kv_heads, 8)
         keys, values, slot = to or (key, value, torch.empty(0, dtype=torch.long, device=key.device))
@@ -55,10 +55,10 @@ def rotate(
             num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
         return query, key
-    if wanted is None:
+    if query_tokens is None:
         query, key = apply_rotary_pos_emb(query, key, *rope)
     else:
-        query, _ = apply_rotary_pos_emb(query, query, rope[0][wanted], rope[1][wanted])
+        query, _ = apply_rotary_pos_emb(query, query, rope[0][query_tokens], rope[1][query_tokens])
         key, _ = apply_rotary_pos_emb(key, key, *rope)
     if to is not None:
         keys, values, slot = to
@@ -87,21 +87,21 @@ def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
-def add_norm(hidden: Tensor, more: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """hidden + more (N, D), and its root-mean-square norm; `more` is used up."""
+def add_norm(hidden: Tensor, update: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """hidden + update (N, D), and its root-mean-square norm; `update` is used up."""
     if not usable(hidden):
-        hidden = hidden + more
+        hidden = hidden + update
         return hidden, rms_norm(norm, hidden)
-    return more, _normed(norm, hidden, more)
+    return update, _normed(norm, hidden, update)
 
 
-def _normed(norm: Any, hidden: Tensor, more: Tensor | None) -> Tensor:
-    """The norm of `hidden` or, with `more`, of their sum, which then stands in `more`."""
+def _normed(norm: Any, hidden: Tensor, update: Tensor | None) -> Tensor:
+    """The norm of `hidden` or, with `update`, of their sum, which then stands in `update`."""
     normed, width = torch.empty_like(hidden), hidden.shape[-1]
     block = triton.next_power_of_2(width)
     _norm[(hidden.numel() // width,)](
-        hidden, hidden if more is None else more, norm.weight, normed, norm.variance_epsilon,
-        D=width, BLOCK=block, ADD=more is not None, num_warps=max(1, min(8, block // 512)), enable_fp_fusion=False,
+        hidden, hidden if update is None else update, norm.weight, normed, norm.variance_epsilon,
+        D=width, BLOCK=block, ADD=update is not None, num_warps=max(1, min(8, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return normed
 
@@ -118,56 +118,60 @@ def _rotary_kernel(
     first = tl.program_id(1) * TILE
     head = tl.arange(0, TILE)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
-    there = (lane < HALF) & (head < TILE)
-    kind = query.dtype.element_ty
+    mask = (lane < HALF) & (head < TILE)
+    dtype = query.dtype.element_ty
     if first < H + K:
         base = query + (token * H + first) * 2 * HALF if first < H else key + (token * K + first - H) * 2 * HALF
-        at = head * 2 * HALF + lane
-        low = tl.load(base + at, mask=there).to(tl.float32)
-        high = tl.load(base + at + HALF, mask=there).to(tl.float32)
+        offsets = head * 2 * HALF + lane
+        low = tl.load(base + offsets, mask=mask).to(tl.float32)
+        high = tl.load(base + offsets + HALF, mask=mask).to(tl.float32)
         angle = token * 2 * HALF + lane  # the two halves have the same angles
         cosine_of = tl.load(cosine + angle, mask=lane < HALF).to(tl.float32)
         sine_of = tl.load(sine + angle, mask=lane < HALF).to(tl.float32)
-        new_low = ((low * cosine_of).to(kind).to(tl.float32) - (high * sine_of).to(kind).to(tl.float32)).to(kind)
-        new_high = ((high * cosine_of).to(kind).to(tl.float32) + (low * sine_of).to(kind).to(tl.float32)).to(kind)
-        tl.store(base + at, new_low, mask=there)
-        tl.store(base + at + HALF, new_high, mask=there)
+        new_low = ((low * cosine_of).to(dtype).to(tl.float32) - (high * sine_of).to(dtype).to(tl.float32)).to(dtype)
+        new_high = ((high * cosine_of).to(dtype).to(tl.float32) + (low * sine_of).to(dtype).to(tl.float32)).to(dtype)
+        tl.store(base + offsets, new_low, mask=mask)
+        tl.store(base + offsets + HALF, new_high, mask=mask)
         if WRITE and first >= H:
             place = keys + (tl.load(slot + token) * K + first - H) * 2 * HALF
-            tl.store(place + at, new_low, mask=there)
-            tl.store(place + at + HALF, new_high, mask=there)
+            tl.store(place + offsets, new_low, mask=mask)
+            tl.store(place + offsets + HALF, new_high, mask=mask)
     elif WRITE:
-        at = head * 2 * HALF + lane
+        offsets = head * 2 * HALF + lane
         source = value + (token * K + first - H - K) * 2 * HALF
         place = values + (tl.load(slot + token) * K + first - H - K) * 2 * HALF
-        tl.store(place + at, tl.load(source + at, mask=there), mask=there)
-        tl.store(place + at + HALF, tl.load(source + at + HALF, mask=there), mask=there)
+        tl.store(place + offsets, tl.load(source + offsets, mask=mask), mask=mask)
+        tl.store(place + offsets + HALF, tl.load(source + offsets + HALF, mask=mask), mask=mask)
 
 
 def _gated_kernel(gate, up, count, BLOCK: tl.constexpr):
     """One program BLOCK elements; both results are rounded."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kind = gate.dtype.element_ty
-    x = tl.load(gate + at, mask=at < count).to(tl.float32)
-    act = (x / (1 + tl.exp(-x))).to(kind).to(tl.float32)
-    tl.store(gate + at, (act * tl.load(up + at, mask=at < count).to(tl.float32)).to(kind), mask=at < count)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dtype = gate.dtype.element_ty
+    x = tl.load(gate + offsets, mask=offsets < count).to(tl.float32)
+    act = (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)
+    tl.store(
+        gate + offsets,
+        (act * tl.load(up + offsets, mask=offsets < count).to(tl.float32)).to(dtype),
+        mask=offsets < count,
+    )
 
 
 def _norm_kernel(
-    hidden, more, weight, normed, epsilon, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+    hidden, update, weight, normed, epsilon, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """One program a row; with ADD of the sum, which is rounded before it is normed, and stands where `more` was."""
+    """One program a row; with ADD of the sum, which is rounded before it is normed, and stands where `update` was."""
     row = tl.program_id(0).to(tl.int64) * D
     lane = tl.arange(0, BLOCK)
-    kind = hidden.dtype.element_ty
+    dtype = hidden.dtype.element_ty
     x = tl.load(hidden + row + lane, mask=lane < D, other=0).to(tl.float32)
     if ADD:
-        total = (x + tl.load(more + row + lane, mask=lane < D, other=0).to(tl.float32)).to(kind)
-        tl.store(more + row + lane, total, mask=lane < D)
+        total = (x + tl.load(update + row + lane, mask=lane < D, other=0).to(tl.float32)).to(dtype)
+        tl.store(update + row + lane, total, mask=lane < D)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / D + epsilon)
-    scaled = (x * scale).to(kind).to(tl.float32) * tl.load(weight + lane, mask=lane < D, other=0).to(tl.float32)
-    tl.store(normed + row + lane, scaled.to(kind), mask=lane < D)
+    scaled = (x * scale).to(dtype).to(tl.float32) * tl.load(weight + lane, mask=lane < D, other=0).to(tl.float32)
+    tl.store(normed + row + lane, scaled.to(dtype), mask=lane < D)
 
 
 if triton is not None:

@@ -113,13 +113,13 @@ def finish_saved(folder: Path, max_new_tokens: int | None = None) -> None:
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with one number of rows and without a path of this machine. The base of the rotary embedding stands where
     transformers 4 reads it too: elsewhere it would take 10,000, whatever the model was trained with."""
-    wanted = {key: value for key, value in config.items() if key != "_name_or_path"}
+    portable = {key: value for key, value in config.items() if key != "_name_or_path"}
     text = dict(config.get("text_config") or {})
     if "vocab_size" in config and "vocab_size" in text:
-        wanted["vocab_size"] = text["vocab_size"]
+        portable["vocab_size"] = text["vocab_size"]
     if base := (text.get("rope_parameters") or {}).get("rope_theta"):
-        wanted["text_config"] = text | {"rope_theta": base}
-    return wanted
+        portable["text_config"] = text | {"rope_theta": base}
+    return portable
 
 
 def portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers 5 writes them as a list under `extra_special_tokens`, where 4.57 expects a mapping.
     """
-    wanted = {key: value for key, value in config.items() if key not in HOW_LOADED}
-    if isinstance(wanted.get("extra_special_tokens"), list):
-        wanted["additional_special_tokens"] = wanted.pop("extra_special_tokens")
-    return wanted
+    portable = {key: value for key, value in config.items() if key not in HOW_LOADED}
+    if isinstance(portable.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    return portable
 
 
 def greedy_generation(config: Mapping[str, Any], max_new_tokens: int | None = None) -> dict[str, Any]:
@@ -169,8 +169,8 @@ def make_readable(folder: Path) -> None:
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Write a JSON file again if it is there and `change` changes it."""
-    if path.is_file() and (wanted := change(before := json.loads(path.read_text(encoding="utf-8")))) != before:
-        write_json(path, wanted)
+    if path.is_file() and (changed := change(before := json.loads(path.read_text(encoding="utf-8")))) != before:
+        write_json(path, changed)
 
 
 def _published(name: str) -> str:

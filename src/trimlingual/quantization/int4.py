@@ -51,8 +51,8 @@ def save_packed(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[storage_dtype])
     config = packing_config(settings)
-    wanted = modules_to_pack(model, settings)
-    _apply(model, config, wanted, scales or {})
+    bits_of = modules_to_pack(model, settings)
+    _apply(model, config, bits_of, scales or {})
     with explained_disk_full(folder):
         pack = compressor(quantization_config=config)
         with alone():
@@ -62,7 +62,7 @@ def save_packed(
         processor.save_pretrained(folder)
         finish_saved(folder)
     unpack_(model, DTYPES[storage_dtype])
-    return {f"num_{bits}bit_modules": list(wanted.values()).count(bits) for bits in (4, 8)}
+    return {f"num_{bits}bit_modules": list(bits_of.values()).count(bits) for bits in (4, 8)}
 
 
 def packing_config(settings: QuantizeSettings) -> Any:
@@ -108,18 +108,18 @@ def _eight_bit_names(settings: QuantizeSettings) -> list[str]:
 
 
 @torch.no_grad()
-def _apply(model: Any, config: Any, wanted: dict[str, int], scales: Mapping[str, Tensor]) -> None:
+def _apply(model: Any, config: Any, bits_of: dict[str, int], scales: Mapping[str, Tensor]) -> None:
     """Attach the scheme to each module, with its scales, and round its weights to what they will be read as."""
     from compressed_tensors.quantization import apply_quantization_config
 
     apply_quantization_config(model, config)
     found = {n: m.quantization_scheme.weights.num_bits for n, m in model.named_modules() if is_packed(m)}
-    if found != wanted:  # ours to get right, yet silent if it were wrong
+    if found != bits_of:  # ours to get right, yet silent if it were wrong
         raise PackingError(
-            f"packing matched other modules than asked: {sorted(set(found.items()) ^ set(wanted.items()))[:4]}"
+            f"packing matched other modules than asked: {sorted(set(found.items()) ^ set(bits_of.items()))[:4]}"
         )
     module: Any
-    for name, number in wanted.items():
+    for name, number in bits_of.items():
         module = model.get_submodule(name)
         group = module.quantization_scheme.weights.group_size or module.weight.shape[1]
         if name in scales:

@@ -46,10 +46,10 @@ def check_quantized(model: Any, settings: QuantizeSettings) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        wanted = part_of(name) in settings.parts
-        if is_4bit(module) and not wanted:
+        to_quantize = part_of(name) in settings.parts
+        if is_4bit(module) and not to_quantize:
             wrong.append(name)
-        if wanted and not is_4bit(module):
+        if to_quantize and not is_4bit(module):
             missed.append(name)
     if wrong or missed:
         raise QuantizationError(

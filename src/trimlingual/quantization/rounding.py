@@ -38,12 +38,12 @@ def round_calibrated_(
 
     `passes` run the whole model on one calibration example each, without padding. Modules outside the towers' layers stay as they are.
     """
-    wanted = modules_to_pack(model, settings)
+    bits_of = modules_to_pack(model, settings)
     names = {id(module): name for name, module in model.named_modules()}
     scales: dict[str, Tensor] = {}
     for tower in reversed(TOWERS):  # the decoder last: it is to see what the rounded encoder gives
         layers = layer_list(model, tower)
-        if not any(names[id(module)] in wanted for module in layers.modules()):
+        if not any(names[id(module)] in bits_of for module in layers.modules()):
             continue
         with progress(f"calibrated rounding of the {tower}, layer", len(layers)) as advance:
 
@@ -51,7 +51,7 @@ def round_calibrated_(
                 for inner, found in moments.items():
                     module = layers[position].get_submodule(inner)
                     name = names[id(module)]
-                    if wanted.get(name) == 4:
+                    if bits_of.get(name) == 4:
                         scale_of = partial(best_scale, dtype=dtype)
                         scale, weight = round_columns(module.weight, found.mean(), 4, settings.group_size, scale_of)
                         module.weight.copy_(weight.to(dtype))

@@ -229,14 +229,14 @@ def _audio(name: str | None, folder: Path) -> tuple[str | None, str]:
     if not name:
         return None, "no audio file is named for this clip"
     path = folder / name  # an absolute name stays absolute
-    kind = AUDIO_TYPES.get(path.suffix.lower())
-    if kind is None:
+    media_type = AUDIO_TYPES.get(path.suffix.lower())
+    if media_type is None:
         return None, f"browsers cannot be relied on to play {path.suffix or 'this kind of'} audio"
     if not path.is_file():
         return None, "the audio file is not on this machine"
     if path.stat().st_size > MAX_AUDIO_BYTES:
         return None, f"the audio file is larger than {MAX_AUDIO_BYTES / 1e6:.0f} MB"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}", ""
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}", ""
 
 
 def _translations(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:

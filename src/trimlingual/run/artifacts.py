@@ -217,20 +217,20 @@ def produce(
     """
     folder = real_folder(Path(folder))
     partial = partial_of(folder)
-    wanted = gather(fingerprint(stage, settings, inputs))[0]  # of several processes the main one decides
-    assert wanted != UNREAD, stage  # only --dry-run leaves things unread
+    expected = gather(fingerprint(stage, settings, inputs))[0]  # of several processes the main one decides
+    assert expected != UNREAD, stage  # only --dry-run leaves things unread
     settled = settle(folder)
     problems = [problem for problem in gather(_check(folder, stage, settings, inputs, force)) if problem]
     if problems:
         raise ArtifactError(problems[0])
     existing = find_artifact(folder)
-    if existing is not None and existing.fingerprint == wanted and (settled or not force):
+    if existing is not None and existing.fingerprint == expected and (settled or not force):
         return existing
     main = is_main_process()
     with _alone(folder):
         record = {"stage": stage, "settings": plain(settings), "decisive": decisive(settings), "inputs": dict(inputs)}
         if main:
-            _prepare(partial, wanted, record)
+            _prepare(partial, expected, record)
         wait_for_everyone()
         started = time.perf_counter()
         earlier = json.loads((partial / WORK_FILE).read_text(encoding="utf-8"))
@@ -245,7 +245,7 @@ def produce(
             shutil.rmtree(partial / SCRATCH, ignore_errors=True)
             artifact = Artifact(
                 **record,
-                fingerprint=wanted,
+                fingerprint=expected,
                 origins=dict(origins or {}),
                 info=json.loads(json.dumps(info)),
                 files=tool_files(partial),
@@ -273,10 +273,10 @@ def trespass(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapp
 def unfinished_changes(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """What differs between a stage and the unfinished work beside `folder`; empty if there is none or it is the stage's own."""
     earlier = read_record(partial_of(folder) / WORK_FILE)
-    if earlier is None or earlier["fingerprint"] == (wanted := fingerprint(stage, settings, inputs)):
+    if earlier is None or earlier["fingerprint"] == (expected := fingerprint(stage, settings, inputs)):
         return []
     known = differences(earlier, settings, inputs, stage) if "decisive" in earlier else []
-    return known if wanted == UNREAD else known or ["made with other settings, or by an earlier version"]
+    return known if expected == UNREAD else known or ["made with other settings, or by an earlier version"]
 
 
 def _check(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], force: bool) -> str:
@@ -361,15 +361,17 @@ def _finish(partial: Path, folder: Path) -> None:
         remove(aside)
 
 
-def _prepare(partial: Path, wanted: str, record: Mapping[str, Any]) -> None:
-    """Make `partial` ready: kept when its work belongs to the wanted fingerprint, emptied otherwise (it is ours: `_check`)."""
+def _prepare(partial: Path, expected: str, record: Mapping[str, Any]) -> None:
+    """Make `partial` ready: kept when its work belongs to the expected fingerprint, emptied otherwise (it is ours: `_check`)."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     earlier = read_record(partial / WORK_FILE)
-    if earlier is not None and earlier["fingerprint"] == wanted:
+    if earlier is not None and earlier["fingerprint"] == expected:
         created = earlier.get("created", created)
     else:
         if earlier is not None:
             remove(partial)
         partial.mkdir(parents=True, exist_ok=True)
     at_work = {"process": os.getpid(), "host": platform.node()}
-    write_json(partial / WORK_FILE, {**record, "fingerprint": wanted, "created": created, "format": FORMAT, **at_work})
+    write_json(
+        partial / WORK_FILE, {**record, "fingerprint": expected, "created": created, "format": FORMAT, **at_work}
+    )

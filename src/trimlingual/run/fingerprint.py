@@ -146,15 +146,15 @@ class HashCache:
 
     def hashes(self, paths: Iterable[Path]) -> list[str]:
         """SHA-256 of each file; UNREAD for what would have to be read, "missing" for what is not there."""
-        wanted = [Path(os.path.abspath(path)) for path in paths]
+        absolute = [Path(os.path.abspath(path)) for path in paths]
         by_folder: dict[Path, list[str]] = {}
-        for path in dict.fromkeys(wanted):
+        for path in dict.fromkeys(absolute):
             by_folder.setdefault(path.parent, []).append(path.name)
         found: dict[Path, str] = {}
         for folder, names in by_folder.items():
             for name, value in self._hashes_in(folder, names).items():
                 found[folder / name] = value
-        return [found[path] for path in wanted]
+        return [found[path] for path in absolute]
 
     def _hashes_in(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
         stamps = {name: _stamp(folder / name) for name in names}

@@ -12,27 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
-
 from trimlingual.run.artifacts import write_json
 from trimlingual.run.progress import say
-from trimlingual.run.records import read_record
+from trimlingual.run.records import brief, read_record
 
 LINEAGE_FILE = "lineage.json"
 
 
 class LineageError(ValueError):
     """A model folder whose origin cannot be read."""
-
-
-class _Towers(TypedDict, total=False):
-    num_hidden_layers: int
-    encoder_layers: int
-
-
-class _Config(TypedDict):
-    text_config: _Towers
-    audio_config: _Towers
 
 
 class LeakError(ValueError):
@@ -110,12 +98,18 @@ def read_lineage(folder: Path, name: str | None = None) -> Lineage:
         return read_record(
             path, Lineage, LineageError, "copy the model's folder again, or run the stage that made it again"
         )
-    config = read_record(folder / "config.json", _Config, LineageError, "it must be a folder of a supported model")
-    audio = config["audio_config"]
-    counts = {
-        "decoder": config["text_config"].get("num_hidden_layers", 32),
-        "encoder": audio.get("encoder_layers", audio.get("num_hidden_layers", 32)),
-    }
+    from transformers import AutoConfig  # it knows each family's spelling and defaults
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        counts = {
+            "decoder": config.text_config.num_hidden_layers,
+            "encoder": config.audio_config.num_hidden_layers,
+        }
+    except (OSError, ValueError, AttributeError) as problem:
+        raise LineageError(
+            f"{folder / 'config.json'} is missing or damaged ({brief(problem)}); it must be a folder of a supported model"
+        ) from problem
     return Lineage(
         base=name or str(folder), layers={k: list(range(n)) for k, n in counts.items()}, num_base_layers=counts
     )

@@ -105,12 +105,12 @@ def _why_not_writable(folder: Path, *marks: str) -> str:
         return ""
     if not folder.is_dir():
         return f"{folder} is a file; move it away or choose another folder"
-    held = sorted(path.name for path in folder.iterdir() if path.name != f"{WORK_FILE}.tmp")
-    if not held:
+    contents = sorted(path.name for path in folder.iterdir() if path.name != f"{WORK_FILE}.tmp")
+    if not contents:
         return ""
     return (
-        f"{folder} was not made by this tool and is not empty (it holds {_some(held)}); nothing in it will be touched, with --force "
-        "neither: choose another folder, or move it away"
+        f"{folder} was not made by this tool and is not empty (it holds {_some(contents)}); nothing in it will be touched, with "
+        "--force neither: choose another folder, or move it away"
     )
 
 
@@ -134,20 +134,20 @@ def _why_kept(folder: Path) -> str:
 
 def describe_work(partial: Path) -> str:
     """What unfinished work holds: checkpoints, lines of journals, when it was begun and for how long it was worked on."""
-    held = []
+    contents = []
     steps = [path.name.rpartition("-")[2] for path in partial.rglob("checkpoint-*") if path.is_dir()]
     if numbers := [int(step) for step in steps if step.isdigit()]:
-        held.append(f"a checkpoint after step {max(numbers)}")
+        contents.append(f"a checkpoint after step {max(numbers)}")
     for journal in sorted(partial.rglob("*.jsonl")):
         with journal.open("rb") as file:
             if lines := sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")):
-                held.append(f"{lines} line{'s' * (lines > 1)} in {journal.relative_to(partial).as_posix()}")
+                contents.append(f"{lines} line{'s' * (lines > 1)} in {journal.relative_to(partial).as_posix()}")
     created = (read_record(partial / WORK_FILE) or {}).get("created")
     if created:
         begun = calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
         last = max((path.lstat().st_mtime for path in _files(partial)), default=begun)
-        held.append(f"begun {created}, last written {max(last - begun, 0) / 60:.0f} minutes later")
-    return ", ".join(held) or "nothing yet"
+        contents.append(f"begun {created}, last written {max(last - begun, 0) / 60:.0f} minutes later")
+    return ", ".join(contents) or "nothing yet"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -155,5 +155,5 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest

@@ -12,25 +12,25 @@ from pydantic import TypeAdapter, ValidationError
 from trimlingual.run.jsonl import parse_json, read_jsonl
 
 
-def read_record(path: Path, kind: Any, error: type[ValueError], advice: str, needs: Sequence[str] = ()) -> Any:
-    """The value of a JSON file as `kind` (a dataclass or other type) with the keys `needs`; `error` with `advice` otherwise."""
+def read_record(path: Path, form: Any, error: type[ValueError], advice: str, needs: Sequence[str] = ()) -> Any:
+    """The value of a JSON file as `form` (a dataclass or other type) with the keys `needs`; `error` with `advice` otherwise."""
     try:
-        return checked(parse_json(path.read_text(encoding="utf-8")), kind, needs)
+        return checked(parse_json(path.read_text(encoding="utf-8")), form, needs)
     except (OSError, ValueError) as problem:
         raise error(f"{path} is missing or damaged ({brief(problem)}); {advice}") from problem
 
 
-def read_records(path: Path, kind: Any, error: type[ValueError], advice: str, needs: Sequence[str] = ()) -> list[Any]:
+def read_records(path: Path, form: Any, error: type[ValueError], advice: str, needs: Sequence[str] = ()) -> list[Any]:
     """The values of a JSONL file, as `read_record`."""
     try:
-        return [checked(record, kind, needs) for record in read_jsonl(path)]
+        return [checked(record, form, needs) for record in read_jsonl(path)]
     except ValueError as problem:
         raise error(f"{path} is missing or damaged ({brief(problem)}); {advice}") from problem
 
 
-def checked(value: Any, kind: Any, needs: Sequence[str] = ()) -> Any:
-    """`value` as `kind`; ValueError if it is something else, or a mapping without one of `needs`."""
-    value = _adapter(kind).validate_python(value)
+def checked(value: Any, form: Any, needs: Sequence[str] = ()) -> Any:
+    """`value` as `form`; ValueError if it is something else, or a mapping without one of `needs`."""
+    value = _adapter(form).validate_python(value)
     missing = [key for key in needs if key not in value]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
@@ -38,8 +38,8 @@ def checked(value: Any, kind: Any, needs: Sequence[str] = ()) -> Any:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(form)
 
 
 def brief(problem: Exception) -> str:

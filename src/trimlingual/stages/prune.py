@@ -64,8 +64,8 @@ def _kept(digests: dict[str, str], positions: Mapping[Tower, Sequence[int]]) -> 
     """Digests of the layers that stay, under the positions they will have."""
     kept: dict[str, str] = {}
     for tower in TOWERS:
-        own = [digest for name, digest in digests.items() if name.startswith(tower)]
-        staying = [digest for position, digest in enumerate(own) if position not in positions.get(tower, ())]
+        in_order = [digest for name, digest in digests.items() if name.startswith(tower)]
+        staying = [digest for position, digest in enumerate(in_order) if position not in positions.get(tower, ())]
         kept.update({f"{tower}.{position}": digest for position, digest in enumerate(staying)})
     return kept
 

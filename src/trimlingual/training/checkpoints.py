@@ -124,8 +124,8 @@ class Checkpoints(TrainerCallback):
         self.trainer._total_loss_scalar = record["total_loss"]
 
     def _interval(self) -> float:
-        wanted = 60 * self.save_minutes if self.save_minutes else max(SHORTEST_S, SHARE * self._cost)
-        return wanted / 2 ** max(0, self._starts - 1)
+        seconds = 60 * self.save_minutes if self.save_minutes else max(SHORTEST_S, SHARE * self._cost)
+        return seconds / 2 ** max(0, self._starts - 1)
 
     def _remember(self, start: int, step: int) -> None:
         if is_main_process():

@@ -50,12 +50,12 @@ class Bpe:
         symbols = list(token)
         tree = {token, *symbols}
         while len(symbols) > 1:
-            known = [(self.ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in self.ranks]
+            known = [(self.ranks[pair], index) for index, pair in enumerate(pairwise(symbols)) if pair in self.ranks]
             if not known:
                 return {token}
-            _, at = min(known)
-            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-            tree.add(symbols[at])
+            _, index = min(known)
+            symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]
+            tree.add(symbols[index])
         return tree
 
 
@@ -117,12 +117,12 @@ def choose(
     def closure(old: int) -> set[int]:
         return {old, *(bpe.vocab[part] for part in bpe.merge_tree(token_of[old]) if part in bpe.vocab)} - kept
 
-    def fill(wanted: Iterable[int], target: int) -> None:
-        for old in wanted:
+    def fill(candidates: Iterable[int], target: int) -> None:
+        for old in candidates:
             if len(kept) == target:
                 break
-            if old not in kept and len(kept) + len(more := closure(old)) <= target:
-                kept.update(more)
+            if old not in kept and len(kept) + len(added := closure(old)) <= target:
+                kept.update(added)
 
     for old in {*bpe.byte_ids(), *bpe.added.values(), *required}:
         kept |= closure(old)
@@ -130,13 +130,13 @@ def choose(
         raise VocabError(
             f"bytes, special tokens and prompts alone are {len(kept)} tokens: vocab.max_tokens {max_tokens} is too few"
         )
-    wanted = sorted((old for old in counts if old in token_of), key=lambda old: (-counts[old], old))
-    used = [old for old in wanted if counts[old] >= min_count]
+    by_count = sorted((old for old in counts if old in token_of), key=lambda old: (-counts[old], old))
+    used = [old for old in by_count if counts[old] >= min_count]
     fill(used, max_tokens or len(token_of))
     num_closed = len(kept)
     target = max_tokens or -(-num_closed // multiple) * multiple
-    fill(wanted, target)
-    fill(of_scripts(bpe, wanted), target)
+    fill(by_count, target)
+    fill(of_scripts(bpe, by_count), target)
     fill(sorted(bpe.vocab.values()), target)
     # Tokens outside the BPE come last: that is where the library gives them ids when it loads them.
     inside = set(bpe.vocab.values())

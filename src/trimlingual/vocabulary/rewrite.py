@@ -347,11 +347,11 @@ def prove(model_dir: Path, out_dir: Path, rows: Sequence[RowTensor], bpe: Bpe, k
         ):
             if not torch.equal(old.get_tensor(row.name).index_select(0, chosen), new.get_tensor(row.name)):
                 raise ProofError(f"the rows of {row.name} changed while trimming")
-    wanted = {token: kept.new_id[old] for token, old in bpe.ids.items() if old in kept.new_id}
+    new_ids = {token: kept.new_id[old] for token, old in bpe.ids.items() if old in kept.new_id}
     processor = load_processor(out_dir)
     for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(out_dir)):
-        if tokenizer.get_vocab() != wanted:
-            wrong = [token for token, new in tokenizer.get_vocab().items() if wanted.get(token) != new]
+        if tokenizer.get_vocab() != new_ids:
+            wrong = [token for token, new in tokenizer.get_vocab().items() if new_ids.get(token) != new]
             raise ProofError(
                 f"the trimmed tokenizer gives {len(wrong)} token(s) other ids than their rows: {wrong[:5]}"
             )
