@@ -5,9 +5,11 @@ import shlex
 import subprocess
 import sys
 
+import jsonschema
 import pytest
+import yaml
 
-from trimlingual.recipe import RecipeError, list_recipes, load_recipe, parse_recipe
+from trimlingual.recipe import Recipe, RecipeError, list_recipes, load_recipe, parse_recipe, recipes_dir
 from trimlingual.recipe.loading import SOURCE_KINDS
 
 MINIMAL = {
@@ -27,6 +29,17 @@ def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
+
+
+@pytest.mark.parametrize("name", list(list_recipes()))
+def test_editors_accept_shipped_recipes_and_mark_what_is_wrong(name):
+    """By the schema of `trimlingual recipes --schema`."""
+    raw = yaml.safe_load((recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8"))
+    editor = jsonschema.Draft202012Validator(Recipe.model_json_schema())
+    assert not list(editor.iter_errors(raw))
+    raw["quantize"] = {**(raw.get("quantize") or {}), "scheme": "int5"}
+    raw["finetine"] = {}
+    assert {error.json_path for error in editor.iter_errors(raw)} == {"$", "$.quantize"}
 
 
 def test_the_papers_settings():

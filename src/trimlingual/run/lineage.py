@@ -98,6 +98,7 @@ def read_lineage(folder: Path, name: str | None = None) -> Lineage:
         return read_record(
             path, Lineage, LineageError, "copy the model's folder again, or run the stage that made it again"
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # it knows each family's spelling and defaults
 
     try:
@@ -106,7 +107,7 @@ def read_lineage(folder: Path, name: str | None = None) -> Lineage:
             "decoder": config.text_config.num_hidden_layers,
             "encoder": config.audio_config.num_hidden_layers,
         }
-    except (OSError, ValueError, AttributeError) as problem:
+    except (OSError, ValueError, AttributeError, StrictDataclassError) as problem:
         raise LineageError(
             f"{folder / 'config.json'} is missing or damaged ({brief(problem)}); it must be a folder of a supported model"
         ) from problem
