@@ -1,21 +1,24 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.inputs import Example
-from trimlingual.models.loading import load_model, resolve_base
+from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model
 from trimlingual.quantization.merge import merge_
 from trimlingual.quantization.nf4 import QuantizationError, bitsandbytes_config, check_quantized, dequantized, is_4bit
 from trimlingual.recipe import DecodeSettings, LoraSettings, QuantizeSettings, TrainSettings
-from trimlingual.run.artifacts import read_artifact
+from trimlingual.run.artifacts import SCRATCH, read_artifact
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.quantize import quantize, sqnr_db
+from trimlingual.training.selection import Guide, KeepBest
 
 from .conftest import EVERY_FAMILY
 from .test_pipeline import as_words
@@ -65,6 +68,72 @@ def test_integers_that_ship(given, model_dir, shared, data, tmp_path):
     assert count_parameters(load_model(tmp_path, "float32", CPU)) == count_parameters(
         load_model(model_dir, "float32", CPU)
     )
+
+
+ROUNDED = QuantizeSettings(
+    scheme="int4", group_size=32, compute_dtype="float32", parts=["decoder"],
+    train=TrainSettings(max_steps=6, learning_rate=3e-3, freeze=["audio_tower"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "calibrated"])
+def test_what_was_trained_on_rounded_weights_is_what_ships(given, shared, data, tmp_path, rounding):
+    pytest.importorskip("compressed_tensors")
+    settings = ROUNDED.model_copy(update={"rounding": rounding})
+    untrained = quantize(given, data, shared, settings.model_copy(update={"train": None}), tmp_path / "untrained")
+    info = quantize(given, data, shared, settings, tmp_path / "trained")
+    assert info["change"]["final_sqnr_db"] > 60  # of logits: only float32's last bits
+    assert info["change"]["final_loss"] < untrained["change"]["final_loss"]
+    assert not (tmp_path / "trained" / "adapter").exists()
+    assert read_lineage(tmp_path / "trained").quantization["trained"] == "on rounded weights"
+
+
+def test_selection_clips_are_translated_by_rounded_weights(given, shared, data, split, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    train = ROUNDED.train.model_copy(update={"selection_checks": 2})
+    settings = ROUNDED.model_copy(update={"train": train})
+    scores = quantize(given, data, shared, settings, tmp_path, Guide(select=split))["selection"]["scores"]
+    best = max(scores, key=lambda record: record["score"])
+    shipped = load_model(tmp_path, "float32", CPU)
+    check = KeepBest(shipped, shipped, load_processor(tmp_path), shared, split, 1, tmp_path / "check")
+    check._look(0)
+    assert check.scores[0]["scores"] == pytest.approx(best["scores"])
+
+
+def test_rounded_training_goes_on_with_the_scales_it_began_with(given, shared, data, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    train = ROUNDED.train.model_copy(update={"max_steps": 4, "save_steps": 2})
+    settings = ROUNDED.model_copy(update={"rounding": "calibrated", "train": train})
+    quantize(given, data, shared, settings, tmp_path / "at_once")
+    torch.manual_seed(1)  # a second process is in another state
+
+    class Killed(Exception):
+        pass
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trimlingual.stages.quantize.keep_rounded_", killed)
+        with pytest.raises(Killed):
+            quantize(given, data, shared, settings, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / SCRATCH / "training" / "checkpoint-4")
+    quantize(given, data, shared, settings, tmp_path / "resumed")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("at_once", "resumed"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"scheme": "nf4", "train": {"method": "full"}}, "use scheme int4, or method lora"),
+        ({"scheme": "int4", "train": {"method": "full", "fsdp": True}}, "every process needs the whole weights"),
+    ],
+)
+def test_training_that_rounds_needs_steps_and_whole_weights(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        QuantizeSettings.model_validate(settings)
 
 
 def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, processor, tmp_path):

@@ -31,7 +31,7 @@ def test_output_error_is_smaller_than_nearest(num_bits: int, group_size: int) ->
     moments = Moments(256, inputs.device)
     moments.add(inputs[:500])
     moments.add(inputs[500:1000])
-    scales, rounded = round_columns(weight, moments.mean(), num_bits, group_size, _scale)
+    scales, rounded, _ = round_columns(weight, moments.mean(), num_bits, group_size, _scale)
     assert scales.shape == (64, 256 // group_size)
     integers = rounded.reshape(64, -1, group_size) / scales[..., None]
     torch.testing.assert_close(integers, integers.round(), atol=1e-4, rtol=0)

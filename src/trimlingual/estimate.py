@@ -166,6 +166,9 @@ def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, weight_byt
     assert settings is not None
     trained = settings.model_copy(update={"scheme": "nf4", "eight_bit": []})  # what the adapter is trained on
     adapter, memory = 0.0, weight_bytes * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
+    if settings.train and settings.train.method == "full":
+        full = _training(sizes, gone, weight_bytes, stored_bytes, settings.train)
+        return replace(full, disk=_quantized_bytes(sizes, settings, stored_bytes, gone))
     if settings.train:
         adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
         memory = _quantized_bytes(sizes, trained, weight_bytes, gone) + adapter * (2 + ADAM_STATES)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,22 @@ ScaleOf = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def round_calibrated_(
-    model: Any, settings: QuantizeSettings, passes: Sequence[Callable[[], Any]], dtype: torch.dtype
+    model: Any,
+    settings: QuantizeSettings,
+    passes: Sequence[Callable[[], Any]],
+    dtype: torch.dtype,
+    keep_unrounded: bool = False,
 ) -> dict[str, Tensor]:
     """Round the 4-bit layers of both towers in place. Returns their scales (O, G) by the modules' names, in `dtype`.
 
     `passes` run the whole model on one calibration example each, without padding. Modules outside the towers' layers stay as they are.
+    With `keep_unrounded` the weights in place are in the end those that rounding to the nearest step makes the calibrated ones, for
+    a training that rounds at every step.
     """
     bits_of = modules_to_pack(model, settings)
     names = {id(module): name for name, module in model.named_modules()}
     scales: dict[str, Tensor] = {}
+    unrounded: dict[str, Tensor] = {}
     for tower in reversed(TOWERS):  # the decoder last: it is to see what the rounded encoder gives
         layers = layer_list(model, tower)
         if not any(names[id(module)] in bits_of for module in layers.modules()):
@@ -53,12 +60,16 @@ def round_calibrated_(
                     name = names[id(module)]
                     if bits_of.get(name) == 4:
                         scale_of = partial(best_scale, dtype=dtype)
-                        scale, weight = round_columns(module.weight, found.mean(), 4, settings.group_size, scale_of)
-                        module.weight.copy_(weight.to(dtype))
-                        scales[name] = scale.to(dtype)
+                        done = round_columns(module.weight, found.mean(), 4, settings.group_size, scale_of)
+                        module.weight.copy_(done.weight.to(dtype))
+                        scales[name] = done.scales.to(dtype)
+                        if keep_unrounded:
+                            unrounded[name] = done.unrounded.to("cpu", module.weight.dtype)
                 advance(1)
 
             walk_layers(list(layers), passes, visit)
+    for name, weight in unrounded.items():
+        model.get_submodule(name).weight.copy_(weight)
     return scales
 
 
@@ -80,11 +91,17 @@ class Moments:
         return self.sum / max(1, self.count)
 
 
+class Rounded(NamedTuple):
+    """A weight after calibrated rounding; all float32."""
+
+    scales: Tensor  # (O, G)
+    weight: Tensor  # (O, I), on the steps
+    unrounded: Tensor  # (O, I), what stood there when its turn came: changed by the errors before, not rounded yet
+
+
 @torch.no_grad()
-def round_columns(
-    weight: Tensor, moments: Tensor, num_bits: int, group_size: int, scale_of: ScaleOf
-) -> tuple[Tensor, Tensor]:
-    """Scales (O, G) and the weights (O, I) they stand for, both float32, for a weight (O, I) and its inputs' moments (I, I).
+def round_columns(weight: Tensor, moments: Tensor, num_bits: int, group_size: int, scale_of: ScaleOf) -> Rounded:
+    """Round a weight (O, I) by its inputs' second moments (I, I).
 
     `scale_of` gives a group's scale when its turn comes, from the weights as the errors before them have changed them. `group_size`
     divides I and BLOCK is a multiple of it, or it of BLOCK.
@@ -108,10 +125,10 @@ def round_columns(
             rounded[:, column : column + 1] = stood
             error = (value - stood) / upper[column, column]
             # a group can be longer than a block: its scale is found on weights that lack the errors of its later blocks only
-            current[:, column:end] -= error * upper[column, column:end]
+            current[:, column + 1 : end] -= error * upper[column, column + 1 : end]
             errors[:, column - start] = error[:, 0]
         current[:, end:] -= errors @ upper[start:end, end:]
-    return torch.cat(scales, dim=1), rounded
+    return Rounded(torch.cat(scales, dim=1), rounded, current)
 
 
 def _inverse_factor(moments: Tensor, silent: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class DistillSettings(Section):
 
 
 class QuantizeSettings(Section):
-    """QLoRA: 4-bit base, adapter trained on it, adapter merged, quantised again."""
+    """QLoRA: 4-bit base, adapter trained on it, adapter merged, quantised again. Or int4 trained as it ships (`train.method: full`)."""
 
     start: Literal["recovered", "pruned", "teacher", "base"] = Field(
         default="recovered", description="the model that is quantised"
@@ -222,7 +222,7 @@ class QuantizeSettings(Section):
         default=["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
     )
     scheme: Literal["nf4", "fp4", "int4"] = Field(
-        default="nf4", description="format that ships; int4 is trained as nf4 and unpacked by transformers when it runs"
+        default="nf4", description="format that ships; an adapter for int4 is trained on nf4; transformers unpacks int4 when it runs"
     )
     double_quantization: bool = Field(default=True, description="the scales of nf4 and fp4 are quantised too")
     group_size: Literal[32, 64, 128] = Field(default=128, description="weights that share a scale, for int4")
@@ -243,7 +243,8 @@ class QuantizeSettings(Section):
         default=256, description="of training, for rounding: calibrated"
     )
     train: TrainSettings | None = Field(
-        default=TrainSettings(method="lora", epochs=1.0), description="null: the weights are rounded as they are"
+        default=TrainSettings(method="lora", epochs=1.0),
+        description="lora: QLoRA; full, for int4: all weights train, rounded at every step; null: the weights are rounded as they are",
     )
 
     @property
@@ -264,9 +265,15 @@ class QuantizeSettings(Section):
         return self
 
     @model_validator(mode="after")
-    def _lora(self) -> QuantizeSettings:
-        if self.train and self.train.method != "lora":
-            raise ValueError(f"train.method is {self.train.method!r} but 4-bit weights cannot be trained; use lora")
+    def _method(self) -> QuantizeSettings:
+        if self.train and self.train.method == "full":
+            if self.scheme != "int4":
+                raise ValueError(
+                    f"train.method: full rounds the weights at every step, which scheme {self.scheme} cannot; use scheme int4, or "
+                    "method lora"
+                )
+            if self.train.fsdp or self.train.deepspeed:
+                raise ValueError("train.method: full does not go with fsdp or deepspeed: every process needs the whole weights")
         return self
 
 

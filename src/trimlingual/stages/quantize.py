@@ -1,10 +1,13 @@
-"""QLoRA and what follows it: train an adapter on the 4-bit model, merge it, quantise again.
+"""The 4-bit model: trained by QLoRA, merged and quantised again, or trained on the rounded weights themselves.
 
-The adapter was trained on the 4-bit weights, so only these (dequantised) and the adapter together are the model that was trained
-(Dettmers et al. 2023, QLoRA). But they stand on the 4-bit grid, and an adapter moves most of them by less than half a step: rounded
-again they are back where they were, and what was learned is gone. Merged onto the original weights, which lie anywhere between the
-steps, it survives on average. So that is the default (`merge_base`); benchmarks/quantization.py measures both, and merging inside
-4-bit.
+QLoRA takes the least memory. Its adapter was trained on the 4-bit weights, so only these (dequantised) and the adapter together are
+the model that was trained (Dettmers et al. 2023, QLoRA). But they stand on the 4-bit grid, and an adapter moves most of them by less
+than half a step: rounded again they are back where they were, and what was learned is gone. Merged onto the original weights, which
+lie anywhere between the steps, it survives on average. So that is the default (`merge_base`); benchmarks/quantization.py measures
+both, and merging inside 4-bit.
+
+`train.method: full` with `scheme: int4` needs no such compromise and takes the memory of full fine-tuning: the weights are rounded at
+every step (straight_through.py), so what was trained is what ships.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimlingual.data.audio import load_audio
@@ -29,14 +33,17 @@ from trimlingual.quantization.int4 import save_packed
 from trimlingual.quantization.merge import merge_
 from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.quantization.rounding import round_calibrated_
+from trimlingual.quantization.straight_through import keep_rounded_, nearest_scales, round_in_forward_
 from trimlingual.recipe import ModelSettings, QuantizeSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
+from trimlingual.training.checkpoints import last_complete_checkpoint
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.selection import UNGUIDED, Guide
 from trimlingual.training.trainer import read_teacher, train_
 
+SCALES_FILE = "scales.safetensors"  # of a training on rounded weights
 PROBE_BATCH = 8
 NUM_PROBE_EXAMPLES = 32  # training examples on which the change by merging and quantising is measured
 
@@ -49,9 +56,10 @@ def quantize(
     out_dir: Path,
     guide: Guide = UNGUIDED,
 ) -> dict[str, Any]:
-    """Make the 4-bit model of the one in `folder`: QLoRA on `data`, merge, quantise again, save to `out_dir`.
+    """Make the 4-bit model of the one in `folder`: train it on `data`, save it to `out_dir`.
 
-    Without `settings.train` the weights are rounded as they are, and the examples only calibrate and measure.
+    With QLoRA the adapter is merged, and the merged weights are quantised again. Without `settings.train` the weights are rounded as
+    they are, and the examples only calibrate and measure.
     bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by int4.py, with 8-bit embeddings if asked for.
 
     One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
@@ -67,14 +75,17 @@ def quantize(
     processor = load_processor(stored)
     collator = Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
     measure = partial(answer_logits, collator=collator, examples=_some(data.examples), batch_size=PROBE_BATCH)
-    info, trained, adapted = {}, None, None
-    if settings.train:
-        info = _train(stored, processor, data, shared, settings, scratch, guide)
+    info, trained, adapted, scales = {}, None, None, None
+    if settings.train and settings.train.method == "full":
+        merged, scales, info = _train_rounded(stored, processor, data, shared, settings, scratch, guide)
+    elif settings.train:
+        info = _train_adapter(stored, processor, data, shared, settings, scratch, guide)
         adapted = info.pop("adapted")
     if not is_main_process():
         return info
     free_memory()  # of the optimizer
-    merged = load_model(stored, shared.model.dtype, torch.device("cpu"))
+    if scales is None:
+        merged = load_model(stored, shared.model.dtype, torch.device("cpu"))
     if adapted:
         adapted.save_pretrained(out_dir / "adapter")
         trained = measure(adapted)
@@ -87,7 +98,8 @@ def quantize(
         save_model(merged, processor, scratch / "merged", shared.model.storage_dtype)
     plain = measure(merged.to(device))
     if settings.scheme == "int4":
-        scales = _calibrated(merged, settings, collator, data.examples, shared.model)
+        if scales is None:
+            scales = _calibrated(merged, settings, collator, data.examples, shared.model)
         info |= save_packed(merged, processor, out_dir, settings, shared.model.storage_dtype, scales)
     del merged
     free_memory()
@@ -115,7 +127,7 @@ def _lineage(lineage: Lineage, data: TrainingData, settings: QuantizeSettings, g
     return replace(after, quantization=config_summary(settings))
 
 
-def _train(
+def _train_adapter(
     stored: Path,
     processor: Any,
     data: TrainingData,
@@ -134,12 +146,46 @@ def _train(
     return train_(base, processor, data, shared, train, work_dir, guide, teacher)
 
 
+def _train_rounded(
+    stored: Path,
+    processor: Any,
+    data: TrainingData,
+    shared: SharedSettings,
+    settings: QuantizeSettings,
+    scratch: Path,
+    guide: Guide,
+) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
+    """The model with its weights on their steps, their scales by name, and the info of `train_`.
+
+    The scales of the first start are kept, so that a restart goes on with them.
+    """
+    train, work_dir = settings.train, scratch / "training"
+    assert train is not None
+    teacher = read_teacher(processor, data, shared, train, guide, work_dir)
+    model = load_model(stored, shared.model.dtype, pick_device(shared.model.device))
+    kept = work_dir / SCALES_FILE
+    goes_on = last_complete_checkpoint(work_dir) and kept.is_file()
+    if is_main_process() and not goes_on:
+        collator = Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
+        scales = _calibrated(model, settings, collator, data.examples, shared.model, keep_unrounded=True)
+        scales = scales or nearest_scales(model, settings, DTYPES[shared.model.storage_dtype])
+        work_dir.mkdir(parents=True, exist_ok=True)
+        save_file({name: scale.cpu().contiguous() for name, scale in scales.items()}, kept)
+    wait_for_everyone()
+    scales = load_file(kept)
+    round_in_forward_(model, scales)
+    info = train_(model, processor, data, shared, train, work_dir, guide, teacher)
+    keep_rounded_(model)
+    return model, scales, info
+
+
 def _calibrated(
     model: Any,
     settings: QuantizeSettings,
     collator: Collator,
     examples: Sequence[Example],
     model_settings: ModelSettings,
+    keep_unrounded: bool = False,
 ) -> dict[str, Tensor]:
     """Round the 4-bit layers in place by what examples make of them, if the recipe asks for it; their scales by name."""
     if settings.rounding != "calibrated":
@@ -153,7 +199,7 @@ def _calibrated(
         forward(**{name: tensor.to(device) for name, tensor in batch.items()})
 
     passes = [partial(run, example) for example in list(examples)[::step][: settings.calibration_examples]]
-    return round_calibrated_(model, settings, passes, DTYPES[model_settings.storage_dtype])
+    return round_calibrated_(model, settings, passes, DTYPES[model_settings.storage_dtype], keep_unrounded)
 
 
 def _stored(model_dir: Path, folder: Path, device: torch.device) -> Path:
@@ -186,6 +232,10 @@ def _change(
 def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
     """What is 4-bit and how, for lineage, card and report."""
     if settings.scheme == "int4":
+        trained: dict[str, str] = {}
+        if settings.train:
+            by_adapter = settings.train.method == "lora"
+            trained = {"merge_base": settings.merge_base} if by_adapter else {"trained": "on rounded weights"}
         return {
             "method": "compressed-tensors",
             "scheme": "int4",
@@ -193,7 +243,7 @@ def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
             "parts": sorted(settings.parts),
             "eight_bit": sorted(settings.eight_bit),
             "rounding": settings.rounding,
-            **({"merge_base": settings.merge_base} if settings.train else {}),
+            **trained,
         }
     return {
         "method": "bitsandbytes",

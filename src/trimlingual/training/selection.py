@@ -21,6 +21,7 @@ from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.loading import free_memory
+from trimlingual.quantization.straight_through import as_it_ships
 from trimlingual.recipe import SharedSettings, languages
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index, wait_for_everyone
@@ -124,7 +125,8 @@ class KeepBest(TrainerCallback):
             # bitsandbytes' 4-bit layer in eval mode on a CPU lays its weight out anew, for good, and has no gradient after that.
             module.training = hasattr(module, "support_avx512bf16_for_cpu")
         mine = self.clips[process_index() :: num_processes()]
-        said = translate_clips(self.model, self.processor, self.task, mine, self.decode, label="selection clips")
+        with as_it_ships(self.model):
+            said = translate_clips(self.model, self.processor, self.task, mine, self.decode, label="selection clips")
         self.trained.train()
         free_memory()  # decoding leaves its memory and CUDA graphs, and training needs the room now
         every = {(t.id, t.language): t.hypothesis for part in gather(said) for t in part}
