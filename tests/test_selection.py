@@ -80,3 +80,46 @@ def test_a_killed_training_repeats_no_look(train, killed_in_step, tmp_path: Path
     again = train(tmp_path / "killed", learning_rate=1e-2, save_steps=1)
     assert len(calls) == 3
     assert again["selection"] == whole["selection"]
+
+
+def test_the_rate_that_the_selection_clips_like_best_is_kept(train, tmp_path: Path, monkeypatch) -> None:
+    rates = {"sweep": [1e-4, 1e-2, 3e-2], "selection_checks": 1}
+    monkeypatch.setattr(KeepBest, "_score", scores_of(10, 20, 10, 30, 10, 25))
+    info = train(tmp_path / "swept", **rates)
+    assert info["learning_rate"] == 1e-2
+    assert [(tried["learning_rate"], tried["score"]) for tried in info["sweep"]] == [(1e-4, 20), (1e-2, 30), (3e-2, 25)]
+    monkeypatch.setattr(KeepBest, "_score", scores_of(10, 30))
+    train(tmp_path / "alone", learning_rate=1e-2, selection_checks=1)
+    swept, alone = weights(tmp_path / "swept"), weights(tmp_path / "alone")
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in swept.items())
+
+
+def test_a_killed_sweep_tries_no_rate_again(train, tmp_path: Path, monkeypatch) -> None:
+    rates = {"sweep": [1e-4, 1e-2], "selection_checks": 1, "save_steps": 1}
+    calls = []
+    real = KeepBest._score
+
+    def score(self):
+        calls.append(1)
+        if len(calls) == die_at:
+            raise KeyboardInterrupt
+        return real(self)
+
+    die_at = 0
+    monkeypatch.setattr(KeepBest, "_score", score)
+    whole = train(tmp_path / "whole", **rates)
+    calls.clear()
+    die_at = 4  # before and after the first rate, before the second, then
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", **rates)
+    again = train(tmp_path / "killed", **rates)
+    assert len(calls) == 5
+    assert again["sweep"] == whole["sweep"]
+    assert again["losses"] == whole["losses"]
+
+
+def test_a_sweep_needs_clips_to_choose_by() -> None:
+    with pytest.raises(ValueError, match="sweep needs selection_checks"):
+        TrainSettings(sweep=[1e-5, 1e-4])
+    with pytest.raises(ValueError, match="names a rate twice"):
+        TrainSettings(sweep=[1e-5, 1e-5], selection_checks=1)

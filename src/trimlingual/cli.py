@@ -40,6 +40,13 @@ Force = Annotated[bool, typer.Option("--force", help="Make stages again whose re
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="Start from this model folder instead of the run's own.")
 ]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Train the teacher at several learning rates and keep what the selection clips like best. In the recipe: sweep.",
+    ),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instead of the run's own folder.")]
 
 
@@ -69,10 +76,11 @@ def compress(
     overrides: Overrides = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stages and estimates; run nothing.")] = False,
+    tune: Tune = False,
 ) -> None:
     """Run a whole recipe: fine-tune, rank, prune, distill, recover, quantize, evaluate, export, report."""
     started = time.perf_counter()
-    settings, folder = _load(recipe, run_dir, overrides)
+    settings, folder = _load(recipe, run_dir, _tuned(overrides, tune))
     if dry_run:
         if _alone("--dry-run"):
             _show_plan(settings, folder)
@@ -96,9 +104,10 @@ def finetune(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
     stage: Annotated[str, typer.Option(help="teacher (section finetune) or recovered (section recover).")] = "teacher",
+    tune: Tune = False,
 ) -> None:  # fmt: skip
     """Train the teacher, or recover a pruned student."""
-    _stage(recipe, run_dir, overrides, force, stage, out_dir, model=model)
+    _stage(recipe, run_dir, _tuned(overrides, tune), force, stage, out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual rank my.yaml --model runs/my/teacher --set rank.strategy=block-influence")
@@ -227,6 +236,16 @@ def recipes(
 def _load(recipe: str, run_dir: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
     settings = load_recipe(recipe, overrides or ())
     return settings, run_dir or Path("runs") / settings.name
+
+
+TUNED = "[1e-5, 3e-5, 1e-4, 3e-4]"  # learning rates of --tune
+LOOKS = 4  # at the selection clips in a training that --tune starts
+
+
+def _tuned(overrides: list[str] | None, tune: bool) -> list[str]:
+    """The overrides that --tune stands for, before the user's own."""
+    tuned = [f"finetune.sweep={TUNED}", f"finetune.selection_checks={LOOKS}"] if tune else []
+    return [*tuned, *(overrides or [])]
 
 
 def _stage(

@@ -92,6 +92,10 @@ class Recipe(Section):
             "recover": self.recover,
             "quantize.train": self.quantize and self.quantize.train,
         }
+        each_round = self.rank.finetune_each_round if self.rank else None
+        for path, train in {"quantize.train": users["quantize.train"], "rank.finetune_each_round": each_round}.items():
+            if train and train.sweep:
+                problems.append(f"{path}.sweep must be empty: only finetune and recover try several rates")
         for path, train in users.items():
             if not train:
                 continue

@@ -222,7 +222,8 @@ class QuantizeSettings(Section):
         default=["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
     )
     scheme: Literal["nf4", "fp4", "int4"] = Field(
-        default="nf4", description="format that ships; an adapter for int4 is trained on nf4; transformers unpacks int4 when it runs"
+        default="nf4",
+        description="format that ships; an adapter for int4 is trained on nf4; transformers unpacks int4 when it runs",
     )
     double_quantization: bool = Field(default=True, description="the scales of nf4 and fp4 are quantised too")
     group_size: Literal[32, 64, 128] = Field(default=128, description="weights that share a scale, for int4")
@@ -273,7 +274,9 @@ class QuantizeSettings(Section):
                     "method lora"
                 )
             if self.train.fsdp or self.train.deepspeed:
-                raise ValueError("train.method: full does not go with fsdp or deepspeed: every process needs the whole weights")
+                raise ValueError(
+                    "train.method: full does not go with fsdp or deepspeed: every process needs the whole weights"
+                )
         return self
 
 

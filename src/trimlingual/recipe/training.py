@@ -82,6 +82,10 @@ class TrainSettings(Section):
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(default=1, description="batches per step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-5, description="at its highest")
+    sweep: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="learning rates to try instead, a whole training with each; the selection clips choose (finetune and recover)",
+    )
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         default="cosine", description="how the rate falls"
     )
@@ -150,6 +154,10 @@ class TrainSettings(Section):
             raise ValueError(
                 f"optimizer {FLASH_ADAMW} does not go with {', '.join(others)}; set optimizer: adamw_bnb_8bit or adamw_torch_fused"
             )
+        if self.sweep and not self.selection_checks:
+            raise ValueError("sweep needs selection_checks of at least 1: the selection clips choose among the rates")
+        if len(set(self.sweep)) != len(self.sweep):
+            raise ValueError(f"sweep names a rate twice: {self.sweep}")
         if self.fsdp and ("8bit" in self.optimizer or "paged" in self.optimizer):
             raise ValueError(f"fsdp does not go with optimizer {self.optimizer}; set optimizer: adamw_torch_fused")
         if self.fsdp and self.selection_checks:
