@@ -59,8 +59,8 @@ def quantize(
     """Make the 4-bit model of the one in `folder`: train it on `data`, save it to `out_dir`.
 
     With QLoRA the adapter is merged, and the merged weights are quantised again. Without `settings.train` the weights are rounded as
-    they are, and the examples only calibrate and measure.
-    bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by int4.py, with 8-bit embeddings if asked for.
+    they are, and the examples only calibrate and measure. bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by
+    int4.py, with 8-bit embeddings if asked for.
 
     One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
     measured, the one that ships. Every process trains; the main one alone does the rest and returns all of the record.
@@ -73,7 +73,7 @@ def quantize(
     device, scratch = pick_device(shared.model.device), out_dir / SCRATCH
     stored = _stored(folder.path, scratch / "base", device)
     processor = load_processor(stored)
-    collator = Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
+    collator = _collator(processor, data, shared)
     measure = partial(answer_logits, collator=collator, examples=_some(data.examples), batch_size=PROBE_BATCH)
     info, trained, adapted, scales = {}, None, None, None
     if settings.train and settings.train.method == "full":
@@ -85,12 +85,9 @@ def quantize(
         return info
     free_memory()  # of the optimizer
     if scales is None:
-        merged = load_model(stored, shared.model.dtype, torch.device("cpu"))
-    if adapted:
-        adapted.save_pretrained(out_dir / "adapter")
-        trained = measure(adapted)
-        merge_(merged, adapted, settings.merge_base)
-        del adapted
+        trained = measure(adapted) if adapted else None
+        merged = _merged(stored, adapted, settings, shared.model, out_dir)
+        adapted = None
         free_memory()
     round_weights_(merged, shared.model.storage_dtype)
     if settings.scheme != "int4":
@@ -98,21 +95,34 @@ def quantize(
         save_model(merged, processor, scratch / "merged", shared.model.storage_dtype)
     plain = measure(merged.to(device))
     if settings.scheme == "int4":
-        if scales is None:
-            scales = _calibrated(merged, settings, collator, data.examples, shared.model)
+        scales = scales or _calibrated(merged, settings, collator, data.examples, shared.model)
         info |= save_packed(merged, processor, out_dir, settings, shared.model.storage_dtype, scales)
     del merged
     free_memory()
     if settings.scheme == "int4":
         final = measure(load_model(out_dir, shared.model.dtype, device))
     else:
-        final_model = load_model(scratch / "merged", shared.model.dtype, device, bitsandbytes_config(settings))
-        check_quantized(final_model, settings)
-        final = measure(final_model)
-        save_model(final_model, processor, out_dir)
-    lineage = _lineage(folder.lineage, data, settings, guide)
-    lineage.save(out_dir)
-    return info | {"change": _change(trained or plain, plain, final), "quantization": lineage.quantization}
+        four = load_model(scratch / "merged", shared.model.dtype, device, bitsandbytes_config(settings))
+        check_quantized(four, settings)
+        final = measure(four)
+        save_model(four, processor, out_dir)
+    _lineage(folder.lineage, data, settings, guide).save(out_dir)
+    return info | {"change": _change(trained or plain, plain, final), "quantization": config_summary(settings)}
+
+
+def _merged(
+    stored: Path, adapted: Any, settings: QuantizeSettings, model_settings: ModelSettings, out_dir: Path
+) -> Any:
+    """The model in `stored`, in host memory, with the adapter if there is one, which is saved too."""
+    model = load_model(stored, model_settings.dtype, torch.device("cpu"))
+    if adapted:
+        adapted.save_pretrained(out_dir / "adapter")
+        merge_(model, adapted, settings.merge_base)
+    return model
+
+
+def _collator(processor: Any, data: TrainingData, shared: SharedSettings) -> Collator:
+    return Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
 
 
 def _some(examples: Sequence[Example]) -> list[Example]:
@@ -166,7 +176,7 @@ def _train_rounded(
     kept = work_dir / SCALES_FILE
     goes_on = last_complete_checkpoint(work_dir) and kept.is_file()
     if is_main_process() and not goes_on:
-        collator = Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
+        collator = _collator(processor, data, shared)
         scales = _calibrated(model, settings, collator, data.examples, shared.model, keep_unrounded=True)
         scales = scales or nearest_scales(model, settings, DTYPES[shared.model.storage_dtype])
         work_dir.mkdir(parents=True, exist_ok=True)
