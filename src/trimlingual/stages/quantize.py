@@ -75,7 +75,8 @@ def quantize(
     processor = load_processor(stored)
     collator = _collator(processor, data, shared)
     measure = partial(answer_logits, collator=collator, examples=_some(data.examples), batch_size=PROBE_BATCH)
-    info, trained, adapted, scales = {}, None, None, None
+    info: dict[str, Any] = {}
+    trained = adapted = scales = None
     if settings.train and settings.train.method == "full":
         merged, scales, info = _train_rounded(stored, processor, data, shared, settings, scratch, guide)
     elif settings.train:
