@@ -65,9 +65,8 @@ def quantize(
     One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
     measured, the one that ships. Every process trains; the main one alone does the rest and returns all of the record.
 
-    `out_dir/adapter` keeps the adapter. The change in loss and logits from the trained model (adapter on the 4-bit base) over the
-    merged one to the final one is measured on training examples and returned. Raises QuantizationError when a module is 4-bit that
-    should not be, or the other way round.
+    `out_dir/adapter` keeps the adapter. The change in loss and logits from the trained model over the merged to the final one is
+    measured on training examples and returned. Raises QuantizationError when other modules are 4-bit than should be.
     """
     check_folder(folder.path, "quantized")
     device, scratch = pick_device(shared.model.device), out_dir / SCRATCH
