@@ -30,7 +30,7 @@ if not torch.cuda.is_available():  # before Triton is imported, since its own fu
 from transformers import Qwen2AudioConfig, VoxtralConfig, WhisperFeatureExtractor
 
 import trimlingual
-from tools.mini.network import train_processor
+from tools.mini.qwen2_audio import BLUEPRINT as QWEN2_AUDIO
 from trimlingual.data.audio import SAMPLE_RATE
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import Split
@@ -95,7 +95,7 @@ def processor(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A processor with a small vocabulary; Qwen2-Audio's has a window of two seconds."""
     if family.model_type == "voxtral":
         return family.random_processor(family.shapes["voxtral-tiny"], tmp_path_factory.mktemp("processor"))
-    made = train_processor(TEXTS)
+    made = QWEN2_AUDIO.processor(TEXTS)
     made.feature_extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW_S)
     return made
 

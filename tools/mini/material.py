@@ -20,11 +20,10 @@ from tools.mini.build_speech import (
     reserved_english,
     split_sentences,
 )
-from tools.mini.network import LANGUAGES, Packer
+from tools.mini.network import Packer
 from tools.mini.sentences import Sentence, base_corpus, normalised
 from tools.mini.speech import SAMPLE_RATE, TEST_ONLY_VOICE, VOICES, Engines, Voice, synthesise_many
-
-WINDOW = network.WINDOW_S * SAMPLE_RATE
+from tools.mini.tokens import LANGUAGES
 
 
 def say(text: str) -> None:
@@ -61,9 +60,10 @@ class Speech:
         device = self.samples.device
         starts = torch.from_numpy(self.offsets[chosen]).to(device)
         sizes = torch.from_numpy(self.lengths[chosen]).to(device)
-        place = torch.arange(length, device=device)
+        place = torch.arange(min(length, int(self.lengths[chosen].max())), device=device)
         index = (starts[:, None] + place).clamp_(max=len(self.samples) - 1)
-        return (self.samples[index].float() / 32767) * (place < sizes[:, None])
+        waves = (self.samples[index].float() / 32767) * (place < sizes[:, None])
+        return torch.nn.functional.pad(waves, (0, length - waves.shape[1]))
 
 
 def speak(
@@ -164,10 +164,9 @@ class Batches:
         device = self._speech.samples.device
         lengths = self._speech.lengths[chosen]
         frames = network.feature_frames(lengths)
-        num_audio = network.audio_tokens(frames)
+        num_audio = self._packer.blueprint.num_states(frames)
         packed = self._packer.pack(num_audio.tolist(), [self._answers[i] for i in chosen])
-        # At least four frames of silence behind the longest clip (see `network.encode`), to a multiple of 0.32 s.
-        padded = min(WINDOW, -(-(int(lengths.max()) + 4 * network.HOP) // 5120) * 5120)
+        padded = self._packer.blueprint.padded(int(lengths.max()))
         characters = [self._characters[i] for i in chosen]
 
         def move(array: np.ndarray) -> Tensor:

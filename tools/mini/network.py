@@ -1,148 +1,33 @@
-"""The mini model itself: tokenizer, processor, architecture, and a forward pass made for training.
-
-The model is a `Qwen2AudioForConditionalGeneration` like the 7B original, only about a thousand times smaller, so every
-stage of the pipeline meets the same module names, chat template and file layout as with the real one. All linear layers
-have in_features divisible by 64 and out_features divisible by 32, which is what 4-bit nf4 needs on a CPU.
+"""The small model's weights at the start, and a forward pass made for training.
 
 The forward pass here differs from the library's in cost only, and `train.check_against_transformers` proves it:
 
-* the encoder runs on the frames that a batch needs, not on the whole 8 s window (the rest is masked there anyway);
+* an encoder that masks padding runs on the frames that a batch needs, not on the whole window;
 * both target languages share one sequence: prompt and audio once, then a German and a Chinese branch that cannot see
   each other and start from the same position. Encoder and prompt are thus computed once per clip, not twice.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    Qwen2AudioConfig,
-    Qwen2AudioEncoderConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    Qwen2Config,
-    Qwen2Tokenizer,
-    WhisperFeatureExtractor,
-)
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+from transformers import GenerationConfig, WhisperFeatureExtractor
 
-SYSTEM_PROMPT = "You are a professional translator."
-INSTRUCTIONS = {"de": "Translate the English speech into German:", "zh": "Translate the English speech into Chinese:"}
-LANGUAGES = tuple(INSTRUCTIONS)
-WINDOW_S = 8
-HOP = 160
-VOCABULARY = 2048  # a multiple of 32, special tokens included, so that lm_head can be quantised too
-END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
-
-# The conversation format Qwen2-Audio was trained with (ChatML, and "Audio N:" before each clip), in our own words.
-CHAT_TEMPLATE = """\
-{%- set seen = namespace(clips=0) -%}
-{%- if messages[0].role != "system" -%}
-  {{- "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n" -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {{- "<|im_start|>" ~ message.role ~ "\\n" -}}
-  {%- if message.content is string -%}
-    {{- message.content -}}
-  {%- else -%}
-    {%- for part in message.content -%}
-      {%- if part.type == "audio" or "audio" in part or "audio_url" in part -%}
-        {%- set seen.clips = seen.clips + 1 -%}
-        {{- "Audio " ~ seen.clips ~ ": <|audio_bos|><|AUDIO|><|audio_eos|>\\n" -}}
-      {%- elif "text" in part -%}
-        {{- part.text -}}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {{- "<|im_end|>\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- "<|im_start|>assistant\\n" -}}
-{%- endif -%}
-"""
+from tools.mini.blueprint import HOP, Blueprint
+from tools.mini.tokens import INSTRUCTIONS, SYSTEM_PROMPT
 
 
-def messages_for(language: str) -> list[dict]:
-    """The conversation that asks for one translation; the clip itself goes to the processor as `audio=`."""
-    instruction = {"type": "text", "text": INSTRUCTIONS[language]}
-    return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": [{"type": "audio"}, instruction]},
-    ]
-
-
-def train_processor(texts: Sequence[str]) -> Qwen2AudioProcessor:
-    """A byte-level BPE of Qwen2's kind, learned on the translations, inside a Qwen2-Audio processor with an 8 s window.
-
-    The prompts are counted as if they stood before every twentieth sentence, so that each of their words becomes one
-    token: they are read with every clip, and the base model spends as much on a prompt token as on an audio token.
-    """
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    prompts = [f"system\n{SYSTEM_PROMPT}\nuser\nAudio 1: \n{text}\nassistant\n" for text in INSTRUCTIONS.values()]
-    bpe.train_from_iterator([*texts, *prompts * max(20, len(texts) // 40)], trainer)
-    tokenizer = _qwen2_tokenizer(bpe)
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW_S)
-    return Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
-
-
-def _qwen2_tokenizer(bpe: Tokenizer) -> Qwen2Tokenizer:
-    model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=merges,
-        unk_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        eos_token=END_OF_TURN,
-        padding_side="left",
-        model_max_length=1024,
-    )
-    # <|endoftext|> and <|im_end|> are there by now as pad and eos; this adds the rest and marks all as special.
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
-    return tokenizer
-
-
-def build_model(processor: Qwen2AudioProcessor, vocabulary: int = VOCABULARY) -> Qwen2AudioForConditionalGeneration:
+def build_model(blueprint: Blueprint, processor: Any) -> Any:
     """The architecture, freshly initialised (see `_initialise`)."""
-    tokenizer = processor.tokenizer
-    text = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, use_sliding_window=False,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    audio = Qwen2AudioEncoderConfig(
-        num_mel_bins=80, d_model=192, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=768,
-        max_source_positions=WINDOW_S * 50,
-    )  # fmt: skip
-    config = Qwen2AudioConfig(
-        audio_config=audio, text_config=text, audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    tokenizer, config = processor.tokenizer, blueprint.config(processor)
     config._attn_implementation = "sdpa"
-    model = Qwen2AudioForConditionalGeneration(config)
+    model = blueprint.family.build(config)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128
     )
@@ -150,7 +35,7 @@ def build_model(processor: Qwen2AudioProcessor, vocabulary: int = VOCABULARY) ->
     return model
 
 
-def _initialise(model: Qwen2AudioForConditionalGeneration) -> None:
+def _initialise(model: Any) -> None:
     """Weights scaled by fan-in, and sinusoids as encoder positions.
 
     The library draws everything with a deviation of 0.02, meant for widths of a thousand and more. At width 192 the
@@ -164,7 +49,7 @@ def _initialise(model: Qwen2AudioForConditionalGeneration) -> None:
             gain = 1.0
             if name.endswith(("o_proj", "down_proj", "out_proj", "fc2")):
                 gain = (2 * depth["encoder" if "audio_tower" in name else "decoder"]) ** -0.5
-            elif name.endswith(("lm_head", "multi_modal_projector.linear")):
+            elif name.endswith(("lm_head", "multi_modal_projector.linear", "multi_modal_projector.linear_2")):
                 gain = 0.3  # quiet logits at the start; audio states as loud as the token embeddings below
             nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
             if module.bias is not None:
@@ -218,27 +103,6 @@ def feature_frames(samples: np.ndarray) -> np.ndarray:
     return -(-samples // HOP)
 
 
-def audio_tokens(frames: np.ndarray) -> np.ndarray:
-    """<|AUDIO|> positions for so many frames: a stride-2 convolution, then pairs averaged."""
-    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
-
-
-def encode(tower: Qwen2AudioEncoder, mel: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Encoder states before the pooling (50 a second; the CTC head reads them) and after it, as the tower returns them.
-
-    `mel` may be shorter than the window if every clip is followed by at least four frames of padding: further than
-    that the two convolutions do not look.
-    """
-    gelu = nn.functional.gelu
-    states = gelu(tower.conv2(gelu(tower.conv1(mel)))).permute(0, 2, 1)
-    states = states + tower.embed_positions.weight[: states.shape[1]]
-    valid = torch.arange(states.shape[1], device=mel.device) < ((frames - 1) // 2 + 1)[:, None]
-    for layer in tower.layers:
-        states = layer(states, valid[:, None, None, :])
-    pooled = tower.avg_pooler(states.permute(0, 2, 1)).permute(0, 2, 1)
-    return states, tower.layer_norm(pooled)
-
-
 @dataclass(frozen=True)
 class Packed:
     """Clips ready for `decode`: one row a clip, holding the prompt, the audio and one branch per language."""
@@ -264,25 +128,21 @@ class Packed:
 
 
 class Packer:
-    """Lays out rows. The prompt's halves come from the chat template, so that training sees what inference sends."""
+    """Lays out rows. The prompt's halves are the package's own, so that training sees what inference sends."""
 
-    def __init__(self, processor: Qwen2AudioProcessor) -> None:
-        self._tokenizer = processor.tokenizer
-        self.audio_id = self._tokenizer.convert_tokens_to_ids("<|AUDIO|>")
-        prompts = [
-            processor.apply_chat_template(messages_for(language), add_generation_prompt=True) for language in LANGUAGES
-        ]
-        halves = [prompt.split("<|AUDIO|>") for prompt in prompts]
-        (self.head,) = {tuple(self.tokens(before)) for before, _ in halves}
-        self.tails = [self.tokens(after) for _, after in halves]
-
-    def tokens(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def __init__(self, blueprint: Blueprint, processor: Any) -> None:
+        self.blueprint, self._tokenizer = blueprint, processor.tokenizer
+        self.audio_id = blueprint.family.audio_token(processor)
+        halves = [blueprint.family.prompt(processor, SYSTEM_PROMPT, text) for text in INSTRUCTIONS.values()]
+        (self.head,) = {tuple(before) for before, _ in halves}
+        self.tails = [after for _, after in halves]
 
     def answer(self, text: str) -> list[int]:
-        return [*self.tokens(text), self._tokenizer.eos_token_id]
+        """Token ids, the end token included."""
+        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
 
     def text(self, tokens: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def pack(self, num_audio: Sequence[int], answers: Sequence[Sequence[list[int]]], pad_to: int = 32) -> Packed:
@@ -318,7 +178,7 @@ class Packer:
 
 
 def decode(
-    model: Qwen2AudioForConditionalGeneration,
+    model: Any,
     packed: Packed,
     audio_states: Tensor,
     num_audio: Tensor,

@@ -165,41 +165,52 @@ class Voxtral(Family):
     def random_processor(self, shape: Mapping[str, Any], folder: Path) -> Any:
         """The vocabulary of mistral-common's newest tokenizer, cut to the shape's rows, with audio tokens."""
         import mistral_common
-        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-        from transformers.tokenization_mistral_common import MistralCommonBackend
 
         shipped = Path(mistral_common.__file__).parent / "data" / VOCABULARY
         tokenizer = json.loads(shipped.read_text(encoding="utf-8"))
-        rows, special = shape["text"]["vocab_size"], shape["special_tokens"]
-        names = {token["rank"]: str(token["token_str"].value) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
-        names |= AUDIO_TOKENS
-        made = {
-            "config": tokenizer["config"]
-            | {
-                "version": "v11",
-                "default_vocab_size": rows,
-                "default_num_special_tokens": special,
-                "num_vocab_tokens": rows - special,
-            },
-            "vocab": tokenizer["vocab"][: rows - special],
-            "special_tokens": [
-                {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
-                for rank in range(special)
-            ],
-            "audio": {
-                "sampling_rate": 16000,
-                "frame_rate": self.states_per_s,
-                "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
-                "chunk_length_s": 30.0,
-            },
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tekken.json").write_text(json.dumps(made), encoding="utf-8")
-        processor = VoxtralProcessor(
-            WhisperFeatureExtractor(feature_size=128), MistralCommonBackend.from_pretrained(folder)
-        )
-        processor.save_pretrained(folder)
-        return processor
+        special = shape["special_tokens"]
+        tokens = tokenizer["vocab"][: shape["text"]["vocab_size"] - special]
+        return processor_of(tokens, special, tokenizer["config"]["pattern"], folder)
+
+
+def processor_of(tokens: Sequence[Mapping[str, Any]], num_special: int, pattern: str, folder: Path) -> VoxtralProcessor:
+    """A processor with a vocabulary of `tokens`, saved to `folder`.
+
+    A token has `rank`, `token_bytes` in base64 and `token_str`; the first 256 are the bytes. `pattern` splits text before it is merged.
+    The special tokens come first, so a token's id is its rank and `num_special`; audio tokens have the published ids.
+    """
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    names = {token["rank"]: str(token["token_str"].value) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    names |= AUDIO_TOKENS
+    made = {
+        "config": {
+            "pattern": pattern,
+            "num_vocab_tokens": len(tokens),
+            "default_vocab_size": len(tokens) + num_special,
+            "default_num_special_tokens": num_special,
+            "version": "v11",
+        },
+        "vocab": list(tokens),
+        "special_tokens": [
+            {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+            for rank in range(num_special)
+        ],
+        "audio": {
+            "sampling_rate": 16000,
+            "frame_rate": FAMILY.states_per_s,
+            "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
+            "chunk_length_s": 30.0,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tekken.json").write_text(json.dumps(made), encoding="utf-8")
+    processor = VoxtralProcessor(
+        WhisperFeatureExtractor(feature_size=128), MistralCommonBackend.from_pretrained(folder)
+    )
+    processor.save_pretrained(folder)
+    return processor
 
 
 FAMILY = Voxtral()
