@@ -24,44 +24,79 @@ from trimlingual.pipeline import plan, run_stage
 from trimlingual.recipe import Recipe, languages, load_recipe
 from trimlingual.run.artifacts import find_artifact, machine, write_json
 from trimlingual.run.jsonl import read_jsonl
+from trimlingual.run.processes import is_main_process
 
 HERE = Path(__file__).parent
-INT4 = ["quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]"]
-ROUNDED = [*INT4, "quantize.train=null"]
-TOKENS = ["recover.token_distillation={weight: 0.5}"]
-TAUGHT = [
-    "distill.out_of_domain=true",
-    "recover.data={gold: 1, distilled: 1, out_of_domain: 1, distilled_out_of_domain: 1}",
-]
+LORA = (
+    "quantize.train={method: lora, epochs: 1, batch_size: 16, learning_rate: 2.0e-4, data: {gold: 1, distilled: 1}, "
+    "mixed_precision: bf16, lora: {r: 32, alpha: 64, target_modules: '.*language_model.*_proj'}, selection_checks: 2, num_workers: 4}"
+)
+NEAREST = ["quantize.rounding=nearest", "quantize.train=null"]
+NF4 = ["quantize.scheme=nf4", "quantize.eight_bit=[]", "quantize.rounding=nearest"]
 UNPRUNED = ["rank=null", "recover=null", "quantize.start=teacher"]
-SEARCH_ONLY = ["recover=null", "quantize=null", "distill=null"]
-# What each experiment changes in system.yaml. The names are those of docs/results.md.
-EXPERIMENTS: dict[str, list[str]] = {
+NO_BITS = ["quantize=null"]
+# A comparison of recoveries at equal cost: half as many steps as the system, and no 4 bits behind it.
+SHORT = [*NO_BITS, "recover.max_steps=600", "recover.selection_checks=1"]
+NO_TOKENS = "recover.token_distillation=null"
+TAUGHT = "distill.out_of_domain=true"
+
+
+def _set_of(split: str, name: str) -> str:
+    return f"data.{split}={{kind: manifest, path: LAB/{name}.jsonl}}"
+
+
+# What each experiment changes in system.yaml, by table of docs/results.md.
+SYSTEMS = {
+    "system-a": UNPRUNED,
     "system-b": [],
-    "recover-in-domain": ["recover.data={gold: 1, distilled: 1}"],
-    "recover-gold": ["recover.data={gold: 1, out_of_domain: 1}"],
-    "tokens": TOKENS,
-    "tokens-only": ["recover.token_distillation={weight: 1.0}"],
-    "taught": TAUGHT,
-    "taught-tokens": [*TAUGHT, *TOKENS],
-    "longer": [*TOKENS, "recover.max_steps=3000"],
-    "int4-nearest": [*TOKENS, *ROUNDED],
-    "int4-calibrated": [*TOKENS, *ROUNDED, "quantize.rounding=calibrated"],
-    "int4-32": [*TOKENS, *ROUNDED, "quantize.rounding=calibrated", "quantize.group_size=32"],
-    "int4-qlora": [*TOKENS, *INT4],
-    "int4-qlora-tokens": [*TOKENS, *INT4, "quantize.train.token_distillation={weight: 0.5}"],
-    "int4-qlora-calibrated": [*TOKENS, *INT4, "quantize.rounding=calibrated"],
-    "nf4": [*TOKENS, "quantize.train=null"],
-    "system-a": [*UNPRUNED, *INT4],
-    "system-a-calibrated": [*UNPRUNED, *ROUNDED, "quantize.rounding=calibrated"],
-    "system-a-qlora-calibrated": [*UNPRUNED, *INT4, "quantize.rounding=calibrated"],
-    "system-a-nf4": UNPRUNED,
-    "select-200": SEARCH_ONLY,
-    "select-100": ["data.select={kind: manifest, path: LAB/select-100.jsonl}", *SEARCH_ONLY],
-    "select-400": ["data.select={kind: manifest, path: LAB/select-400.jsonl}", *SEARCH_ONLY],
-    "remove-4": [*TOKENS, "rank.num_layers_to_remove=4"],
-    "remove-10": [*TOKENS, "rank.num_layers_to_remove=10"],
+    "third": ["rank.num_layers_to_remove=10"],
 }
+BITS = {  # of the unpruned teacher
+    "a-calibrated": [*UNPRUNED, "quantize.train=null"],
+    "a-nearest": [*UNPRUNED, *NEAREST],
+    "a-nf4": [*UNPRUNED, *NF4, "quantize.train=null"],
+    "a-qlora-nf4": [*UNPRUNED, *NF4, LORA],
+    "a-qlora-int4": [*UNPRUNED, LORA],
+    "a-group-32": [*UNPRUNED, "quantize.group_size=32"],
+    "b-calibrated": ["quantize.train=null"],
+    "b-qlora-nf4": [*NF4, LORA],
+    "b-nearest-trained": ["quantize.rounding=nearest"],
+}
+LAYERS = {
+    "select-100": [*SHORT, _set_of("select", "select-100")],
+    "select-200": SHORT,
+    "select-400": [*SHORT, _set_of("select", "select-400")],
+    "by-bleu": [*SHORT, "rank.metric=bleu"],
+    "by-loss": [*SHORT, "rank.metric=loss"],
+    "middle": [*SHORT, "rank.strategy=middle"],
+    "block-influence": [*SHORT, "rank.strategy=block-influence"],
+    "both-towers": [*SHORT, "rank.towers=both"],
+    "remove-4": [*SHORT, "rank.num_layers_to_remove=4"],
+    "remove-10": [*SHORT, "rank.num_layers_to_remove=10"],
+    "remove-12": [*SHORT, "rank.num_layers_to_remove=12"],
+    "remove-15": [*SHORT, "rank.num_layers_to_remove=15"],
+    "only-de": [*SHORT, "task.target_languages=[de]", "rank.metric=chrfpp"],
+    "only-zh": [*SHORT, "task.target_languages=[zh]", "rank.metric=chrf"],
+    "each-round": [
+        *SHORT,
+        "rank.finetune_each_round={max_steps: 75, batch_size: 64, learning_rate: 1.0e-4, data: {gold: 1, out_of_domain: 1}, "
+        "freeze: [audio_tower], optimizer: flash_adamw, num_workers: 4}",
+    ],
+}
+RECOVERY = {
+    "gold": [*SHORT, NO_TOKENS, "recover.data={gold: 1, out_of_domain: 1}", "distill=null"],
+    "sequence": [*SHORT, NO_TOKENS],
+    "tokens": [*SHORT, "recover.data={gold: 1, out_of_domain: 1}", "distill=null"],
+    "tokens-only": [*SHORT, "recover.token_distillation={weight: 1.0}"],
+    "oversampled": [*SHORT, "recover.data={gold: 10, distilled: 10, out_of_domain: 1}"],
+    "taught": [*SHORT, TAUGHT, "recover.data={gold: 1, distilled: 1, out_of_domain: 1, distilled_out_of_domain: 1}"],
+    "in-domain": [*SHORT, "recover.data={gold: 1, distilled: 1}"],
+    "general-5000": [*SHORT, _set_of("out_of_domain", "general-5000")],
+    "general-10000": [*SHORT, _set_of("out_of_domain", "general-10000")],
+    "general-40000": [*SHORT, _set_of("out_of_domain", "general-40000")],
+    "longer": [*NO_BITS, "recover.max_steps=3000"],
+}
+EXPERIMENTS: dict[str, list[str]] = {**SYSTEMS, **BITS, **LAYERS, **RECOVERY}
 VOICES = {"all": None, "heard": True, "unheard": False}
 SAMPLES = 1000
 
@@ -69,16 +104,19 @@ SAMPLES = 1000
 def recipe_of(lab: Path, name: str, overrides: Sequence[str], seed: int) -> Recipe:
     """`name`.yaml of this folder with LAB replaced by the laboratory's folder."""
     text = (HERE / f"{name}.yaml").read_text(encoding="utf-8").replace("LAB/", f"{lab}/")
-    path = lab / f"{name}.yaml"
+    path = lab / f"{name}-{os.getpid()}.yaml"  # experiments may run side by side
     path.write_text(text, encoding="utf-8")
-    return load_recipe(path, [*(value.replace("LAB/", f"{lab}/") for value in overrides), f"seed={seed}"])
+    try:
+        return load_recipe(path, [*(value.replace("LAB/", f"{lab}/") for value in overrides), f"seed={seed}"])
+    finally:
+        path.unlink()
 
 
 def train_base(lab: Path, overrides: Sequence[str]) -> None:
     """`lab`/base: the untrained base after base.yaml's first stage."""
     run = lab / "runs" / "base"
     artifact = run_stage(recipe_of(lab, "base", overrides, 0), run, "teacher")
-    if not (lab / "base").exists():
+    if is_main_process() and not (lab / "base").exists():
         shutil.copytree(run / "teacher", lab / "base", ignore=shutil.ignore_patterns("artifact.json", "log.txt"))
     print(
         json.dumps(
