@@ -240,6 +240,21 @@ def test_a_copy_in_another_form_is_the_same_recording(tmp_path, how):
         assert any("train and test: 1 pair(s)" in w and "'train-0' and 'test-8'" in w for w in info["warnings"])
 
 
+def test_sentences_that_share_a_word_and_their_silence_are_not_the_same_recording(tmp_path):
+    """As one synthetic voice speaks them: the same first word, sample by sample, and nothing else but silence in common."""
+    word = sf.read(SPEECH[0])[0][4_000:12_000]
+    for index, file in enumerate(SPEECH[1:7]):
+        samples, rate = sf.read(file)
+        sf.write(tmp_path / f"{index}.wav", np.concatenate([word, samples[4_000:20_000], np.zeros(24_000)]), rate)
+    made = sorted(tmp_path.glob("*.wav"))
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", made[:2]),
+        select=speech_manifest(tmp_path, "select", made[2:4]),
+        test=speech_manifest(tmp_path, "test", made[4:]),
+    )
+    assert not prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)["warnings"]
+
+
 def test_a_recording_twice_in_a_split_is_said(tmp_path):
     settings = DataSettings(
         train=speech_manifest(tmp_path, "train", SPEECH[:4]),

@@ -1,8 +1,8 @@
 """What splits must not share, and what they had better not: ids, recordings, sentences.
 
 A shared id or recording is an error: a score on a clip that was trained on says nothing. Equal source sentences, and clips that sound
-alike without being equal sample by sample, are warnings: other people may say the same, and among tens of thousands of short clips
-of few synthetic voices some sound alike that are not the same.
+alike without being equal sample by sample, are warnings: other people may say the same, and one synthetic voice speaks a sentence twice
+in nearly the same way.
 """
 
 from __future__ import annotations

@@ -7,10 +7,8 @@ problems of a source are reported in one DataError with the place of each. Nothi
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +16,9 @@ from typing import Any
 
 import soundfile
 
-from trimlingual.data.audio import DataError, Recording, inspect_audio, is_file
+from trimlingual.data.audio import DataError, Recording, is_file
 from trimlingual.data.hub import hub_rows, missing_columns, stored_columns
+from trimlingual.data.inspection import inspect_all
 from trimlingual.data.rows import Rows, columns_of, listed_rows, listing, read_text
 from trimlingual.recipe import Covost2Source, FolderSource, HubSource, References, Source
 from trimlingual.run.artifacts import hash_file
@@ -135,15 +134,10 @@ def _verify(rows: Rows) -> tuple[list[Clip], dict[Path, Recording]]:
     """Decode every file once, on all cores; what is wrong is added to the rows' problems."""
     paths = list(dict.fromkeys(row.audio for row in rows))
     found: dict[Path, Recording | DataError] = {}
-    # libsndfile decodes outside the interpreter lock
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("checking audio", len(paths)) as advance:
-        results = pool.map(inspect_audio, paths)
-        try:
-            for path, result in zip(paths, results):
-                found[path] = result
-                advance(1)
-        finally:
-            results.close()  # type: ignore[attr-defined]  # a generator; what has not begun is not waited for
+    with progress("checking audio", len(paths)) as advance, closing(inspect_all(paths)) as results:
+        for path, result in zip(paths, results):
+            found[path] = result
+            advance(1)
     first: dict[str, str] = {}
     clips = []
     for position, row in enumerate(rows):
