@@ -25,6 +25,7 @@ from trimlingual.data.splits import Split
 from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.proof import NEAR_TIE, translate_plainly
+from trimlingual.exports.target import Finished
 from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.loading import resolve_base
 from trimlingual.recipe import BuiltinSource, QuantizeSettings, Recipe, load_recipe
@@ -69,7 +70,8 @@ class Bench:
         scores.mkdir()
         evaluate("exported", model, self.test, recipe.shared, recipe.evaluate, None, scores)
         started = time.perf_counter()
-        proof = export(model, recipe, scores, self.test.clips, folder / "exported")["proof"]
+        made = export(Finished(model, recipe, scores, self.test.clips), "transformers", folder / "exported")
+        proof = made["outcomes"][0]["proof"]
         seconds = round(time.perf_counter() - started, 1)
         clips = {clip.id: clip for clip in self.test.clips}
         rows = [(code, row) for code in recipe.task.target_languages for row in read_translations(scores, code)]

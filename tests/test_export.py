@@ -19,9 +19,11 @@ import trimlingual
 from trimlingual.app.translate import translate_files
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.exports import proof
-from trimlingual.exports.proof import ExportError, most_different, prove_export
+from trimlingual.exports.proof import most_different, prove_export
 from trimlingual.exports.shipped import SHIPPED_FILE, read_shipped
+from trimlingual.exports.target import ExportError, Finished
 from trimlingual.models.errors import ModelError
 from trimlingual.models.loading import load_model, load_processor
 from trimlingual.models.saving import (
@@ -126,10 +128,13 @@ def test_so_many_may_differ_as_keep_the_promise_of_95_percent():
 def test_export_ships_settings_and_nothing_local(base, tmp_path, capsys):
     recipe = load_recipe("mini")
     lineage = read_lineage(base).with_seen("train", ["a", "b"])
-    made = export(ModelFolder(base, lineage), recipe, None, [], tmp_path / "out")
-    assert made["proof"]["loads_whole"]
-    assert made["proof"]["compared"] == 0
-    assert made["proof"]["versions"] == {"transformers": transformers.__version__, "torch": torch.__version__}
+    made = export(Finished(ModelFolder(base, lineage), recipe), "transformers", tmp_path / "out")
+    [outcome] = made["outcomes"]
+    assert (outcome["runtime"], outcome["format"]) == ("transformers", "bfloat16")
+    assert outcome["disk_bytes"] == disk_bytes(tmp_path / "out")
+    assert outcome["proof"]["loads_whole"]
+    assert outcome["proof"]["compared"] == 0
+    assert outcome["proof"]["versions"] == {"transformers": transformers.__version__, "torch": torch.__version__}
     for told in (capsys.readouterr().err, (tmp_path / "out" / "README.md").read_text(encoding="utf-8")):
         assert "nothing was recorded that its translations could be compared with" in told
         assert "0 of 0" not in told
@@ -156,15 +161,17 @@ def recorded_from(folder: Path, clips: list[Path]) -> list[tuple[Clip, str, str]
 
 def test_plain_generate_gives_what_was_recorded(base, mini_clips, monkeypatch):
     recipe, recorded = load_recipe("mini"), recorded_from(base, mini_clips[:2])
-    monkeypatch.setattr(proof, "_recorded", lambda *given: recorded)
+    monkeypatch.setattr(proof, "recorded_translations", lambda *given: recorded)
     finish_saved(base)
     assert prove_export(base, recipe, None, [], exact=True)["equal"] == len(recorded)
-    monkeypatch.setattr(proof, "_recorded", lambda *given: [(*recorded[0][:2], "Etwas anderes."), *recorded[1:]])
+    monkeypatch.setattr(
+        proof, "recorded_translations", lambda *given: [(*recorded[0][:2], "Etwas anderes."), *recorded[1:]]
+    )
     with pytest.raises(ExportError, match="not the recorded ones"):
         prove_export(base, recipe, None, [], exact=True)
     generation = base / "generation_config.json"  # a rule that is not greedy is no near-tie, whatever the dtype
     generation.write_text(json.dumps(json.loads(generation.read_text()) | {"repetition_penalty": 9.0}))
-    monkeypatch.setattr(proof, "_recorded", lambda *given: recorded)
+    monkeypatch.setattr(proof, "recorded_translations", lambda *given: recorded)
     with pytest.raises(ExportError, match="not the recorded ones"):
         prove_export(base, recipe, None, [], exact=False)
 
@@ -184,7 +191,7 @@ def test_a_near_tie_does_not_count_in_16_bits(base, mini_clips, monkeypatch):
     recorded = recorded_from(base, mini_clips[:2])
     assert recorded[0][2] == text
     other = (*recorded[0][:2], tokenizer.decode([twin, *rest]))
-    monkeypatch.setattr(proof, "_recorded", lambda *given: [other, *recorded[1:]])
+    monkeypatch.setattr(proof, "recorded_translations", lambda *given: [other, *recorded[1:]])
     [different] = prove_export(base, load_recipe("mini"), None, [], exact=False)["different"]
     assert (different["exported"], different["margin"]) == (text, 0)
     monkeypatch.setattr(proof, "most_different", lambda *given: 0)
@@ -205,7 +212,7 @@ def test_plain_generate_gives_what_our_decoder_gives(model_dir, processor, split
     assert len({t.hypothesis for t in said}) > len(split.clips) / 2
     clips = {clip.id: clip for clip in split.clips}
     recorded = [(clips[t.id], t.language, t.hypothesis) for t in said]
-    monkeypatch.setattr(proof, "_recorded", lambda *given: recorded)
+    monkeypatch.setattr(proof, "recorded_translations", lambda *given: recorded)
     assert prove_export(folder, recipe, None, [], exact=True)["equal"] == len(recorded)
 
 
@@ -215,10 +222,10 @@ def test_what_is_no_model_is_refused(base, tmp_path):
         json.dumps({"weight_map": {"x": "model-00002-of-00002.safetensors"}})
     )
     with pytest.raises(ModelError, match="lacks 1 of 1"):
-        export(ModelFolder(base, lineage), recipe, None, [], tmp_path / "shard")
+        export(Finished(ModelFolder(base, lineage), recipe), "transformers", tmp_path / "shard")
     (base / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="LoRA adapter"):
-        export(ModelFolder(base, lineage), recipe, None, [], tmp_path / "adapter")
+        export(Finished(ModelFolder(base, lineage), recipe), "transformers", tmp_path / "adapter")
 
 
 def test_weights_that_do_not_cover_the_architecture_are_refused(base, tmp_path):
@@ -226,7 +233,7 @@ def test_weights_that_do_not_cover_the_architecture_are_refused(base, tmp_path):
     tensors.pop("language_model.model.layers.3.mlp.up_proj.weight")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="1 missing keys"):
-        export(ModelFolder(base, read_lineage(base)), load_recipe("mini"), None, [], tmp_path / "out")
+        export(Finished(ModelFolder(base, read_lineage(base)), load_recipe("mini")), "transformers", tmp_path / "out")
 
 
 def test_a_local_base_ships_by_name(base):

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimlingual.recipe import Recipe, list_recipes, load_recipe
+from trimlingual.recipe import EXPORT_STAGES, Recipe, list_recipes, load_recipe
 from trimlingual.run import interruptions, processes
 from trimlingual.run.processes import is_main_process, num_processes, process_index
 from trimlingual.run.progress import say
@@ -91,9 +91,11 @@ def compress(
     report = run(settings, folder, force=force)
     out.print(result_table(report))
     say(f"report: {folder / 'report' / 'report.html'}")
+    exports = [str(folder / name.replace(" ", "-")) for name in _export_stages(settings)]
     last = {
         "report": str(folder / "report" / "report.json"),
-        "export": str(folder / "exported"),
+        "export": exports[0] if exports else None,
+        "exports": exports,
         "seconds": round(time.perf_counter() - started, 1),
     }
     print(json.dumps(last))
@@ -174,9 +176,16 @@ def evaluate(
 def export(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
+    runtimes: Annotated[
+        list[str] | None, typer.Option("--for", help="Runtime: transformers. Can be repeated. Default: the recipe's.")
+    ] = None,
 ) -> None:  # fmt: skip
-    """Write the folder that ships, with its model card."""
-    _stage(recipe, run_dir, overrides, force, "exported", out_dir, model=model)
+    """Write the folder that ships, with its model card, for each runtime; --out is then a folder of such folders."""
+    overrides = [*(overrides or ()), *([f"export.for={json.dumps(runtimes)}"] if runtimes else [])]
+    names = _export_stages(_load(recipe, run_dir, overrides)[0])
+    for name in names:
+        folder = out_dir / name.replace(" ", "-") if out_dir and len(names) > 1 else out_dir
+        _stage(recipe, run_dir, overrides, force, name, folder, model=model)
 
 
 @app.command(epilog="Example: trimlingual report runs/mini")
@@ -246,6 +255,10 @@ def _tuned(overrides: list[str] | None, tune: bool) -> list[str]:
     """The overrides that --tune stands for, before the user's own."""
     tuned = [f"finetune.sweep={TUNED}", f"finetune.selection_checks={LOOKS}"] if tune else []
     return [*tuned, *(overrides or [])]
+
+
+def _export_stages(recipe: Recipe) -> list[str]:
+    return [EXPORT_STAGES[runtime] for runtime in recipe.export.runtimes] if recipe.export else []
 
 
 def _stage(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.recipe import EXPORT_STAGES, FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits a weight, plus an 8-bit scale a block of 64, plus a float32 scale a block of 256 scales
@@ -91,7 +91,7 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
         shipped, left = rows["quantized"].disk, _quantized_bytes(trimmed, recipe.quantize, stored_bytes, at_start)
     if recipe.vocab and recipe.vocab.when == "after":
         rows["trimmed"], shipped = Estimate(left), left
-    rows["exported"] = Estimate(shipped)
+    rows |= dict.fromkeys(EXPORT_STAGES.values(), Estimate(shipped))
     for stage, splits in frozen_towers(recipe, model).items():
         states = state_bytes(recipe, sum((speech_s or {}).get(split, 0.0) for split in splits))
         rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states)

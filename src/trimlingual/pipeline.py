@@ -1,6 +1,6 @@
 """THE MAIN PATH: the stages of a compression run, in order.
 
-    data -> teacher -> rank -> pruned -> distilled -> recovered -> quantized -> evaluations -> exported -> report
+    data -> teacher -> rank -> pruned -> distilled -> recovered -> quantized -> evaluations -> exported (for each runtime) -> report
 
 and, if the recipe trims the vocabulary, `trimmed` before the teacher or after all other models.
 Every stage is a Step (steps.py): where it writes, the settings and inputs that decide its output, and the work. A step whose
@@ -191,7 +191,8 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
             step = evaluate_step(name, recipe, models[name], data.ref, baseline, run_dir / "evaluations" / name)
             evaluated[name] = add(step).ref
     last = list(models)[-1]
-    add(export_step(recipe, student, evaluated.get(last), data.ref, run_dir / "exported"))
+    for runtime in recipe.export.runtimes if recipe.export else ():
+        add(export_step(recipe, runtime, student, evaluated.get(last), data.ref, run_dir))
     add(report_step(recipe, run_dir, [step.ref for step in steps.values()]))
     return list(steps.values())
 

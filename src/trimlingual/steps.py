@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimlingual.data.splits import load_splits, prepare_data
 from trimlingual.exports.shipped import Shipped
-from trimlingual.recipe import MixSettings, Recipe, TrainSettings
+from trimlingual.recipe import EXPORT_STAGES, MixSettings, Recipe, Runtime, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
 from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
@@ -292,10 +292,12 @@ def evaluate_step(name: str, recipe: Recipe, model: Ref, data: Ref, baseline: Re
     )
 
 
-def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, data: Ref, out: Path) -> Step:
-    """What ships. The clips of `data` are those of the evaluation, whose fingerprint covers them."""
+def export_step(recipe: Recipe, runtime: Runtime, model: Ref, evaluation: Ref | None, data: Ref, run_dir: Path) -> Step:
+    """What ships for a runtime. The clips of `data` are those of the evaluation, whose fingerprint covers them."""
+    name = EXPORT_STAGES[runtime]
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.exports.target import Finished
         from trimlingual.stages.export import export
 
         model = inputs["model"]
@@ -305,13 +307,14 @@ def export_step(recipe: Recipe, model: Ref, evaluation: Ref | None, data: Ref, o
             say(f"the scores in evaluations/{scores.name} are another model's: the card goes without them")
             scores = None
         clips = load_splits(data.folder).test.clips if scores else []
-        return export(folder_of(model, recipe), recipe, scores, clips, folder)
+        return export(Finished(folder_of(model, recipe), recipe, scores, clips), runtime, folder)
 
     base = recipe.model.model_copy(
         update={"base": public_name(recipe.model.base)}
     )  # artifact.json stands in what ships
     settings = _settings(recipe) | {"model": base, "name": recipe.name}
-    return Step("exported", out, settings, _inputs(model=model, evaluation=evaluation), work)
+    folder = run_dir / name.replace(" ", "-")
+    return Step(name, folder, settings, _inputs(model=model, evaluation=evaluation), work)
 
 
 def report_step(recipe: Recipe, run_dir: Path, inputs: Sequence[Ref]) -> Step:

@@ -16,6 +16,7 @@ from scipy.stats import binom
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.evaluation.results import read_translations
+from trimlingual.exports.target import ExportError
 from trimlingual.models.family import family_of_folder
 from trimlingual.models.loading import pick_device
 from trimlingual.recipe import Recipe
@@ -24,10 +25,6 @@ NUM_CLIPS = 8  # compared, in every target language
 NEAR_TIE = 0.5  # difference of two logits in 16 bits, where they are rounded to an eighth of one and come out of rounded layers
 DIFFERING = 0.05  # share of translations that may differ in 16 and in 4 bits for other reasons than a near-tie
 CERTAINTY = 0.99  # with which a refused export is no longer of that share
-
-
-class ExportError(ValueError):
-    """A folder that must not ship; the message says why."""
 
 
 def prove_export(
@@ -40,7 +37,7 @@ def prove_export(
     translation whose first other token was a near-tie does not count: of a model that is unsure, as after a pruning that nothing has
     recovered yet, half of the translations may part so, and it is still the model that was scored.
     """
-    recorded = _recorded(recipe, evaluation_dir, clips)
+    recorded = recorded_translations(recipe, evaluation_dir, clips)
     asked = [(clip, language) for clip, language, _ in recorded]
     answer = translate_plainly(folder, recipe, asked, recorded=[text for *_, text in recorded])
     wrong = {kind: names for kind, names in answer["keys"].items() if names}
@@ -65,7 +62,8 @@ def prove_export(
     for each in different:
         each["margin"] = min(each["margin"], sys.float_info.max)  # JSON has no infinity
     return {"runtime": "transformers", "versions": answer["versions"], "dtype": recipe.model.dtype, "loads_whole": True,
-            "compared": len(recorded), "equal": len(recorded) - len(different), "different": different}  # fmt: skip
+            "compared": len(recorded), "equal": len(recorded) - len(different), "different": different,
+            **{key: answer[key] for key in ("seconds_per_clip", "peak_bytes")}}  # fmt: skip
 
 
 def most_different(compared: int, exact: bool) -> int:
@@ -88,7 +86,8 @@ def translate_plainly(
 ) -> dict[str, Any]:
     """What plain transformers, in a fresh process of the interpreter `python`, makes of these clips in these languages.
 
-    Returns `said` in the order of `asked`, the `keys` that loading missed or found too many, and the `versions` of the libraries.
+    Returns `said` in the order of `asked`, the `keys` that loading missed or found too many, the `versions` of the libraries, the
+    `seconds_per_clip` (None for no clips) and the `peak_bytes` of the GPU's memory or, on a CPU, of the process.
     Where `recorded` translations are given, `margins` say by how much (difference of logits) the model prefers its own answer where the
     two part.
     """
@@ -124,7 +123,9 @@ def translate_plainly(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _recorded(recipe: Recipe, evaluation_dir: Path | None, clips: Sequence[Clip]) -> list[tuple[Clip, str, str]]:
+def recorded_translations(
+    recipe: Recipe, evaluation_dir: Path | None, clips: Sequence[Clip]
+) -> list[tuple[Clip, str, str]]:
     """(clip, language, translation) of clips spread evenly over the evaluation."""
     if evaluation_dir is None:
         return []

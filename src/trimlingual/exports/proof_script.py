@@ -6,7 +6,9 @@ Reads a JSON request on standard input, writes the answer as the last line of st
 import base64
 import io
 import json
+import resource
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -51,19 +53,26 @@ def main() -> None:
         kind: sorted(map(str, loading.get(kind) or ()))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
-    said, margins = [], []
+    said, margins, seconds = [], [], []
     for item in request["items"]:
         inputs = model_inputs(processor, item["conversation"], np.load(item["samples"]), request["chat_reads_audio"])
         inputs = inputs.to(model.device)
         inputs["input_features"] = inputs["input_features"].to(model.dtype)
         with torch.inference_mode():
+            started = time.perf_counter()
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
             said.append(processor.decode(ids, skip_special_tokens=True).strip())
+            seconds.append(time.perf_counter() - started)
             recorded = item.get("recorded", said[-1])
             margins.append(0.0 if recorded == said[-1] else margin(model, processor, inputs, ids.tolist(), recorded))
     assert not any(name.partition(".")[0] == "trimlingual" for name in sys.modules)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    print(json.dumps({"versions": versions, "keys": keys, "said": said, "margins": margins}))
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    answer = {"versions": versions, "keys": keys, "said": said, "margins": margins, "peak_bytes": peak}
+    print(json.dumps(answer | {"seconds_per_clip": sum(seconds) / len(seconds) if seconds else None}))
 
 
 def model_inputs(

@@ -19,11 +19,12 @@ from trimlingual.recipe.loading import (
     parse_recipe,
     recipes_dir,
 )
-from trimlingual.recipe.section import TOWERS, Dtype, Metric, References, Tower
+from trimlingual.recipe.section import EXPORT_STAGES, TOWERS, Dtype, Metric, References, Runtime, Tower
 from trimlingual.recipe.sections import (
     DecodeSettings,
     DistillSettings,
     EvaluateSettings,
+    ExportSettings,
     ModelSettings,
     QuantizeSettings,
     RankSettings,
@@ -33,6 +34,7 @@ from trimlingual.recipe.sections import (
 from trimlingual.recipe.training import FLASH_ADAMW, LoraSettings, MixSettings, TokenDistillation, TrainSettings
 
 __all__ = [
+    "EXPORT_STAGES",
     "FLASH_ADAMW",
     "TOWERS",
     "BuiltinSource",
@@ -42,6 +44,7 @@ __all__ = [
     "DistillSettings",
     "Dtype",
     "EvaluateSettings",
+    "ExportSettings",
     "FolderSource",
     "Held",
     "HubSource",
@@ -55,6 +58,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "References",
+    "Runtime",
     "SharedSettings",
     "Source",
     "TaskSettings",

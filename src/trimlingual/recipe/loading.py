@@ -23,6 +23,7 @@ from trimlingual.recipe.sections import (
     DecodeSettings,
     DistillSettings,
     EvaluateSettings,
+    ExportSettings,
     ModelSettings,
     QuantizeSettings,
     RankSettings,
@@ -78,6 +79,7 @@ class Recipe(Section):
         default=QuantizeSettings(), description="QLoRA and 4 bits; null: no 4-bit model"
     )
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="what is measured")
+    export: ExportSettings | None = Field(default=ExportSettings(), description="what ships; null: nothing")
 
     @property
     def shared(self) -> SharedSettings:

@@ -11,6 +11,9 @@ Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
 TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 References = Literal["all", "any"]
+Runtime = Literal["transformers"]
+# Stage that makes the export for each runtime; its folder in a run has a hyphen for the space.
+EXPORT_STAGES: dict[Runtime, str] = {"transformers": "exported"}
 
 # Marks for json_schema_extra of a field; fingerprint.py reads them.
 # A setting that cannot change a result (near-ties in 16 bits aside), or what is known by its content instead: no stage is made again
@@ -21,4 +24,4 @@ NO_RESULT: dict[str, JsonValue] = {"result": False}
 class Section(BaseModel):
     """Strict base: no unknown keys, no silent conversion of `"3e-4"` or `no` (YAML 1.1 traps), immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)

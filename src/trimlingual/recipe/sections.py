@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from trimlingual.recipe import languages
-from trimlingual.recipe.section import NO_RESULT, Dtype, Metric, Section
+from trimlingual.recipe.section import NO_RESULT, Dtype, Metric, Runtime, Section
 from trimlingual.recipe.training import MixSettings, TrainSettings
 
 
@@ -292,3 +292,20 @@ class EvaluateSettings(Section):
         default=1000, description="resamples of the confidence intervals"
     )
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")
+
+
+class ExportSettings(Section):
+    """What ships. Every runtime has a stage and a folder of its own: another one makes nothing stale."""
+
+    runtimes: Annotated[list[Runtime], Field(min_length=1)] = Field(
+        default=["transformers"],
+        alias="for",
+        description="runtimes that the finished model is written for",
+        json_schema_extra=NO_RESULT,
+    )
+
+    @model_validator(mode="after")
+    def _once(self) -> ExportSettings:
+        if len(set(self.runtimes)) != len(self.runtimes):
+            raise ValueError(f"for names a runtime twice: {self.runtimes}")
+        return self

@@ -12,11 +12,14 @@ from typing import Any
 
 import jinja2
 
+from trimlingual.recipe import EXPORT_STAGES
 from trimlingual.recipe.languages import language_name
 from trimlingual.report.charts import heat_maps, panels
 from trimlingual.report.collect import ReportError, collect, examples, languages
 from trimlingual.report.tables import (
     COST_HEADER,
+    NOTHING,
+    OUTCOME_HEADER,
     REHEARSAL,
     baseline,
     cost_rows,
@@ -24,8 +27,9 @@ from trimlingual.report.tables import (
     markdown_cell,
     megabytes_text,
     number_text,
+    outcome_row,
+    outcome_text,
     parameters_text,
-    proof_text,
     result_rows,
     result_table,
     result_table_markdown,
@@ -121,17 +125,23 @@ def _context(run_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
         "heat_maps": heat_maps(report),
         "examples": examples(run_dir, report),
         "signatures": _signatures(report),
-        "proof": _proof(report),
+        "outcome_header": OUTCOME_HEADER,
+        "outcomes": [(outcome_row(outcome), outcome_text(outcome)) for outcome in _outcomes(report)],
         "stages": [{**stage, "facts": _facts(stage["info"])} for stage in report["stages"]],
         "total_seconds": sum(stage["seconds"] for stage in report["stages"]),
         "language_name": language_name,
     }
 
 
-def _proof(report: dict[str, Any]) -> str:
-    """What the export has proven; nothing where nothing was exported, or the base model is random."""
-    infos = [stage["info"] for stage in report["stages"] if stage["stage"] == "exported"]
-    return proof_text(infos[0]["proof"]) if infos and infos[0].get("proof") else ""
+def _outcomes(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ships. An export of an earlier version says only what was proven."""
+    infos = [stage["info"] for stage in report["stages"] if stage["stage"] in EXPORT_STAGES.values()]
+    earlier = {"runtime": "transformers", "format": NOTHING, "disk_bytes": None}
+    return [
+        outcome
+        for info in infos
+        for outcome in info.get("outcomes", [earlier | {"proof": info["proof"]}] if info.get("proof") else [])
+    ]
 
 
 def _signatures(report: dict[str, Any]) -> list[tuple[str, str, str]]:

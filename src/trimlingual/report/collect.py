@@ -13,10 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimlingual.recipe import EXPORT_STAGES
 from trimlingual.run.jsonl import JsonlError, read_jsonl
 
 MODELS = ("base", "trimmed", "teacher", "pruned", "recovered", "quantized")  # in the order in which a run makes them
-STAGES = ("data", "trimmed", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported")
+STAGES = (
+    "data",
+    "trimmed",
+    "teacher",
+    "rank",
+    "pruned",
+    "distilled",
+    "recovered",
+    "quantized",
+    *EXPORT_STAGES.values(),
+)
 QUALITY = ("bleu", "chrf", "chrfpp")
 MAX_EXAMPLES = 6
 MAX_AUDIO_BYTES = (

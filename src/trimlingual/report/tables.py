@@ -169,6 +169,24 @@ def _has_comet(report: dict[str, Any], code: str) -> bool:
     return any(model["languages"].get(code, {}).get("comet") for model in report["models"])
 
 
+OUTCOME_HEADER = ["runtime", "format", "MB", "equal translations", "seconds per clip", "memory in MB"]
+
+
+def outcome_row(outcome: Mapping[str, Any]) -> list[str]:
+    """A line of the table of what ships; what was not measured is a dash."""
+    proof = outcome["proof"] or {}
+    equal = f"{proof['equal']} of {proof['compared']}" if proof.get("compared") else NOTHING
+    size, peak = megabytes_text(outcome["disk_bytes"]), megabytes_text(proof.get("peak_bytes"))
+    return [outcome["runtime"], outcome["format"], size, equal, number_text(proof.get("seconds_per_clip"), 3), peak]
+
+
+def outcome_text(outcome: Mapping[str, Any]) -> str:
+    """What its runtime made of something that ships, in one sentence."""
+    if outcome["proof"]:
+        return proof_text(outcome["proof"])
+    return f"not checked with {outcome['runtime']}: {outcome['unproven']}"
+
+
 def proof_text(proof: Mapping[str, Any]) -> str:
     """What an export's proof has shown, in one sentence. Exports of earlier versions do not say with what it was shown."""
     with_what = " with ".join(f"{name} {version}" for name, version in proof.get("versions", {}).items())

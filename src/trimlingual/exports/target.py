@@ -1,0 +1,53 @@
+"""What an export is made of, and what is known of it afterwards.
+
+A target is one file of this folder, named as the runtime it is for. It has `problems(recipe, config)`, which yields what speaks
+against it before anything runs (config: the base model's), and `write(finished, out_dir)`, which returns an Outcome for each file or
+folder that can be used by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trimlingual.data.sources import Clip
+from trimlingual.recipe import Recipe, Runtime
+from trimlingual.run.lineage import ModelFolder
+
+
+class ExportError(ValueError):
+    """A model that must not or cannot ship for a runtime; the message says why."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The model that ships. Recorded translations come from `evaluation_dir` if there is one, their audio from `clips`."""
+
+    model: ModelFolder
+    recipe: Recipe
+    evaluation_dir: Path | None = None
+    clips: Sequence[Clip] = ()
+
+    @property
+    def is_random(self) -> bool:
+        """A rehearsal: what it translates proves nothing."""
+        return self.model.lineage.base.startswith("random:")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One thing that ships. `proof` is what its runtime made of it; without one, `unproven` says why."""
+
+    runtime: Runtime
+    format: str  # of the decoder's weights: bfloat16, nf4, int4, ...
+    disk_bytes: int
+    proof: dict[str, Any] | None = None
+    unproven: str = ""
+
+
+def target(runtime: Runtime) -> Any:
+    """The module that writes for a runtime."""
+    return import_module(f"trimlingual.exports.{runtime}")

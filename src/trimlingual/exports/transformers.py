@@ -1,0 +1,50 @@
+"""A folder for transformers: plain `from_pretrained` loads it, in a process that has never heard of this package."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trimlingual.evaluation.cost import disk_bytes
+from trimlingual.exports.proof import prove_export
+from trimlingual.exports.shipped import Shipped
+from trimlingual.exports.target import Finished, Outcome
+from trimlingual.models.saving import finish_saved
+from trimlingual.recipe import Recipe
+from trimlingual.run.artifacts import ARTIFACT_FILE
+from trimlingual.run.progress import LOG_FILE
+
+LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
+
+
+def problems(recipe: Recipe, config: Any) -> Iterator[str]:
+    """Nothing: whatever a recipe makes is written by transformers."""
+    yield from ()
+
+
+def write(finished: Finished, out_dir: Path) -> list[Outcome]:
+    """The model's folder, with greedy generation and without what is nobody else's. ExportError if it is not what was scored."""
+    copy_model(finished, out_dir)
+    size, stored = disk_bytes(out_dir), weight_format(finished)
+    if finished.is_random:
+        return [Outcome("transformers", stored, size, unproven="the base model is random")]
+    exact = finished.recipe.model.dtype == "float32" and finished.model.lineage.quantization is None
+    proof = prove_export(out_dir, finished.recipe, finished.evaluation_dir, finished.clips, exact)
+    return [Outcome("transformers", stored, size, proof)]
+
+
+def copy_model(finished: Finished, out_dir: Path) -> None:
+    """Model and processor, what the model is asked and how it is decoded, and a lineage without lists of clips."""
+    recipe = finished.recipe
+    shutil.copytree(finished.model.path, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    finished.model.lineage.to_ship().save(out_dir)
+    Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)
+    finish_saved(out_dir, recipe.decode.max_new_tokens)
+
+
+def weight_format(finished: Finished) -> str:
+    """What the decoder's weights are stored as."""
+    quantization = finished.model.lineage.quantization
+    return quantization["scheme"] if quantization else finished.recipe.model.storage_dtype
