@@ -52,6 +52,8 @@ def test_recipes_lists_all():
         "qwen2-audio-en-zh",
         "qwen2-audio-en-de-qlora",
         "qwen2-audio-en-zh-qlora",
+        "voxtral-mini-en-de",
+        "voxtral-small-en-de",
     ):
         assert name in shown
 

@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 import trimlingual
+from trimlingual import estimate, preflight
+from trimlingual.cli import app
 from trimlingual.models import folders
 from trimlingual.models.errors import ModelError
 from trimlingual.models.family import Family, family_named, family_of_processor, meta_model
 from trimlingual.models.folders import FAMILIES, folder_problems
 from trimlingual.models.loading import load_model, resolve_base
 from trimlingual.models.tree import layer_list
-from trimlingual.recipe import TaskSettings, VocabSettings
+from trimlingual.pipeline import plan
+from trimlingual.recipe import TaskSettings, VocabSettings, load_recipe
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.vocabulary.bpe import VocabError
 from trimlingual.vocabulary.rewrite import trim_vocab
@@ -78,6 +82,33 @@ def test_a_random_base_and_what_cannot_be_done_with_it(family, tmp_path, monkeyp
         trim_vocab(
             ModelFolder(folder, read_lineage(folder)), [], {}, task, VocabSettings(max_tokens=2112), tmp_path / "out"
         )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base", "memory"),
+    [
+        ("voxtral-mini-en-de", "random:voxtral-mini-3b", "~33.32 GB"),
+        ("voxtral-small-en-de", "random:voxtral-small-24b", "~53.38 GB"),
+    ],
+)
+@pytest.mark.parametrize("family", ["voxtral"], indirect=True, scope="session")
+def test_a_dry_run_estimates_the_true_shapes(family, recipe, base, memory, tmp_path, monkeypatch):
+    """Memory of the teacher's training before activations: all weights of Mini, adapters of Small."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["compress", recipe, "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", f"model.base={base}"]
+    shown = CliRunner().invoke(app, words, env={"COLUMNS": "200"}).output
+    assert memory in shown
+    assert "mistral" not in shown
+
+
+def test_a_missing_library_is_named_before_a_download(tmp_path, monkeypatch):
+    """The configuration of a model on the Hub tells the family."""
+    monkeypatch.setattr(preflight, "config_of", lambda recipe: transformers.VoxtralConfig())
+    monkeypatch.setattr(estimate, "config_of", lambda recipe: transformers.VoxtralConfig())
+    monkeypatch.setattr(folders, "find_spec", lambda name: None)
+    recipe = load_recipe("voxtral-mini-en-de")
+    found = preflight.check(recipe, tmp_path, plan(recipe, tmp_path))
+    assert any("pip install 'trimlingual[voxtral]'" in problem for problem in found.problems)
 
 
 def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):

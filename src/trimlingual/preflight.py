@@ -68,7 +68,8 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
     except (ValueError, AttributeError) as error:
         found.problems.append(f"model.base {recipe.model.base}: {error}")
     for problem in chain(
-        _languages(recipe, names), _models(steps), _sources(recipe, names), _comet(recipe, run_dir, names), device_problems(recipe),
+        _languages(recipe, names), _libraries(config), _models(steps), _sources(recipe, names),
+        _comet(recipe, run_dir, names), device_problems(recipe),
         training_problems(recipe, names), quantization_problems(recipe, names, config), _layers(recipe, names, config),
         disk_problems(run_dir, names, found.estimates),
     ):  # fmt: skip
@@ -117,6 +118,15 @@ def _metric_notes(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
     for code in recipe.task.target_languages if recipe.rank and "rank" in names else ():
         if recipe.rank and recipe.rank.metric_for(code) == "chrfpp" and not language(code).spaced:
             yield f"rank.metric is chrfpp for {code!r}, whose words are not spaced: chrf is its main metric"
+
+
+def _libraries(config: Any) -> Iterator[str]:
+    """What must be installed to read the tokenizer of the base model's family."""
+    from trimlingual.models.folders import FAMILIES, library_problem
+
+    for file in FAMILIES.get(getattr(config, "model_type", ""), ()):
+        if problem := library_problem(file):
+            yield problem
 
 
 def _models(steps: Sequence[Step]) -> Iterator[str]:
