@@ -201,12 +201,14 @@ def test_a_near_tie_does_not_count_in_16_bits(base, mini_clips, monkeypatch):
 
 
 @EVERY_FAMILY
-def test_plain_generate_gives_what_our_decoder_gives(model_dir, processor, split, tmp_path, monkeypatch):
-    """A saved random model, in a fresh process, in float32."""
+@pytest.mark.parametrize("padding", ["mask", "window"])
+def test_plain_generate_gives_what_our_decoder_gives(padding, model_dir, split, tmp_path, monkeypatch):
+    """A saved random model, in a fresh process, in float32; how it hears padding is known from its folder."""
     recipe = load_recipe("mini", ["model.dtype=float32", "model.device=cpu"])
     folder = shutil.copytree(model_dir, tmp_path / "model")
+    load_processor(folder, padding).save_pretrained(folder)
     finish_saved(folder, 6)
-    model = load_model(folder, "float32", torch.device("cpu"))
+    model, processor = load_model(folder, "float32", torch.device("cpu")), load_processor(folder)
     settings = DecodeSettings(batch_size=4, max_new_tokens=6, min_new_tokens=6)
     said = translate_clips(model, processor, recipe.task, split.clips, settings)
     assert len({t.hypothesis for t in said}) > len(split.clips) / 2

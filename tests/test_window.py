@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -104,3 +106,24 @@ def test_loss_and_gradients_equal_those_of_the_published_set_up(make_model, proc
 def test_a_clip_beyond_the_window_is_an_error(processor):
     with pytest.raises(ValueError, match="longer than the model's window"):
         log_mels(processor, [noise(WINDOW_S * SAMPLE_RATE + 1)])
+
+
+def test_padding_that_is_heard_is_part_of_every_input(model_dir, split, task, tmp_path):
+    """With `audio_padding: window` a clip is as long as the window everywhere, unmasked as in llama.cpp; a folder keeps it."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    load_processor(folder, "window").save_pretrained(folder)
+    model, processor = load_model(folder, "float32", torch.device("cpu")), load_processor(folder)
+    audio = [noise(8000, 1), noise(WINDOW_S * SAMPLE_RATE, 2)]
+    features, mask = log_mels(processor, audio)
+    assert features.shape[-1] == mask.sum(-1).min() == WINDOW_S * 100
+    with torch.no_grad():
+        unmasked = model.model.audio_tower(features).last_hidden_state
+    for row, other in zip(encode_audio(model, processor, audio), unmasked, strict=True):
+        assert len(row) == WINDOW_S * 25
+        torch.testing.assert_close(row, other, rtol=0, atol=1e-5)
+    masked = load_processor(folder, "mask")
+    assert len(encode_audio(model, masked, audio[:1])[0]) < WINDOW_S * 25
+    collator = Collator(Prompter(processor, task), lambda i: load_audio(split.clips[i].audio))
+    batch = collator([Example(i, str(i), "de", "Ja.") for i in range(2)])
+    placeholders = batch["input_ids"] == FAMILY.audio_token(processor)
+    assert placeholders.sum(-1).tolist() == [WINDOW_S * 25] * 2

@@ -18,7 +18,7 @@ from trimlingual.data.sources import Clip
 from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.target import ExportError
 from trimlingual.models.family import family_of_folder
-from trimlingual.models.loading import pick_device
+from trimlingual.models.loading import load_processor, pick_device
 from trimlingual.recipe import Recipe
 
 NUM_CLIPS = 8  # compared, in every target language
@@ -91,12 +91,12 @@ def translate_plainly(
     Where `recorded` translations are given, `margins` say by how much (difference of logits) the model prefers its own answer where the
     two part.
     """
-    family, task = family_of_folder(folder), recipe.task
+    family, task, processor = family_of_folder(folder), recipe.task, load_processor(folder)
     with tempfile.TemporaryDirectory() as temporary:
         items = []
         for index, (clip, language) in enumerate(asked):
             samples = Path(temporary) / f"{index}.npy"
-            np.save(samples, load_audio(clip.audio))
+            np.save(samples, family.fill_up(processor, load_audio(clip.audio)))
             conversation = family.conversation(task.system_prompt, task.prompt_for(language))
             items.append({"samples": str(samples), "conversation": conversation})
             if recorded:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.data.sources import Clip
+from trimlingual.models.family import family_of_processor
+from trimlingual.models.loading import load_processor
 from trimlingual.recipe import Recipe, Runtime
 from trimlingual.run.lineage import ModelFolder
 
@@ -30,6 +32,17 @@ class Finished:
     recipe: Recipe
     evaluation_dir: Path | None = None
     clips: Sequence[Clip] = ()
+
+    def check_padding(self) -> None:
+        """ExportError where the recipe asks for another padding of audio than the model's folder says it was made with."""
+        asked = self.recipe.model.audio_padding
+        processor = load_processor(self.model.path)
+        hears = family_of_processor(processor).hears_padding(processor)
+        if asked and hears != (asked == "window"):
+            raise ExportError(
+                f"model.audio_padding is {asked}, but {self.model.path} was made with {'window' if hears else 'mask'}; "
+                "train it with this setting (finetune, recover), or export another model (--model)"
+            )
 
     @property
     def is_random(self) -> bool:

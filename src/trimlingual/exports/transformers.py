@@ -38,6 +38,7 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
 def copy_model(finished: Finished, out_dir: Path) -> None:
     """Model and processor, what the model is asked and how it is decoded, and a lineage without lists of clips."""
     recipe = finished.recipe
+    finished.check_padding()
     shutil.copytree(finished.model.path, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     finished.model.lineage.to_ship().save(out_dir)
     Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)

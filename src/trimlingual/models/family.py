@@ -88,6 +88,17 @@ class Family(ABC):
     def random_processor(self, shape: Mapping[str, Any], folder: Path) -> Any:
         """A processor for a random model of one of `shapes`, made of what is installed, and saved to `folder`."""
 
+    def hears_padding(self, processor: Any) -> bool:
+        """Whether a clip is filled up to the window with silence that the model hears, instead of padding that is masked."""
+        return getattr(processor.feature_extractor, "audio_padding", "mask") == "window"
+
+    def fill_up(self, processor: Any, samples: np.ndarray) -> np.ndarray:
+        """Samples (S,) as the model is to hear them: with silence up to the window where it hears padding."""
+        if not self.hears_padding(processor):
+            return samples
+        extractor = processor.feature_extractor
+        return np.pad(samples, (0, max(0, extractor.n_samples - len(samples))))
+
     def project(self, model: Any, states: Tensor) -> Tensor:
         """Audio states (..., A) to decoder width (..., D)."""
         return projector(model)(states)

@@ -76,7 +76,8 @@ def log_mels(
 ) -> tuple[Tensor, Tensor]:
     """Log-mel spectra (N, mels, M) and their mask (N, M) of clips, cut to what the longest needs, or to the whole window.
 
-    They are computed on `device`, in float32, and returned on the CPU. Raises ValueError for a clip longer than the model's window.
+    Where the model hears padding, all clips are as long as the window. They are computed on `device`, in float32, and returned on the
+    CPU. Raises ValueError for a clip longer than the model's window.
     """
     family, rate = family_of_processor(processor), processor.feature_extractor.sampling_rate
     longest, window = max(map(len, audio)) / rate, family.window_s(processor)
@@ -85,7 +86,8 @@ def log_mels(
             f"a clip of {longest:.1f} s is longer than the model's window of {window:.0f} s; "
             "split it, or drop it with data.too_long: drop"
         )
-    return family.features(processor, audio, whole_window, device)
+    heard = [family.fill_up(processor, samples) for samples in audio]
+    return family.features(processor, heard, whole_window, device)
 
 
 class Collator:

@@ -18,7 +18,7 @@ from trimlingual.models.folders import is_bitsandbytes, model_problems, processo
 from trimlingual.models.packed_weights import alone, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
-from trimlingual.recipe import Dtype
+from trimlingual.recipe import AudioPadding, Dtype
 
 BUILTIN = "builtin:"
 OTHER_FORMATS = ["consolidated*"]  # the same weights once more, for another library
@@ -144,12 +144,15 @@ def weights_on_disk(folder: Path, device: torch.device) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def load_processor(folder: Path) -> Any:
+def load_processor(folder: Path, audio_padding: AudioPadding | None = None) -> Any:
     """Load the processor, padding on the left: right-padded generation is wrong and the setting is not saved with it.
 
-    Raises ModelError when one of its files is not there.
+    With `audio_padding` this is how clips are filled up from now on, also in folders that the processor is saved to. Raises ModelError
+    when one of its files is not there.
     """
     refuse(processor_problems(folder))
     processor = AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
+    if audio_padding:
+        processor.feature_extractor.audio_padding = audio_padding
     return processor

@@ -19,7 +19,7 @@ from trimlingual.recipe.loading import (
     parse_recipe,
     recipes_dir,
 )
-from trimlingual.recipe.section import EXPORT_STAGES, TOWERS, Dtype, Metric, References, Runtime, Tower
+from trimlingual.recipe.section import EXPORT_STAGES, TOWERS, AudioPadding, Dtype, Metric, References, Runtime, Tower
 from trimlingual.recipe.sections import (
     DecodeSettings,
     DistillSettings,
@@ -37,6 +37,7 @@ __all__ = [
     "EXPORT_STAGES",
     "FLASH_ADAMW",
     "TOWERS",
+    "AudioPadding",
     "BuiltinSource",
     "Covost2Source",
     "DataSettings",

@@ -11,6 +11,7 @@ Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
 TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 References = Literal["all", "any"]
+AudioPadding = Literal["mask", "window"]
 Runtime = Literal["transformers"]
 # Stage that makes the export for each runtime; its folder in a run has a hyphen for the space.
 EXPORT_STAGES: dict[Runtime, str] = {"transformers": "exported"}

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from trimlingual.recipe import languages
-from trimlingual.recipe.section import NO_RESULT, Dtype, Metric, Runtime, Section
+from trimlingual.recipe.section import NO_RESULT, AudioPadding, Dtype, Metric, Runtime, Section
 from trimlingual.recipe.training import MixSettings, TrainSettings
 
 
@@ -27,6 +27,11 @@ class ModelSettings(Section):
     )
     dtype: Dtype = Field(default="bfloat16", description="weights in memory, while computing")
     storage_dtype: Dtype = Field(default="bfloat16", description="weights on disk")
+    audio_padding: AudioPadding | None = Field(
+        default=None,
+        description="what a clip shorter than the window is filled up with: mask (the model does not hear it) or window "
+        "(silence that it hears, as llama.cpp does it; slower); null: as the model's folder says, mask for a published one",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...", json_schema_extra=NO_RESULT)
 
     @field_validator("device")

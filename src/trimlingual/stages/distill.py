@@ -49,7 +49,7 @@ def distill(
     model = load_model(teacher_dir, shared.model.dtype, pick_device(shared.model.device))
     translations = translate_split(
         model,
-        load_processor(teacher_dir),
+        load_processor(teacher_dir, shared.model.audio_padding),
         shared.task,
         clips,
         shared.decode,

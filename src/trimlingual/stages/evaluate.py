@@ -51,7 +51,7 @@ def evaluate(
         model = load_model(folder.path, shared.model.dtype, device)
         said = translate_split(
             model,
-            load_processor(folder.path),
+            load_processor(folder.path, shared.model.audio_padding),
             shared.task,
             split.clips,
             shared.decode,

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimlingual.evaluation.results import read_result
 from trimlingual.exports.target import Finished, Outcome, target
-from trimlingual.models.family import family_of_folder
+from trimlingual.models.family import family_of_processor
 from trimlingual.models.folders import check_folder
-from trimlingual.models.loading import is_on_hub
+from trimlingual.models.loading import is_on_hub, load_processor
 from trimlingual.recipe import Runtime
 from trimlingual.report.tables import outcome_row, outcome_text
 from trimlingual.run.artifacts import write_text
@@ -42,12 +42,14 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
     environment = Environment(
         loader=PackageLoader("trimlingual", "report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    recipe, lineage = finished.recipe, finished.model.lineage
+    recipe, lineage, processor = finished.recipe, finished.model.lineage, load_processor(finished.model.path)
+    family = family_of_processor(processor)
     return environment.get_template("model_card.md.j2").render(
         recipe=recipe,
         runtime=runtime,
         lineage=lineage,
-        family=family_of_folder(finished.model.path),
+        family=family,
+        num_filled_up=processor.feature_extractor.n_samples if family.hears_padding(processor) else None,
         result=read_result(finished.evaluation_dir) if finished.evaluation_dir else None,
         outcomes=[(outcome_row(asdict(outcome)), outcome_text(asdict(outcome))) for outcome in outcomes],
         removed=lineage.removed("decoder"),

@@ -77,7 +77,7 @@ def finetune(
     (`adapter/`) and merged into the saved weights.
     """
     check_folder(folder.path, "teacher")  # a student's folder must be the same
-    processor = load_processor(folder.path)
+    processor = load_processor(folder.path, shared.model.audio_padding)
     teacher = read_teacher(processor, data, shared, settings, guide, out_dir / SCRATCH)
 
     def train(chosen: TrainSettings, work_dir: Path) -> tuple[Any, dict[str, Any]]:

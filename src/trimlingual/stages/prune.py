@@ -39,7 +39,7 @@ def prune(folder: ModelFolder, plan_path: Path, model_settings: ModelSettings, o
     removed: dict[str, list[int]] = {tower: plan.layers_of(tower) for tower in TOWERS}
     after = folder.lineage.without(removed).after("prune").with_seen("select", plan.selection.get("audio_sha256", ()))
     device = pick_device(model_settings.device)
-    processor = load_processor(folder.path)
+    processor = load_processor(folder.path, model_settings.audio_padding)
     if plan.finetuned:
         source = (plan_path if plan_path.is_dir() else plan_path.parent) / FINETUNED
         if not source.is_dir():

@@ -71,7 +71,7 @@ def quantize(
     check_folder(folder.path, "quantized")
     device, scratch = pick_device(shared.model.device), out_dir / SCRATCH
     stored = _stored(folder.path, scratch / "base", device)
-    processor = load_processor(stored)
+    processor = load_processor(stored, shared.model.audio_padding)
     collator = _collator(processor, data, shared)
     measure = partial(answer_logits, collator=collator, examples=_some(data.examples), batch_size=PROBE_BATCH)
     info: dict[str, Any] = {}

@@ -43,9 +43,8 @@ def rank(
     wait_for_everyone()
     source, lineage = _latest_round(out_dir) or folder.path, folder.lineage
     model = load_model(source, shared.model.dtype, pick_device(shared.model.device))
-    scorer = Scorer(
-        model, load_processor(folder.path), select, shared, settings, lineage, present=read_lineage(source).layers
-    )
+    processor = load_processor(folder.path, shared.model.audio_padding)
+    scorer = Scorer(model, processor, select, shared, settings, lineage, present=read_lineage(source).layers)
     allowed = scorer.candidates(lineage)
     if settings.num_layers_to_remove > len(allowed):
         raise ValueError(
