@@ -11,6 +11,7 @@ from trimlingual.estimate import estimate, gb
 from trimlingual.evaluation.cost import count_parameters, disk_bytes
 from trimlingual.models.errors import ModelError
 from trimlingual.models.family import family_of_processor, meta_model
+from trimlingual.models.folders import FAMILIES
 from trimlingual.models.loading import is_on_hub, load_model, load_processor, resolve_base, weights_on_disk
 from trimlingual.models.qwen2_audio import FAMILY
 from trimlingual.pipeline import compress
@@ -92,11 +93,18 @@ def test_the_shipped_recipe_can_be_planned_with_it():
     assert estimate(load_recipe(recipe[0], [*recipe[1:], *smaller]))["quantized"].disk_text.startswith("~4.13 GB")
 
 
-def test_a_whole_run(manifests, tmp_path):
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == "qwen2_audio" else pytest.mark.slow) for name in FAMILIES],
+    indirect=True,
+    scope="session",
+)
+def test_a_whole_run(family, manifests, tmp_path):
     """Every stage, from a base model that is quantised itself (system A) as well as pruned."""
+    (tiny,) = [f"random:{name}" for name in family.shapes if name.endswith("-tiny")]
     few = ["finetune.max_steps=2", "recover.max_steps=2", "quantize.train.max_steps=2", "rank.num_layers_to_remove=1",
            "decode.max_new_tokens=8", "evaluate.bootstrap_samples=100", "quantize.start=base"]  # fmt: skip
-    report = compress(load_recipe("mini", [f"model.base={TINY}", *few, *manifests]), tmp_path / "run")
+    report = compress(load_recipe("mini", [f"model.base={tiny}", *few, *manifests]), tmp_path / "run")
     assert report["rehearsal"] is True
     sizes = {model["name"]: (model["num_decoder_layers"], model["disk_bytes"]) for model in report["models"]}
     assert sizes["base"][0] == sizes["teacher"][0] == 6
@@ -111,4 +119,4 @@ def test_a_whole_run(manifests, tmp_path):
     assert "Rehearsal: the base model has random weights" in card
     assert "base_model:" not in card
     lineage = json.loads((tmp_path / "run" / "exported" / "lineage.json").read_text(encoding="utf-8"))
-    assert lineage["base"] == TINY
+    assert lineage["base"] == tiny
