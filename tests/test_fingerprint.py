@@ -76,6 +76,13 @@ def test_what_can_change_a_result_makes_its_stage_and_all_after_it_stale(overrid
     assert "report" in changed
 
 
+def test_another_runtime_makes_nothing_stale():
+    before, after = prints(), prints("export.for=[transformers, gguf]")
+    assert {name for name in after if before.get(name) != after[name]} == {"exported gguf", "report"}
+    changed = prints("export.for=[transformers, gguf]", "export.gguf.types=[f16]")
+    assert {name for name in after if after[name] != changed[name]} == {"exported gguf", "report"}
+
+
 def with_field(section: type[BaseModel], name: str, kind: Any, field: Any) -> type[BaseModel]:
     return create_model(section.__name__, __base__=section, **{name: (kind, field)})
 

@@ -12,7 +12,7 @@ PACKAGE = Path(trimlingual.__file__).parent
 # From the top down. A room imports from itself and from rooms below it.
 ROOMS = [
     "__main__", "__init__", "cli", "api", "pipeline", "preflight", "steps", "app", "stages", "step_inputs", "resources", "estimate",
-    "vocabulary", "search", "training", "decoding", "quantization", "exports", "evaluation", "models", "data", "report",
+    "exports", "vocabulary", "search", "training", "decoding", "quantization", "evaluation", "models", "data", "report",
     "recipe", "run",
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trimlingual.data.audio import DataError
 from trimlingual.estimate import Estimate, config_of, estimate, frozen_towers, gb, state_bytes
 from trimlingual.evaluation.quality import bleu_problem, comet_problem
-from trimlingual.recipe import Recipe
+from trimlingual.recipe import EXPORT_STAGES, Recipe
 from trimlingual.recipe.languages import language
 from trimlingual.resources import device_problems, disk_problems, memory_notes, quantization_problems, training_problems
 from trimlingual.run.artifacts import ArtifactError
@@ -70,7 +70,8 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
     for problem in chain(
         _languages(recipe, names), _libraries(config), _models(steps), _sources(recipe, names),
         _comet(recipe, run_dir, names), device_problems(recipe),
-        training_problems(recipe, names), quantization_problems(recipe, names, config), _layers(recipe, names, config),
+        training_problems(recipe, names), quantization_problems(recipe, names, config),
+        _exports(recipe, names, config), _layers(recipe, names, config),
         disk_problems(run_dir, names, found.estimates),
     ):  # fmt: skip
         if problem not in found.problems:
@@ -192,6 +193,15 @@ def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]
     if not listing_problems(source, recipe.task.target_languages, wanted=recipe.data.references):
         for problem in listing_problems(source, recipe.task.target_languages, True, recipe.data.references):
             yield f"evaluate.comet reads source texts: {problem}"
+
+
+def _exports(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:
+    """What a runtime will not take."""
+    from trimlingual.exports.target import target
+
+    for runtime, stage in EXPORT_STAGES.items():
+        if stage in names:
+            yield from target(runtime).problems(recipe, config)
 
 
 def _layers(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:

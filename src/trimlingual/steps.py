@@ -313,6 +313,8 @@ def export_step(recipe: Recipe, runtime: Runtime, model: Ref, evaluation: Ref | 
         update={"base": public_name(recipe.model.base)}
     )  # artifact.json stands in what ships
     settings = _settings(recipe) | {"model": base, "name": recipe.name}
+    if runtime == "gguf" and recipe.export:
+        settings["gguf"] = recipe.export.gguf
     folder = run_dir / name.replace(" ", "-")
     return Step(name, folder, settings, _inputs(model=model, evaluation=evaluation), work)
 

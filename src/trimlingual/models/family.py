@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trimlingual.models.errors import ModelError
 from trimlingual.models.folders import FAMILIES
+from trimlingual.models.gguf_form import GgufForm
 from trimlingual.models.kernels import add_norm, gated, rms_norm
 from trimlingual.models.tree import projector, text_decoder, unwrap
 
@@ -38,6 +39,7 @@ class Family(ABC):
     ]  # whether the processor's chat template takes the clip itself, as base64 of a WAV file
     states_per_s: ClassVar[float]  # F per second of audio
     shapes: ClassVar[Shapes]  # of `random:` bases, by name
+    gguf: ClassVar[GgufForm | None] = None  # None: not written
 
     @abstractmethod
     def window_s(self, processor: Any) -> float:

@@ -16,12 +16,35 @@ from transformers import AutoProcessor, Qwen2AudioConfig, WhisperFeatureExtracto
 from transformers.masking_utils import create_bidirectional_mask
 
 from trimlingual.models.family import Family, Shapes
+from trimlingual.models.gguf_form import GgufForm
 from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower
 
 # Mel frames beyond a clip's last that its last audio state depends on: convolutions of width 3 and stride 1, then 2, see frame 2p + 2
 # from position p, and the last valid position is at most half the last frame. The spectra of both are those of silence, or nearly.
 CONTEXT_FRAMES = 2
 FRAMES_MULTIPLE = 64  # 0.64 s, 16 audio states: few different shapes, and aligned ones, at little padding
+# The published template, for llama.cpp's way of handing it a message: as one string, with a marker where the clip is.
+GGUF_CHAT_TEMPLATE = """\
+{%- set seen = namespace(clips=0) -%}
+{%- if messages[0].role != "system" -%}
+  {{- "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n" -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- "<|im_start|>" ~ message.role ~ "\\n" -}}
+  {%- for piece in message.content.split("<__media") -%}
+    {%- if loop.first -%}
+      {{- piece -}}
+    {%- else -%}
+      {%- set seen.clips = seen.clips + 1 -%}
+      {%- set marker = piece.split("__>")[0] -%}
+      {{- "Audio " ~ seen.clips ~ ": <__media" ~ marker ~ "__>\\n" ~ piece[marker | length + 3:] -}}
+    {%- endif -%}
+  {%- endfor -%}
+  {{- "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}"""
 
 
 class Qwen2Audio(Family):
@@ -30,6 +53,13 @@ class Qwen2Audio(Family):
     model_class = "Qwen2AudioForConditionalGeneration"
     processor_class = "Qwen2AudioProcessor"
     chat_reads_audio = False
+    gguf = GgufForm(
+        "qwen2",
+        "qwen2a",
+        "qwen2",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        GGUF_CHAT_TEMPLATE,
+    )
     states_per_s = 25  # 100 mel frames a second, a convolution of stride 2, a pool of 2
     # As published (its config.json), and a model of its form that a CPU runs in seconds.
     shapes: ClassVar[Shapes] = {

@@ -19,7 +19,17 @@ from trimlingual.recipe.loading import (
     parse_recipe,
     recipes_dir,
 )
-from trimlingual.recipe.section import EXPORT_STAGES, TOWERS, AudioPadding, Dtype, Metric, References, Runtime, Tower
+from trimlingual.recipe.section import (
+    EXPORT_STAGES,
+    TOWERS,
+    AudioPadding,
+    Dtype,
+    GgufType,
+    Metric,
+    References,
+    Runtime,
+    Tower,
+)
 from trimlingual.recipe.sections import (
     DecodeSettings,
     DistillSettings,
@@ -47,6 +57,7 @@ __all__ = [
     "EvaluateSettings",
     "ExportSettings",
     "FolderSource",
+    "GgufType",
     "Held",
     "HubSource",
     "LoraSettings",

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from trimlingual.recipe import languages
-from trimlingual.recipe.section import NO_RESULT, AudioPadding, Dtype, Metric, Runtime, Section
+from trimlingual.recipe.section import NO_RESULT, AudioPadding, Dtype, GgufType, Metric, Runtime, Section
 from trimlingual.recipe.training import MixSettings, TrainSettings
 
 
@@ -299,6 +299,17 @@ class EvaluateSettings(Section):
     comet: list[str] = Field(default_factory=list, description="COMET models, e.g. [Unbabel/wmt20-comet-da]")
 
 
+class GgufSettings(Section):
+    """GGUF files for llama.cpp. It has the model hear padding: `model.audio_padding: window`, or text alone."""
+
+    types: Annotated[list[GgufType], Field(min_length=1)] = Field(
+        default=["q8_0"], description="types of the decoder's weights, one file each; q4_0 has table and head in q8_0"
+    )
+    text_only: bool = Field(
+        default=False, description="no audio tower: the decoder translates text, or states made elsewhere"
+    )
+
+
 class ExportSettings(Section):
     """What ships. Every runtime has a stage and a folder of its own: another one makes nothing stale."""
 
@@ -308,6 +319,7 @@ class ExportSettings(Section):
         description="runtimes that the finished model is written for",
         json_schema_extra=NO_RESULT,
     )
+    gguf: GgufSettings = Field(default=GgufSettings(), description="of the files for llama.cpp")
 
     @model_validator(mode="after")
     def _once(self) -> ExportSettings:

@@ -169,6 +169,7 @@ def _has_comet(report: dict[str, Any], code: str) -> bool:
     return any(model["languages"].get(code, {}).get("comet") for model in report["models"])
 
 
+RUNTIME_NAMES = {"gguf": "llama.cpp"}  # of the runtimes that are not called as their target
 OUTCOME_HEADER = ["runtime", "format", "MB", "equal translations", "seconds per clip", "memory in MB"]
 
 
@@ -177,14 +178,18 @@ def outcome_row(outcome: Mapping[str, Any]) -> list[str]:
     proof = outcome["proof"] or {}
     equal = f"{proof['equal']} of {proof['compared']}" if proof.get("compared") else NOTHING
     size, peak = megabytes_text(outcome["disk_bytes"]), megabytes_text(proof.get("peak_bytes"))
-    return [outcome["runtime"], outcome["format"], size, equal, number_text(proof.get("seconds_per_clip"), 3), peak]
+    return [_runtime(outcome), outcome["format"], size, equal, number_text(proof.get("seconds_per_clip"), 3), peak]
 
 
 def outcome_text(outcome: Mapping[str, Any]) -> str:
     """What its runtime made of something that ships, in one sentence."""
     if outcome["proof"]:
         return proof_text(outcome["proof"])
-    return f"not checked with {outcome['runtime']}: {outcome['unproven']}"
+    return f"not checked with {_runtime(outcome)}: {outcome['unproven']}"
+
+
+def _runtime(outcome: Mapping[str, Any]) -> str:
+    return RUNTIME_NAMES.get(outcome["runtime"], outcome["runtime"])
 
 
 def proof_text(proof: Mapping[str, Any]) -> str:

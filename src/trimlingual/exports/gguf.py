@@ -1,0 +1,242 @@
+"""GGUF files for llama.cpp: the decoder with the tokenizer in one, audio tower and projector in another (`mmproj`).
+
+Written through the `gguf` package, one tensor after the other. It packs f16, q8_0 and q4_0; llama.cpp's own `llama-quantize` makes the
+other types from the f16 file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trimlingual.exports.target import ExportError, Finished, Outcome
+from trimlingual.models.family import Family, family_named, family_of
+from trimlingual.models.folders import is_bitsandbytes
+from trimlingual.models.gguf_form import GgufForm
+from trimlingual.models.loading import load_model, load_processor
+from trimlingual.models.tree import PARTS, audio_tower, lm_head, projector, text_decoder
+from trimlingual.quantization.nf4 import dequantized, is_4bit
+from trimlingual.recipe import GgufType, Recipe
+from trimlingual.run.progress import say
+
+POSITIONS = 1500  # of the audio tower: llama.cpp fills every clip up to 30 s, and stops where there are fewer
+PADDED = (
+    "model.audio_padding is not window: llama.cpp has the model hear the silence that it fills every clip up with. A model that never "
+    "heard it in training translates into nonsense. Train with audio_padding: window, or set export.gguf.text_only: true"
+)
+
+
+def problems(recipe: Recipe, config: Any) -> Iterator[str]:
+    """What speaks against GGUF files, before anything runs; config: the base model's, None where it is not at hand."""
+    if find_spec("gguf") is None:
+        yield "export.for gguf: the package gguf is not installed: pip install 'trimlingual[gguf]'"
+    if config is None:
+        return
+    if family_named(config.model_type).gguf is None:
+        yield f"export.for gguf: models of type {config.model_type} are not written as GGUF yet"
+    if not recipe.export or recipe.export.gguf.text_only:
+        return
+    if recipe.model.audio_padding != "window":
+        yield f"export.for gguf: {PADDED}"
+    if (positions := config.audio_config.max_source_positions) != POSITIONS:
+        yield (
+            f"export.for gguf: the model's window is {positions / 50:g} s, and llama.cpp computes windows of 30 s alone; "
+            "set export.gguf.text_only: true"
+        )
+
+
+def write(finished: Finished, out_dir: Path) -> list[Outcome]:
+    """A text model of each type that the recipe names and, if audio is wanted, `mmproj-f16.gguf`. ExportError where it cannot be."""
+    recipe = finished.recipe
+    assert recipe.export is not None
+    settings = recipe.export.gguf
+    processor = load_processor(finished.model.path)
+    model = load_model(finished.model.path, recipe.model.storage_dtype, torch.device("cpu"))
+    family = family_of(model)
+    if found := list(problems(recipe, model.config)):
+        raise ExportError("; ".join(found))
+    finished.check_padding()
+    four_bit = is_bitsandbytes(finished.model.path)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    name = recipe.name
+    mmproj = None if settings.text_only else out_dir / "mmproj-f16.gguf"
+    if mmproj:
+        _write_audio(mmproj, model, family, name, four_bit)
+    outcomes = []
+    for kind in settings.types:
+        path = out_dir / f"{name}-{kind}.gguf"
+        _write_text(path, model, processor, family, name, kind, four_bit)
+        size = path.stat().st_size + (mmproj.stat().st_size if mmproj else 0)
+        outcomes.append(Outcome("gguf", kind, size, unproven="no llama.cpp has run it"))
+    return outcomes
+
+
+def _write_text(
+    path: Path, model: Any, processor: Any, family: Family, name: str, kind: GgufType, four_bit: bool
+) -> None:
+    """The decoder, its head and the tokenizer."""
+    import gguf
+
+    form = _form(family)
+    config = model.config.text_config
+    if config.rope_parameters["rope_type"] != "default":
+        raise ExportError(f"rotary embedding of type {config.rope_parameters['rope_type']} is not written as GGUF yet")
+    writer = gguf.GGUFWriter(path, form.decoder)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _add_tokenizer(writer, processor, family, form, config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.decoder.upper()], config.num_hidden_layers)
+    parts = [("model.", text_decoder(model)), ("lm_head.", lm_head(model))]
+    tensors = [
+        (_renamed(names, prefix + old), value) for prefix, part in parts for old, value in _weights(part, four_bit)
+    ]
+    types = {new: _text_type(new, value, kind) for new, value in tensors}
+    _write_tensors(writer, tensors, types)
+
+
+def _write_audio(path: Path, model: Any, family: Family, name: str, four_bit: bool) -> None:
+    """Audio tower and projector, in f16."""
+    import gguf
+
+    tower = audio_tower(model)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_clip_has_audio_encoder(True)
+    writer.add_clip_projector_type(_form(family).projector)
+    writer.add_audio_projection_dim(model.config.text_config.hidden_size)
+    writer.add_audio_embedding_length(tower.conv1.out_channels)
+    writer.add_audio_feed_forward_length(tower.layers[0].fc1.out_features)
+    writer.add_audio_block_count(len(tower.layers))
+    writer.add_audio_head_count(tower.layers[0].self_attn.num_heads)
+    writer.add_audio_num_mel_bins(tower.conv1.in_channels)
+    writer.add_audio_attention_layernorm_eps(tower.layer_norm.eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, len(tower.layers))
+    linear = (
+        "audio." + PARTS["projector"].removeprefix("model.") + "."
+    )  # as the package has it, apart from images' projectors
+    parts = [("audio_tower.", tower), (linear, projector(model))]
+    tensors = [
+        # a bias of a convolution is added to (width, frames)
+        (_renamed(names, prefix + old), value[:, None] if ".conv" in prefix + old and value.ndim == 1 else value)
+        for prefix, part in parts
+        for old, value in _weights(part, four_bit)
+    ]
+    f32, f16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
+    # Vectors and the table of positions are added to float32 activations.
+    types = {
+        new: f32 if min(value.shape) == 1 or value.ndim == 1 or "position" in new else f16 for new, value in tensors
+    }
+    _write_tensors(writer, tensors, types)
+
+
+def _form(family: Family) -> GgufForm:
+    assert family.gguf is not None, "problems() says it"
+    return family.gguf
+
+
+def _weights(part: nn.Module, four_bit: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a part by its name there; 4-bit ones as what they stand for."""
+    for prefix, module in part.named_modules():
+        for name, value in module.named_parameters(recurse=False):
+            whole = dequantized(module) if name == "weight" and four_bit and is_4bit(module) else value.detach()
+            yield f"{prefix}.{name}".lstrip("."), whole
+
+
+def _renamed(names: Any, name: str) -> str:
+    new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert new, f"GGUF has no name for {name}"
+    return new
+
+
+def _text_type(name: str, value: Tensor, kind: GgufType) -> Any:
+    """Vectors in float32, matrices as asked; but 8 bits for table and head beside 4, and f16 for widths that blocks do not divide."""
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    if value.ndim == 1:
+        return types.F32
+    asked = types[kind.upper()]
+    if asked == types.Q4_0 and name in ("token_embd.weight", "output.weight"):
+        asked = types.Q8_0
+    block, _ = gguf.GGML_QUANT_SIZES[asked]
+    return types.F16 if value.shape[-1] % block else asked
+
+
+def _write_tensors(writer: Any, tensors: Sequence[tuple[str, Tensor]], types: dict[str, Any]) -> None:
+    """Header first, then tensor by tensor: no more than one is in memory packed."""
+    import gguf
+
+    for name, value in tensors:
+        kind, shape = types[name], tuple(value.shape)
+        if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            dtype = np.dtype(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
+            writer.add_tensor_info(name, shape, dtype, value.numel() * dtype.itemsize)
+        else:
+            packed = gguf.quant_shape_to_byte_shape(shape, kind)
+            writer.add_tensor_info(name, packed, np.dtype(np.uint8), int(np.prod(packed)), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, value in tensors:
+        writer.write_tensor_data(np.ascontiguousarray(gguf.quants.quantize(value.float().numpy(), types[name])))
+    writer.close()
+
+
+def _add_tokenizer(writer: Any, processor: Any, family: Family, form: GgufForm, num_rows: int) -> None:
+    """Tokens, merges, special tokens and the chat template. Rows that no token has are marked as unused."""
+    import gguf
+
+    tokenizer = processor.tokenizer
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    patterns = [
+        each["pattern"].get("Regex") for each in backend["pre_tokenizer"].get("pretokenizers", ()) if "pattern" in each
+    ]
+    if patterns != [form.split]:
+        raise ExportError(
+            f"the tokenizer splits texts by {patterns}, which llama.cpp does not know as {form.pre_tokenizer!r}"
+        )
+    added = tokenizer.added_tokens_decoder
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(num_rows)]
+    kinds = [
+        gguf.TokenType.UNUSED
+        if number not in by_id
+        else gguf.TokenType.NORMAL
+        if number not in added
+        else gguf.TokenType.CONTROL
+        if added[number].special
+        else gguf.TokenType.USER_DEFINED
+        for number in range(num_rows)
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(form.pre_tokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
+    )
+    writer.add_eos_token_id(family.end_token(processor))
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(form.chat_template)
+    say(f"  {len(by_id)} tokens in {num_rows} rows")
