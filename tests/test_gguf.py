@@ -196,16 +196,16 @@ def test_a_trimmed_vocabulary(folder, tmp_path):
 
 def test_what_llama_would_translate_into_nonsense_is_refused(folder, tmp_path, monkeypatch):
     config = load_model(folder, "bfloat16", torch.device("cpu")).config
-    assert not list(problems(recipe(), config))
-    [problem] = problems(recipe("model.audio_padding=mask"), config)
+    assert not list(problems(recipe(), config, None))
+    [problem] = problems(recipe("model.audio_padding=mask"), config, None)
     assert "never heard it in training translates into nonsense" in problem
-    assert not list(problems(recipe("model.audio_padding=mask", "export.gguf.text_only=true"), config))
+    assert not list(problems(recipe("model.audio_padding=mask", "export.gguf.text_only=true"), config, None))
     config.audio_config.max_source_positions = 400
-    [problem] = problems(recipe(), config)
+    [problem] = problems(recipe(), config, None)
     assert "the model's window is 8 s" in problem
     masked = shutil.copytree(folder, tmp_path / "masked")
     load_processor(masked, "mask").save_pretrained(masked)
     with pytest.raises(ExportError, match="was made with mask"):
         written(masked, tmp_path / "out")
     monkeypatch.setattr("trimlingual.exports.gguf.find_spec", lambda name: None)
-    assert "pip install 'trimlingual[gguf]'" in next(problems(recipe(), None))
+    assert "pip install 'trimlingual[gguf]'" in next(problems(recipe(), None, None))

@@ -177,7 +177,7 @@ def export(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
     runtimes: Annotated[
-        list[str] | None, typer.Option("--for", help="Runtime: transformers or gguf. Can be repeated. Default: the recipe's.")
+        list[str] | None, typer.Option("--for", help="Runtime: transformers, vllm or gguf. Can be repeated. Default: the recipe's.")
     ] = None,
 ) -> None:  # fmt: skip
     """Write the folder that ships, with its model card, for each runtime; --out is then a folder of such folders."""

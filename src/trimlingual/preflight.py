@@ -71,7 +71,7 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
         _languages(recipe, names), _libraries(config), _models(steps), _sources(recipe, names),
         _comet(recipe, run_dir, names), device_problems(recipe),
         training_problems(recipe, names), quantization_problems(recipe, names, config),
-        _exports(recipe, names, config), _layers(recipe, names, config),
+        _exports(recipe, steps, config), _layers(recipe, names, config),
         disk_problems(run_dir, names, found.estimates),
     ):  # fmt: skip
         if problem not in found.problems:
@@ -195,13 +195,22 @@ def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]
             yield f"evaluate.comet reads source texts: {problem}"
 
 
-def _exports(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:
-    """What a runtime will not take."""
+def _exports(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str]:
+    """What a runtime will not take, of a model that this run makes or of one that stands there."""
     from trimlingual.exports.target import target
+    from trimlingual.run.lineage import LineageError, read_lineage
 
-    for runtime, stage in EXPORT_STAGES.items():
-        if stage in names:
-            yield from target(runtime).problems(recipe, config)
+    made = {step.folder for step in steps}
+    runtimes = {stage: runtime for runtime, stage in EXPORT_STAGES.items()}
+    for step in steps:
+        if step.name not in runtimes:
+            continue
+        quantization: dict[str, Any] | None = recipe.quantize.model_dump() if recipe.quantize else None
+        folder = step.inputs["model"].local
+        if folder and folder not in made and folder.is_dir():
+            with suppress(LineageError):  # the stage says it
+                quantization = read_lineage(folder).quantization
+        yield from target(runtimes[step.name]).problems(recipe, config, quantization)
 
 
 def _layers(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ other types from the f16 file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ PADDED = (
 )
 
 
-def problems(recipe: Recipe, config: Any) -> Iterator[str]:
-    """What speaks against GGUF files, before anything runs; config: the base model's, None where it is not at hand."""
+def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None) -> Iterator[str]:
+    """What llama.cpp does not load or would translate into nonsense. Quantised weights are written as what they stand for."""
     if find_spec("gguf") is None:
         yield "export.for gguf: the package gguf is not installed: pip install 'trimlingual[gguf]'"
     if config is None:
@@ -60,7 +60,7 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     processor = load_processor(finished.model.path)
     model = load_model(finished.model.path, recipe.model.storage_dtype, torch.device("cpu"))
     family = family_of(model)
-    if found := list(problems(recipe, model.config)):
+    if found := list(problems(recipe, model.config, finished.model.lineage.quantization)):
         raise ExportError("; ".join(found))
     finished.check_padding()
     four_bit = is_bitsandbytes(finished.model.path)

@@ -1,8 +1,8 @@
 """What an export is made of, and what is known of it afterwards.
 
-A target is one file of this folder, named as the runtime it is for. It has `problems(recipe, config)`, which yields what speaks
-against it before anything runs (config: the base model's), and `write(finished, out_dir)`, which returns an Outcome for each file or
-folder that can be used by itself.
+A target is one file of this folder, named as the runtime it is for. It has `problems(recipe, config, quantization)`, which yields what
+speaks against it before anything runs (the base model's configuration, None where it is not at hand; what is quantised and how, as a
+lineage has it), and `write(finished, out_dir)`, which returns an Outcome for each file or folder that can be used by itself.
 """
 
 from __future__ import annotations

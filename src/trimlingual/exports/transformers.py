@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trimlingual.run.progress import LOG_FILE
 LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
 
 
-def problems(recipe: Recipe, config: Any) -> Iterator[str]:
+def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None) -> Iterator[str]:
     """Nothing: whatever a recipe makes is written by transformers."""
     yield from ()
 

@@ -12,10 +12,10 @@ Tower = Literal["decoder", "encoder"]
 TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 References = Literal["all", "any"]
 AudioPadding = Literal["mask", "window"]
-Runtime = Literal["transformers", "gguf"]
+Runtime = Literal["transformers", "vllm", "gguf"]
 GgufType = Literal["f16", "q8_0", "q4_0"]
 # Stage that makes the export for each runtime; its folder in a run has a hyphen for the space.
-EXPORT_STAGES: dict[Runtime, str] = {"transformers": "exported", "gguf": "exported gguf"}
+EXPORT_STAGES: dict[Runtime, str] = {"transformers": "exported", "vllm": "exported vllm", "gguf": "exported gguf"}
 
 # Marks for json_schema_extra of a field; fingerprint.py reads them.
 # A setting that cannot change a result (near-ties in 16 bits aside), or what is known by its content instead: no stage is made again

@@ -169,7 +169,7 @@ def _has_comet(report: dict[str, Any], code: str) -> bool:
     return any(model["languages"].get(code, {}).get("comet") for model in report["models"])
 
 
-RUNTIME_NAMES = {"gguf": "llama.cpp"}  # of the runtimes that are not called as their target
+RUNTIME_NAMES = {"gguf": "llama.cpp", "vllm": "vLLM"}  # of the runtimes that are not called as their target
 OUTCOME_HEADER = ["runtime", "format", "MB", "equal translations", "seconds per clip", "memory in MB"]
 
 
