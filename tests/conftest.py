@@ -27,7 +27,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported, since its own functions are interpreted as well
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import Qwen2AudioConfig, VoxtralConfig, WhisperFeatureExtractor
+from transformers import AudioFlamingo3Config, Qwen2AudioConfig, VoxtralConfig, WhisperFeatureExtractor
 
 import trimlingual
 from tools.mini.qwen2_audio import BLUEPRINT as QWEN2_AUDIO
@@ -92,9 +92,10 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="session")
 def processor(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A processor with a small vocabulary; Qwen2-Audio's has a window of two seconds."""
-    if family.model_type == "voxtral":
-        return family.random_processor(family.shapes["voxtral-tiny"], tmp_path_factory.mktemp("processor"))
+    """A processor with a small vocabulary and, where the family leaves the choice, a window of two seconds."""
+    if family.model_type != "qwen2_audio":
+        (tiny,) = [shape for name, shape in family.shapes.items() if name.endswith("-tiny")]
+        return family.random_processor({**tiny, "mels": 80, "window_s": WINDOW_S}, tmp_path_factory.mktemp("processor"))
     made = QWEN2_AUDIO.processor(TEXTS)
     made.feature_extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW_S)
     return made
@@ -120,9 +121,9 @@ def make_model(family: Family, processor: Any) -> Callable[..., Any]:
             "num_key_value_heads": kv_heads, "vocab_size": len(tokenizer), "tie_word_embeddings": tied,
             "max_position_embeddings": 512, "initializer_range": 0.15, "pad_token_id": tokenizer.pad_token_id,
         }  # fmt: skip
-        config = (
-            _voxtral(text, encoder_layers) if family.model_type == "voxtral" else _qwen2_audio(text, encoder_layers)
-        )
+        config = {"qwen2_audio": _qwen2_audio, "voxtral": _voxtral, "audioflamingo3": _audioflamingo3}[
+            family.model_type
+        ](text, encoder_layers)
         config.tie_word_embeddings = tied
         config.audio_token_id = family.audio_token(processor)
         model = family.build(config).eval()
@@ -140,6 +141,14 @@ def _qwen2_audio(text: dict[str, Any], encoder_layers: int) -> Any:
         "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "max_source_positions": WINDOW_S * 50,
     }  # fmt: skip
     return Qwen2AudioConfig(audio_config=audio, text_config={"model_type": "qwen2", **text})
+
+
+def _audioflamingo3(text: dict[str, Any], encoder_layers: int) -> Any:
+    audio = {
+        "model_type": "audioflamingo3_encoder", "num_mel_bins": 80, "hidden_size": 64, "num_hidden_layers": encoder_layers,
+        "num_attention_heads": 2, "intermediate_size": 64, "max_source_positions": WINDOW_S * 50,
+    }  # fmt: skip
+    return AudioFlamingo3Config(audio_config=audio, text_config={"model_type": "qwen2", **text})
 
 
 def _voxtral(text: dict[str, Any], encoder_layers: int) -> Any:
@@ -188,10 +197,11 @@ def make_clips(folder: Path, count: int, first_seed: int = 0, longer_s: float = 
 
 @pytest.fixture
 def split(family: Family, processor: Any, tmp_path: Path) -> Split:
-    """Clips of one window; where a model takes longer ones, fewer, and one of them in two chunks."""
+    """Clips of one window; where a model takes longer ones, fewer, and one of them in two chunks of its encoder."""
     if family.window_s(processor) == WINDOW_S:
         return Split("select", tuple(make_clips(tmp_path, 7)))
-    return Split("select", (*make_clips(tmp_path, 4), *make_clips(tmp_path, 1, first_seed=4, longer_s=30.5)))
+    longer = processor.feature_extractor.chunk_length + 0.5
+    return Split("select", (*make_clips(tmp_path, 4), *make_clips(tmp_path, 1, first_seed=4, longer_s=longer)))
 
 
 @pytest.fixture

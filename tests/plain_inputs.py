@@ -19,10 +19,14 @@ def plain_inputs(processor: Any, task: TaskSettings, samples: np.ndarray, langua
 
 
 def own_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of the collator, whole windows, as the model's own forward takes it: without a mask a family has chunks in a row."""
-    if family_of(model).model_type != "voxtral":
+    """A batch of the collator, whole windows, as the model's own forward takes it: of families with chunks these in a row."""
+    name = family_of(model).model_type
+    if name == "qwen2_audio":
         return batch
-    rest = {name: tensor for name, tensor in batch.items() if name != "feature_attention_mask"}
-    chunks = batch["input_features"].unflatten(-1, (-1, 3000)).transpose(1, 2)
-    heard = batch["feature_attention_mask"].unflatten(-1, (-1, 3000))[..., 0].bool()
-    return rest | {"input_features": chunks[heard]}
+    rest = {key: tensor for key, tensor in batch.items() if key not in ("input_features", "feature_attention_mask")}
+    frames = 2 * model.config.audio_config.max_source_positions
+    chunks = batch["input_features"].unflatten(-1, (-1, frames)).transpose(1, 2)
+    masks = batch["feature_attention_mask"].unflatten(-1, (-1, frames))
+    heard = masks[..., 0].bool()
+    own_mask = {"input_features_mask": masks[heard]} if name == "audioflamingo3" else {}
+    return rest | {"input_features": chunks[heard]} | own_mask

@@ -54,6 +54,8 @@ def test_recipes_lists_all():
         "qwen2-audio-en-zh-qlora",
         "voxtral-mini-en-de",
         "voxtral-small-en-de",
+        "audio-flamingo-3-en-de",
+        "audio-flamingo-3-en-zh",
     ):
         assert name in shown
 

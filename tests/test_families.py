@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 import trimlingual
 from trimlingual import estimate, preflight
 from trimlingual.cli import app
+from trimlingual.exports import gguf
 from trimlingual.models import folders
 from trimlingual.models.errors import ModelError
 from trimlingual.models.family import Family, family_named, family_of_processor, meta_model
 from trimlingual.models.folders import FAMILIES, folder_problems
-from trimlingual.models.loading import load_model, resolve_base
+from trimlingual.models.loading import load_model, load_processor, resolve_base, weights_on_disk
 from trimlingual.models.tree import layer_list
 from trimlingual.pipeline import plan
 from trimlingual.recipe import TaskSettings, VocabSettings, load_recipe
@@ -30,7 +31,7 @@ PACKAGE = Path(trimlingual.__file__).parent
 # Names of families and their classes, modules that only a family's tree has, tokens of a family's prompt. What a user writes in a
 # recipe is none of them: names of recipes and random bases (`qwen2-audio-en-de`) and of parts (`audio_tower`).
 NAMES = re.compile(
-    r"Qwen|qwen2_audio|Voxtral|voxtral(?!-)|\.audio_tower|multi_modal_projector|\blanguage_model\b|\.audio_token_i|<\|"
+    r"Qwen|qwen2_audio|Voxtral|voxtral(?!-)|Flamingo|flamingo(?!-)|\.audio_tower|multi_modal_projector|\blanguage_model\b|\.audio_token_i|<\|"
 )
 
 
@@ -61,11 +62,17 @@ def test_a_family_has_the_whole_interface(name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [("voxtral-mini-3b", 4_676_271_104), ("voxtral-small-24b", 24_261_800_960)]
+    ("family", "shape", "expected"),
+    [
+        ("voxtral", "voxtral-mini-3b", 4_676_271_104),
+        ("voxtral", "voxtral-small-24b", 24_261_800_960),
+        ("audioflamingo3", "audio-flamingo-3", 8_267_215_360),
+    ],
+    indirect=["family"],
+    scope="session",
 )
-@pytest.mark.parametrize("family", ["voxtral"], indirect=True, scope="session")
 def test_parameters_of_the_true_shapes(family, processor, shape, expected):
-    """Mini's number is the published one; Small's follows from its shapes."""
+    """Mini's number is the published one; the others follow from published shapes."""
     model = meta_model(family.random_config(family.shapes[shape], processor))
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
@@ -84,16 +91,36 @@ def test_a_random_base_and_what_cannot_be_done_with_it(family, tmp_path, monkeyp
         )
 
 
+def test_a_family_is_not_written_as_the_one_that_it_extends():
+    recipe = load_recipe("audio-flamingo-3-en-de", ["export={for: [gguf]}"])
+    assert any("are not written as GGUF" in p for p in gguf.problems(recipe, transformers.AudioFlamingo3Config()))
+
+
+def test_a_vocabulary_is_trimmed_with_the_placeholder(tmp_path, monkeypatch):
+    """Audio Flamingo 3's is a token like others, behind those of the built-in model's tokenizer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with weights_on_disk(resolve_base("random:audio-flamingo-3-tiny"), torch.device("cpu")) as folder:
+        model, task = ModelFolder(folder, read_lineage(folder)), TaskSettings(target_languages=["de"])
+        (tmp_path / "out").mkdir()
+        trim_vocab(model, ["Das ist gut."], {}, task, VocabSettings(max_tokens=1024), tmp_path / "out")
+    trimmed, processor = load_model(tmp_path / "out", "float32", torch.device("cpu")), load_processor(tmp_path / "out")
+    assert trimmed.lm_head.weight.shape[0] == 1024
+    assert trimmed.config.audio_token_id == family_of_processor(processor).audio_token(processor) < 1024
+    assert processor.tokenizer.convert_ids_to_tokens(trimmed.config.audio_token_id) == "<sound>"
+
+
 @pytest.mark.parametrize(
-    ("recipe", "base", "memory"),
+    ("family", "recipe", "base", "memory"),
     [
-        ("voxtral-mini-en-de", "random:voxtral-mini-3b", "~33.32 GB"),
-        ("voxtral-small-en-de", "random:voxtral-small-24b", "~53.38 GB"),
+        ("voxtral", "voxtral-mini-en-de", "random:voxtral-mini-3b", "~33.32 GB"),
+        ("voxtral", "voxtral-small-en-de", "random:voxtral-small-24b", "~53.38 GB"),
+        ("audioflamingo3", "audio-flamingo-3-en-de", "random:audio-flamingo-3", "~58.90 GB"),
     ],
+    indirect=["family"],
+    scope="session",
 )
-@pytest.mark.parametrize("family", ["voxtral"], indirect=True, scope="session")
 def test_a_dry_run_estimates_the_true_shapes(family, recipe, base, memory, tmp_path, monkeypatch):
-    """Memory of the teacher's training before activations: all weights of Mini, adapters of Small."""
+    """Memory of the teacher's training before activations: adapters of Small, all weights of the others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["compress", recipe, "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", f"model.base={base}"]
     shown = CliRunner().invoke(app, words, env={"COLUMNS": "200"}).output

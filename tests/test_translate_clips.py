@@ -42,6 +42,8 @@ def plain_generate(model, processor, task, clip, language, limit):
         *[("qwen2_audio", {"heads": 2, "kv_heads": 1, "width": 48, "tied": True}, size) for size in (1, 3, 16)],
         *[("voxtral", {"heads": 4, "kv_heads": 2}, size) for size in (1, 3)],
         ("voxtral", {"heads": 4, "kv_heads": 4, "layers": 2, "width": 96}, 16),
+        *[("audioflamingo3", {"heads": 4, "kv_heads": 2}, size) for size in (1, 3)],
+        ("audioflamingo3", {"heads": 4, "kv_heads": 4, "layers": 2, "width": 96}, 16),
     ],
     indirect=["family"],
     scope="session",

@@ -95,11 +95,10 @@ class Family(ABC):
         return getattr(processor.feature_extractor, "audio_padding", "mask") == "window"
 
     def fill_up(self, processor: Any, samples: np.ndarray) -> np.ndarray:
-        """Samples (S,) as the model is to hear them: with silence up to the window where it hears padding."""
+        """Samples (S,) as the model is to hear them: with silence up to whole windows where it hears padding."""
         if not self.hears_padding(processor):
             return samples
-        extractor = processor.feature_extractor
-        return np.pad(samples, (0, max(0, extractor.n_samples - len(samples))))
+        return np.pad(samples, (0, -len(samples) % processor.feature_extractor.n_samples))
 
     def project(self, model: Any, states: Tensor) -> Tensor:
         """Audio states (..., A) to decoder width (..., D)."""

@@ -13,7 +13,11 @@ from trimlingual.run.fingerprint import read_object
 # Stages that need the weights themselves, which 4-bit words of bitsandbytes are not.
 CHANGES_WEIGHTS = ("teacher", "recovered", "pruned", "quantized")
 # The known families (`model_type` of config.json). One of the files beside a family's name holds the tokenizer.
-FAMILIES = {"qwen2_audio": ("tokenizer.json", "vocab.json"), "voxtral": ("tekken.json",)}
+FAMILIES = {
+    "qwen2_audio": ("tokenizer.json", "vocab.json"),
+    "voxtral": ("tekken.json",),
+    "audioflamingo3": ("tokenizer.json", "vocab.json"),
+}
 # A library that reads this tokenizer and is no dependency of the package: its module, and the extra that installs it.
 NEEDED = {"tekken.json": ("mistral_common", "voxtral")}
 EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")

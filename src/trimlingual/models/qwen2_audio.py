@@ -53,7 +53,7 @@ class Qwen2Audio(Family):
     model_class = "Qwen2AudioForConditionalGeneration"
     processor_class = "Qwen2AudioProcessor"
     chat_reads_audio = False
-    gguf = GgufForm(
+    gguf: ClassVar[GgufForm | None] = GgufForm(
         "qwen2",
         "qwen2a",
         "qwen2",
@@ -156,7 +156,7 @@ class Qwen2Audio(Family):
         if ids.count(placeholder) != 1:
             raise ValueError(
                 f"the chat template yields {ids.count(placeholder)} audio placeholders for one clip; "
-                "expected 1: is the processor Qwen2-Audio's?"
+                f"expected 1: is it a {self.processor_class}?"
             )
         index = ids.index(placeholder)
         return ids[:index], ids[index + 1 :]

@@ -4,8 +4,7 @@ audio state, a projection of two layers, a Llama decoder with grouped key-value 
 Nothing masks the silence that a clip is filled up with to whole chunks: it is part of what the model was trained on. A long clip is so
 many chunks, one after the other in one prompt.
 
-Shapes: N clips, M mel frames, C chunks of the longest clip, P chunks of all clips, F audio states of a clip, A four widths of the
-tower.
+Shapes: N clips, M mel frames, P chunks of all clips, F audio states of a clip, A four widths of the tower.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import VoxtralConfig, VoxtralProcessor, WhisperFeatureExtractor
 
+from trimlingual.models.chunks import encode_chunks, side_by_side
 from trimlingual.models.family import Family, Shapes
 from trimlingual.models.tree import audio_tower
 
@@ -97,21 +97,19 @@ class Voxtral(Family):
             )["input_features"][0]
             for samples in audio
         ]
+        features = side_by_side(spectra)
         lengths = torch.tensor([spectrum.shape[-1] for spectrum in spectra])
-        features = torch.nn.utils.rnn.pad_sequence([spectrum.T for spectrum in spectra], batch_first=True).mT
         return features, (torch.arange(features.shape[-1])[None, :] < lengths[:, None]).long()
 
     def audio_states(self, model: Any, features: Tensor, mask: Tensor) -> Tensor:
         """Audio tower output, four frames stacked: each chunk for itself, then a clip's chunks side by side."""
-        tower = audio_tower(model)
-        frames = tower.config.max_source_positions * tower.conv2.stride[0]
-        chunks = features.unflatten(-1, (-1, frames)).transpose(1, 2)  # (N, C, mels, frames)
-        heard = mask.unflatten(-1, (-1, frames))[..., 0].bool().to(chunks.device)  # (N, C)
-        hidden = tower(chunks[heard]).last_hidden_state  # (P, positions, tower width)
-        stacked = hidden.reshape(len(hidden), -1, self.state_width(model.config))
-        states = stacked.new_zeros((*heard.shape, *stacked.shape[1:]))
-        states[heard] = stacked
-        return states.flatten(1, 2)
+        tower, width = audio_tower(model), self.state_width(model.config)
+
+        def encode(chunks: Tensor, _: Tensor) -> Tensor:
+            hidden = tower(chunks).last_hidden_state  # (P, positions, tower width)
+            return hidden.reshape(len(hidden), -1, width)
+
+        return encode_chunks(features, mask, tower.config.max_source_positions * tower.conv2.stride[0], encode)
 
     def num_states(self, num_frames: Tensor) -> Tensor:
         """One for 0.08 s of a clip's chunks."""
