@@ -93,7 +93,7 @@ def test_a_random_base_and_what_cannot_be_done_with_it(family, tmp_path, monkeyp
 
 def test_a_family_is_not_written_as_the_one_that_it_extends():
     recipe = load_recipe("audio-flamingo-3-en-de", ["export={for: [gguf]}"])
-    assert any("are not written as GGUF" in p for p in gguf.problems(recipe, transformers.AudioFlamingo3Config()))
+    assert any("are not written as GGUF" in p for p in gguf.problems(recipe, transformers.AudioFlamingo3Config(), None))
 
 
 def test_a_vocabulary_is_trimmed_with_the_placeholder(tmp_path, monkeypatch):
