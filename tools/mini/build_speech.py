@@ -28,7 +28,7 @@ SEED = 2025
 SPLIT_SIZES = {"train": 360, "select": 64, "test": 120}
 EVERYDAY_SHIPPED = 40
 EVERYDAY_HELD_OUT = 200  # for the base model's own evaluation; not shipped
-MAX_CLIP_S = 7.5  # the window is 8 s; who would take longer speaks faster, and no clip is ever cut
+MAX_CLIP_S = 7.5  # short clips keep training and tests short; who would take longer speaks faster
 _EVERYDAY_SEED = SEED + 17
 # Few voices heard often is what an in-domain set looks like: five of eSpeak's and Flite's three recorded speakers.
 _SHIPPED = {"espeak-us-m3", "espeak-us-f2", "espeak-gb-m1", "espeak-gb-f4", "espeak-gb-scotland-f3"}

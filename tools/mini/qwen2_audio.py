@@ -59,7 +59,7 @@ CHAT_TEMPLATE = """\
 class Qwen2Audio(Blueprint):
     """`builtin:mini`."""
 
-    window_s = 8
+    window_s = 30
     masks_padding = True
 
     def processor(self, texts: Sequence[str], folder: Path | None = None) -> Qwen2AudioProcessor:
