@@ -6,6 +6,7 @@ headers; no weights are loaded, no audio is decoded and nothing but a configurat
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from trimlingual.recipe import EXPORT_STAGES, Recipe
 from trimlingual.recipe.languages import language
 from trimlingual.resources import device_problems, disk_problems, memory_notes, quantization_problems, training_problems
 from trimlingual.run.artifacts import ArtifactError
+from trimlingual.run.lineage import LineageError, read_lineage
 from trimlingual.run.progress import say
+from trimlingual.step_inputs import base_ref
 
 if TYPE_CHECKING:
     from trimlingual.steps import Step
@@ -69,9 +72,9 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
         found.problems.append(f"model.base {recipe.model.base}: {error}")
     for problem in chain(
         _languages(recipe, names), _libraries(config), _models(steps), _sources(recipe, names),
-        _comet(recipe, run_dir, names), device_problems(recipe),
-        training_problems(recipe, names), quantization_problems(recipe, names, config),
-        _exports(recipe, steps, config), _layers(recipe, names, config),
+        _vocabulary(recipe, steps), _comet(recipe, run_dir, names), device_problems(recipe),
+        training_problems(recipe, names, config), quantization_problems(recipe, names, config),
+        _exports(recipe, steps, config), _layers(recipe, steps, config),
         disk_problems(run_dir, names, found.estimates),
     ):  # fmt: skip
         if problem not in found.problems:
@@ -157,7 +160,7 @@ def _ranking_notes(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
-    """Listings, columns, references in every language, audio files; the texts that tokens are counted on."""
+    """Listings, columns, references in every language, audio files."""
     from trimlingual.data.sources import listing_problems
 
     if "data" in names:
@@ -166,10 +169,27 @@ def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
             if source is not None and not isinstance(source, int):
                 for problem in listing_problems(source, recipe.task.target_languages, wanted=recipe.data.references):
                     yield f"data.{role}: {problem}"
-    if "trimmed" in names and recipe.vocab:
-        for path in [*recipe.vocab.texts, *recipe.vocab.held_out]:
-            if not Path(path).is_file():
-                yield f"vocab: {path} does not exist"
+
+
+def _vocabulary(recipe: Recipe, steps: Sequence[Step]) -> Iterator[str]:
+    """The texts that tokens are counted on, and whether the tokenizer can be trimmed to so many."""
+    from trimlingual.models.folders import folder_problems
+    from trimlingual.vocabulary.rewrite import read_lines, vocab_problems
+
+    trimming = next((step for step in steps if step.name == "trimmed"), None)
+    if recipe.vocab is None or trimming is None:
+        return
+    for path in [*recipe.vocab.texts, *recipe.vocab.held_out]:
+        if not Path(path).is_file():
+            yield f"vocab: {path} does not exist"
+            continue
+        try:
+            deque(read_lines(Path(path)), maxlen=0)
+        except DataError as error:
+            yield f"vocab: {error}"
+    folder, is_base = _given_or_base(recipe, trimming, steps)
+    if folder and not folder_problems(folder, "trimmed"):
+        yield from vocab_problems(folder, recipe.task, recipe.vocab, weights=not is_base)
 
 
 def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]:
@@ -198,7 +218,6 @@ def _comet(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> Iterator[str]
 def _exports(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str]:
     """What a runtime will not take, of a model that this run makes or of one that stands there."""
     from trimlingual.exports.target import target
-    from trimlingual.run.lineage import LineageError, read_lineage
 
     made = {step.folder for step in steps}
     runtimes = {stage: runtime for runtime, stage in EXPORT_STAGES.items()}
@@ -213,22 +232,25 @@ def _exports(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str
         yield from target(runtimes[step.name]).problems(recipe, config, quantization)
 
 
-def _layers(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:
-    """Whether so many layers can go."""
-    rank = recipe.rank
-    if rank is None or "rank" not in names or config is None:
+def _given_or_base(recipe: Recipe, step: Step, steps: Sequence[Step]) -> tuple[Path | None, bool]:
+    """The folder of the model that a step reads; of one that is still to be made the base model's, and True. None if not here."""
+    folder = step.inputs["model"].local
+    if folder and folder.is_dir() and folder not in {each.folder for each in steps}:
+        return folder, False
+    return base_ref(recipe).local, True
+
+
+def _layers(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str]:
+    """Whether the layers can go from the model that is ranked: a given one, or what becomes of the base model."""
+    from trimlingual.search.allowed import ranking_problems
+
+    ranking = next((step for step in steps if step.name == "rank"), None)
+    if recipe.rank is None or ranking is None:
         return
-    counts = {"decoder": config.text_config.num_hidden_layers, "encoder": config.audio_config.encoder_layers}
-    towers = [tower for tower in counts if rank.towers in (tower, "both")]
-    free = sum(max(0, counts[tower] - rank.protect_first - rank.protect_last) for tower in towers)
-    free -= len({i for i in rank.protected if rank.protect_first <= i < counts["decoder"] - rank.protect_last}) * (
-        "decoder" in towers
-    )
-    if rank.num_layers_to_remove > free:
-        layers = " and ".join(f"{counts[tower]} {tower}" for tower in towers)
-        yield (
-            f"rank.num_layers_to_remove is {rank.num_layers_to_remove}, but of {layers} layers "
-            f"only {free} are not protected"
-        )
-    if beyond := [index for index in rank.protected if not 0 <= index < counts["decoder"]]:
-        yield f"rank.protected names layers {beyond}; the decoder has 0 to {counts['decoder'] - 1}"
+    folder, _ = _given_or_base(recipe, ranking, steps)
+    with suppress(LineageError):  # `_models` says what is wrong with the folder
+        if folder:
+            yield from ranking_problems(recipe.rank, read_lineage(folder).layers)
+        elif config is not None:
+            counts = {"decoder": config.text_config.num_hidden_layers, "encoder": config.audio_config.num_hidden_layers}
+            yield from ranking_problems(recipe.rank, {tower: range(num) for tower, num in counts.items()})

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from trimlingual.estimate import Estimate, disk_peak, gb, training_sections
 from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.run.processes import num_processes
 
 # Libraries of the trackers that transformers can report to, where they differ from the tracker's name.
 TRACKERS = {
@@ -37,11 +40,13 @@ def device_problems(recipe: Recipe) -> Iterator[str]:
         yield f"model.device is {recipe.model.device}, but PyTorch {torch.__version__} finds {count} {device} device(s) on this machine"
 
 
-def training_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
-    """What the training sections need installed."""
+def training_problems(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:
+    """What the training sections need: libraries, a GPU for each process, modules of these names in the model of `config`."""
     for stage, (path, train) in training_sections(recipe).items():
         if stage in names:
             yield from (f"{path}.{problem}" for problem in _training(recipe, train))
+            if train.method == "lora" and train.lora.target_modules != "all-linear" and config is not None:
+                yield from (f"{path}.{problem}" for problem in _adapter_problems(train, config))
 
 
 def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:
@@ -51,10 +56,9 @@ def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:
         elif _device_kind(recipe) != "cuda":
             yield "optimizer: flash_adamw needs a CUDA GPU, and none is used; set adamw_torch"
     else:
-        from transformers.training_args import OptimizerNames
-
-        if train.optimizer not in (known := [name.value for name in OptimizerNames]):
-            yield f"optimizer: {train.optimizer!r} is unknown; it is {FLASH_ADAMW} or one of {', '.join(known)}"
+        yield from _optimizer_problems(train)
+    if train.fsdp and (num_processes() == 1 or _device_kind(recipe) != "cuda"):
+        yield "fsdp: it needs several processes with a GPU each: start with accelerate launch or torchrun, or set fsdp: false"
     if train.deepspeed:
         if find_spec("deepspeed") is None:
             yield "deepspeed: it is not installed; pip install deepspeed"
@@ -66,6 +70,34 @@ def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:
             yield f"report_to: {tracker!r} is unknown; it is one of {', '.join(TRACKERS)}"
         elif libraries and not any(find_spec(name) for name in libraries):
             yield f"report_to: {tracker} is not installed; pip install {libraries[0]}"
+
+
+def _optimizer_problems(train: TrainSettings) -> Iterator[str]:
+    """Whether transformers knows the optimizer, and what it needs is installed."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    if train.optimizer not in (known := [name.value for name in OptimizerNames]):
+        yield f"optimizer: {train.optimizer!r} is unknown; it is {FLASH_ADAMW} or one of {', '.join(known)}"
+        return
+    # TrainingArguments themselves would take hold of the device and of the other processes.
+    arguments = {each.name: each.default for each in fields(TrainingArguments)}
+    arguments |= {"optim": train.optimizer, "optim_args": train.optimizer_args, "learning_rate": train.learning_rate}
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**arguments))
+    except (ImportError, ValueError) as error:
+        yield f"optimizer: {train.optimizer} cannot be used: {error}"
+
+
+def _adapter_problems(train: TrainSettings, config: Any) -> Iterator[str]:
+    """Whether there is a module to adapt."""
+    from trimlingual.models.family import meta_model
+    from trimlingual.training.lora import add_lora
+
+    try:
+        add_lora(meta_model(config), train.lora, 0, train.freeze)
+    except ValueError as error:
+        yield str(error)
 
 
 def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> Iterator[str]:

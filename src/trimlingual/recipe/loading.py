@@ -98,6 +98,8 @@ class Recipe(Section):
         for path, train in {"quantize.train": users["quantize.train"], "rank.finetune_each_round": each_round}.items():
             if train and train.sweep:
                 problems.append(f"{path}.sweep must be empty: only finetune and recover try several rates")
+        if each_round:
+            problems += _each_round_problems(each_round, self.data)
         for path, train in users.items():
             if not train:
                 continue
@@ -126,6 +128,19 @@ class Recipe(Section):
             problems.append("distill.out_of_domain is true but data.out_of_domain is not set")
         if self.distill and not self.finetune:
             problems.append("distill is set but finetune is null: there is no teacher")
+        problems += self._quantize_problems()
+        if self.rank:
+            for language in self.task.target_languages:
+                try:
+                    self.rank.metric_for(language)
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _quantize_problems(self) -> list[str]:
+        problems = []
         if self.quantize:
             have = {"base": True, "teacher": self.finetune, "pruned": self.rank, "recovered": self.recover}
             if not have[self.quantize.start]:
@@ -136,15 +151,26 @@ class Recipe(Section):
                 problems.append(
                     "vocab.when is after but quantize.parts has lm_head: rows of a 4-bit head cannot be taken out; use before"
                 )
-        if self.rank:
-            for language in self.task.target_languages:
-                try:
-                    self.rank.metric_for(language)
-                except ValueError as error:
-                    problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            if self.vocab and self.vocab.when == "after" and self.quantize.eight_bit:
+                problems.append(
+                    "vocab.when is after but quantize.eight_bit is set: rows in 8 bits cannot be taken out; use before"
+                )
+        return problems
+
+
+def _each_round_problems(train: TrainSettings, data: DataSettings) -> list[str]:
+    """What a training between two rounds of the search cannot have: it comes before the teacher translates anything."""
+    path = "rank.finetune_each_round"
+    problems = []
+    if train.data.taught:
+        problems.append(f"{path}.data.distilled must be 0: layers are ranked before the teacher translates")
+    if train.data.out_of_domain and data.out_of_domain is None:
+        problems.append(f"{path}.data.out_of_domain is {train.data.out_of_domain} but data.out_of_domain is not set")
+    if train.token_distillation:
+        problems.append(f"{path}.token_distillation must be null: what is ranked is the teacher itself")
+    if train.selection_checks:
+        problems.append(f"{path}.selection_checks must be 0: the search itself looks at the selection clips")
+    return problems
 
 
 def recipes_dir() -> Path:

@@ -178,8 +178,12 @@ class RankSettings(Section):
     def _fits(self) -> RankSettings:
         if self.finetune_each_round and self.strategy != "greedy":
             raise ValueError(f"finetune_each_round needs strategy greedy, not {self.strategy}")
-        if self.finetune_each_round and self.finetune_each_round.fsdp:
-            raise ValueError("finetune_each_round does not go with fsdp: the search goes on with whole weights")
+        if self.finetune_each_round and (self.finetune_each_round.fsdp or self.finetune_each_round.deepspeed):
+            raise ValueError(
+                "finetune_each_round does not go with fsdp or deepspeed: the search goes on with whole weights"
+            )
+        if self.strategy == "middle" and self.towers == "both":
+            raise ValueError("strategy middle works on one tower; set towers to decoder or encoder")
         if self.strategy != "greedy":
             for name in ("min_retained", "selection"):
                 if getattr(self, name) not in (None, "exact"):

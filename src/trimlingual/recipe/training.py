@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +22,15 @@ class LoraSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the adapter's input")
     rslora: bool = Field(default=True, description="rank-stabilised (Kalajdzievski 2023)")
     target_modules: str | list[str] = Field(default="all-linear", description="as PEFT's LoraConfig.target_modules")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_pattern(cls, value: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"one text is a regular expression, and this is none ({error})") from error
+        return value
 
 
 class MixSettings(Section):
@@ -149,6 +159,8 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> TrainSettings:
+        if self.optimizer_args and not all("=" in part for part in self.optimizer_args.split(",")):
+            raise ValueError(f"optimizer_args is {self.optimizer_args!r}; it must look like name=value, name=value")
         others = [name for name in ("optimizer_args", "fsdp", "deepspeed") if getattr(self, name)]
         if self.optimizer == FLASH_ADAMW and others:
             raise ValueError(

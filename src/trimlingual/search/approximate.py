@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_difference
-from trimlingual.search.scorer import Candidate
+from trimlingual.search.allowed import Candidate
 
 Record = dict[str, Any]
 # Scores candidates on further clips: called with the candidates, the clips and the candidates' earlier records, which it adds to.

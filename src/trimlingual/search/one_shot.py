@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,32 +10,27 @@ import torch
 from trimlingual.data.audio import load_audio
 from trimlingual.models.inputs import Collator, Example
 from trimlingual.models.tree import layer_list
-from trimlingual.recipe import Tower
+from trimlingual.recipe import RankSettings, Tower
+from trimlingual.run.lineage import Lineage
+from trimlingual.search.allowed import middle_block
 from trimlingual.search.plan import PrunePlan, Removal
-from trimlingual.search.scorer import Candidate, Scorer
+from trimlingual.search.scorer import Scorer
 from trimlingual.training.loss import answer_forward
 
 
-def middle(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
-    """The block around the middle (the paper's ablation: layers 12-19 of 32)."""
-    if scorer.settings.towers == "both":
-        raise ValueError("rank.strategy middle works on one tower; set rank.towers to decoder or encoder")
-    tower = allowed[0][0]
-    layers = scorer.lineage.layers[tower]
-    start = (len(layers) - scorer.settings.num_layers_to_remove) // 2
-    chosen = layers[start : start + scorer.settings.num_layers_to_remove]
-    blocked = sorted(set(chosen) - {layer for _, layer in allowed})
-    if blocked:
-        raise ValueError(f"the middle block {chosen} holds protected layers {blocked}; remove fewer or protect less")
-    return PrunePlan(removals=[Removal(tower=tower, layer=layer) for layer in chosen])
+def middle(settings: RankSettings, lineage: Lineage) -> PrunePlan:
+    """The block around the middle. What is wrong with it was said before (`ranking_problems`)."""
+    block = middle_block(settings, lineage.layers)
+    return PrunePlan(removals=[Removal(tower=tower, layer=layer) for tower, layer in block])
 
 
 @torch.inference_mode()
-def block_influence(scorer: Scorer, allowed: Sequence[Candidate]) -> PrunePlan:
+def block_influence(scorer: Scorer) -> PrunePlan:
     """The layers of lowest Block Influence: 1 - E[cos(layer input, layer output)] (Men et al. 2024, ShortGPT, eq. 1).
 
     It is measured on the selection set with its references, teacher-forced, over all tokens that are not padding.
     """
+    allowed = scorer.candidates(scorer.lineage)
     sums: dict[tuple[Tower, int], list[float]] = {}
     hooks = []
     # The attention mask of the current batch. It is for the decoder alone: the audio tower has other lengths, and no mask.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,7 @@ from trimlingual.recipe import TOWERS, RankSettings, SharedSettings, Tower
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.progress import say
+from trimlingual.search.allowed import Candidate, may_go
 from trimlingual.search.bounds import best_possible, settled_counts
 from trimlingual.search.from_parent import NO_DRAFT, Trace, losses, losses_without, trace, translate_without
 
@@ -48,13 +49,6 @@ TRACE_SHARE = 0.5  # of the free memory may be taken by a trace
 ENCODE_BATCH = 32  # clips
 GPU_BLOCK_ROWS = 13  # rows of a block on a GPU: few, because a block takes as long as its longest row
 ROWS_IN_FLIGHT = 256  # rows on a GPU up to which a decoding step takes as long as reading the weights
-
-
-class Candidate(NamedTuple):
-    """A layer that may go, by its index in the base model."""
-
-    tower: Tower
-    layer: int
 
 
 class Tally:
@@ -234,14 +228,7 @@ class Scorer:
 
     def candidates(self, lineage: Lineage) -> list[Candidate]:
         """The layers in `lineage` that may go."""
-        found: list[Candidate] = []
-        for tower in TOWERS:
-            if self.settings.towers in (tower, "both"):
-                layers = lineage.layers[tower]
-                start, end = self.settings.protect_first, len(layers) - self.settings.protect_last
-                kept = set(self.settings.protected) if tower == "decoder" else set()
-                found += [Candidate(tower, layer) for layer in layers[start:end] if layer not in kept]
-        return found
+        return may_go(self.settings, lineage.layers)
 
     def influence(self, candidate: Candidate) -> float:
         """Block Influence of a decoder layer in the parent (see `Trace`), on the first block; infinite where it is not known."""

@@ -25,9 +25,10 @@ from trimlingual.run.artifacts import SCRATCH, append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index
 from trimlingual.run.progress import progress, say
+from trimlingual.search.allowed import Candidate
 from trimlingual.search.approximate import better_half, not_beaten, race
 from trimlingual.search.plan import PrunePlan, Removal
-from trimlingual.search.scorer import Candidate, Scorer, Tally
+from trimlingual.search.scorer import Scorer, Tally
 
 JOURNAL_FILE = "candidates.jsonl"
 TIE = 1e-9  # scores closer than this count as equal, because a bound and a score are summed in different orders

@@ -18,6 +18,7 @@ from trimlingual.recipe import RankSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.run.processes import is_main_process, wait_for_everyone
+from trimlingual.search.allowed import ranking_problems
 from trimlingual.search.one_shot import block_influence, middle
 from trimlingual.search.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
 from trimlingual.search.scorer import Scorer
@@ -37,26 +38,22 @@ def rank(
     """Find the layers to remove from the model in `folder` and write `plan.json` to `out_dir`.
 
     Every candidate's score is appended to `candidates.jsonl` at once; a killed search goes on from there. All processes of a
-    distributed run take part. Raises ValueError when more layers are asked for than may go.
+    distributed run take part. Raises ValueError when the layers asked for cannot go.
     """
     started = time.perf_counter()
     wait_for_everyone()
     source, lineage = _latest_round(out_dir) or folder.path, folder.lineage
+    if problems := [*ranking_problems(settings, lineage.layers)]:
+        raise ValueError("; ".join(problems))
     model = load_model(source, shared.model.dtype, pick_device(shared.model.device))
     processor = load_processor(folder.path, shared.model.audio_padding)
     scorer = Scorer(model, processor, select, shared, settings, lineage, present=read_lineage(source).layers)
-    allowed = scorer.candidates(lineage)
-    if settings.num_layers_to_remove > len(allowed):
-        raise ValueError(
-            f"rank.num_layers_to_remove is {settings.num_layers_to_remove} but only {len(allowed)} of the "
-            f"{len(lineage.layers['decoder'])} decoder layers may go; choose at most {len(allowed)} (the first "
-            f"{settings.protect_first} and the last {settings.protect_last} are kept, see rank.protect_first / protect_last)"
-        )
     if settings.strategy == "greedy":
         plan = _greedy_search(scorer, training, shared, out_dir)
+    elif settings.strategy == "middle":
+        plan = middle(settings, lineage)
     else:
-        choose = middle if settings.strategy == "middle" else block_influence
-        plan = choose(scorer, allowed)
+        plan = block_influence(scorer)
     plan = plan.model_copy(
         update={
             "strategy": settings.strategy,

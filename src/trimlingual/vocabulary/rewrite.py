@@ -70,41 +70,30 @@ def trim_vocab(
     """
     model_dir = folder.path
     check_folder(model_dir, "trimmed")
-    processor = load_processor(model_dir)
-    if not hasattr(processor.tokenizer, "backend_tokenizer"):
-        raise VocabError(
-            f"the tokenizer in {model_dir} is no tokenizer.json ({type(processor.tokenizer).__name__}), and no other kind can be "
-            "trimmed: leave out the section vocab"
-        )
-    full = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    bpe = read_bpe(full)
-    config, generation = AutoConfig.from_pretrained(model_dir), _read_json(model_dir / "generation_config.json")
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.text_config))
-    rows = find_rows(model_dir, tied)
-    num_rows, known = rows[0].shape[0], {*bpe.ids.values()}
+    given = _read(model_dir, task)
+    processor, bpe, config, generation = given.processor, given.bpe, given.config, given.generation
+    rows = find_rows(model_dir, given.tied)
     counts, sample = count_tokens(processor.tokenizer, texts)
-    prompts = prompt_ids(processor, task)
-    named = known.intersection(_token_ids([_attributes(part) for part in _configs(config)], generation))
     kept = choose(
         bpe,
         counts,
-        named.union(*prompts),
+        given.required,
         min_count=settings.min_count,
         max_tokens=settings.max_tokens,
         multiple=settings.pad_to_multiple,
     )
     with explained_disk_full(out_dir):
-        removed = write_rows(model_dir, out_dir, rows, kept.ids, tied)
+        removed = write_rows(model_dir, out_dir, rows, kept.ids, given.tied)
         _write_configs(config, generation, kept, out_dir)
-        _write_tokenizer(processor, trimmed_tokenizer(full, kept.ids), kept, out_dir)
+        _write_tokenizer(processor, trimmed_tokenizer(given.tokenizer, kept.ids), kept, out_dir)
         folder.lineage.after("trim-vocab").save(out_dir)
     trimmed = prove(model_dir, out_dir, rows, bpe, kept)
     finish_saved(out_dir)
-    if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in prompts]:
+    if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in given.prompts]:
         raise ProofError("a prompt is tokenised in another way after trimming")
     texts_by_name = {f"counted (first {NUM_CHECKED})": sample, **held_out}
     return {
-        "rows": {"before": num_rows, "after": len(kept.ids)},
+        "rows": {"before": rows[0].shape[0], "after": len(kept.ids)},
         "tokens": {**kept.numbers(), "special": len(bpe.added)},
         **removed,
         "counted": _counted_share(counts, kept),
@@ -113,6 +102,56 @@ def trim_vocab(
             for name, lines in texts_by_name.items()
         },
     }
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the folder says of the model to be trimmed, its weights left out."""
+
+    processor: Any
+    tokenizer: dict[str, Any]  # tokenizer.json
+    bpe: Bpe
+    config: Any
+    generation: dict[str, Any]
+    tied: bool  # one tensor is embedding and output head
+    prompts: list[list[int]]
+    required: set[int]  # ids in the prompts and in the configurations
+
+
+def _read(model_dir: Path, task: TaskSettings) -> _Given:
+    """VocabError when the tokenizer is no byte-level BPE."""
+    processor = load_processor(model_dir)
+    if not hasattr(processor.tokenizer, "backend_tokenizer"):
+        raise VocabError(
+            f"the tokenizer in {model_dir} is no tokenizer.json ({type(processor.tokenizer).__name__}), and no other kind can be "
+            "trimmed: leave out the section vocab"
+        )
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    bpe = read_bpe(tokenizer)
+    config, generation = AutoConfig.from_pretrained(model_dir), _read_json(model_dir / "generation_config.json")
+    prompts = prompt_ids(processor, task)
+    named = _token_ids([_attributes(part) for part in _configs(config)], generation)
+    return _Given(
+        processor,
+        tokenizer,
+        bpe,
+        config,
+        generation,
+        tied=any(getattr(part, "tie_word_embeddings", False) for part in (config, config.text_config)),
+        prompts=prompts,
+        required={*bpe.ids.values()}.intersection(named).union(*prompts),
+    )
+
+
+def vocab_problems(model_dir: Path, task: TaskSettings, settings: VocabSettings, weights: bool) -> Iterator[str]:
+    """Why the model in a folder cannot be trimmed, before any text is counted; `weights` says whether its own weights are there."""
+    try:
+        given = _read(model_dir, task)
+        choose(given.bpe, {}, given.required, max_tokens=settings.max_tokens, multiple=settings.pad_to_multiple)
+        if weights:
+            find_rows(model_dir, given.tied)
+    except VocabError as error:
+        yield str(error)
 
 
 def prompt_ids(processor: Any, task: TaskSettings) -> list[list[int]]:
