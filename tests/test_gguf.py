@@ -12,7 +12,9 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from trimlingual.cli import app
 from trimlingual.exports.gguf import problems
 from trimlingual.exports.target import ExportError, Finished
 from trimlingual.models.inputs import Prompter
@@ -20,6 +22,7 @@ from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.saving import save_model
 from trimlingual.models.tree import audio_tower, lm_head, projector, text_decoder
+from trimlingual.preflight import PreflightError
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.quantization.nf4 import bitsandbytes_config, dequantized
 from trimlingual.recipe import QuantizeSettings, Recipe, VocabSettings, load_recipe
@@ -181,6 +184,31 @@ def test_a_trimmed_vocabulary(folder, tmp_path):
     written(tmp_path / "cut", tmp_path / "out")
     check_tokenizer(tmp_path / "out" / "mini-q8_0.gguf", tmp_path / "cut")
     assert tensors(tmp_path / "out" / "mini-q8_0.gguf")["output.weight"].shape == (1024, 192)
+
+
+def test_by_the_command_line(folder, tmp_path):
+    """Two runtimes at once get a folder each; what cannot work is said before anything is written."""
+    command = [
+        "export",
+        "mini",
+        "--model",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    run = CliRunner().invoke
+    refused = run(app, [*command, "--for", "gguf"])
+    assert isinstance(refused.exception, PreflightError)
+    assert not (tmp_path / "out").exists()
+    made = run(app, [*command, "--for", "gguf", "--for", "vllm", "--set", "model.audio_padding=window"])
+    assert made.exit_code == 0, made.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"exported-gguf", "exported-vllm"}
+    files = {path.name for path in (tmp_path / "out" / "exported-gguf").iterdir()}
+    assert files == {"README.md", "artifact.json", "log.txt", "mini-q8_0.gguf", "mmproj-f16.gguf"}
+    card = (tmp_path / "out" / "exported-gguf" / "README.md").read_text(encoding="utf-8")
+    assert "llama-server -m mini-q8_0.gguf --mmproj mmproj-f16.gguf" in card
 
 
 def test_what_llama_would_translate_into_nonsense_is_refused(folder, tmp_path, monkeypatch):

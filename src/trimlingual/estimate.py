@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trimlingual.recipe import EXPORT_STAGES, FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.recipe import EXPORT_STAGES, FLASH_ADAMW, GgufSettings, QuantizeSettings, Recipe, TrainSettings
 
+GGUF_BYTES = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a float16 scale for each block of 32 weights
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits a weight, plus an 8-bit scale a block of 64, plus a float32 scale a block of 256 scales
 # (Dettmers et al. 2023, section 3). Without double quantisation the scale is a float32.
@@ -92,10 +93,23 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     if recipe.vocab and recipe.vocab.when == "after":
         rows["trimmed"], shipped = Estimate(left), left
     rows |= dict.fromkeys(EXPORT_STAGES.values(), Estimate(shipped))
+    if recipe.export:
+        kept = pruned - full + sum(trimmed.values())
+        rows[EXPORT_STAGES["gguf"]] = Estimate(_gguf_bytes(trimmed, kept, recipe.export.gguf))
     for stage, splits in frozen_towers(recipe, model).items():
         states = state_bytes(recipe, sum((speech_s or {}).get(split, 0.0) for split in splits))
         rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states)
     return rows
+
+
+def _gguf_bytes(sizes: dict[str, int], kept: int, settings: GgufSettings) -> float:
+    """A file of all but tower and projector for each type, and these in f16; of `kept` weights in all."""
+    audio, tables = sizes["audio_tower"] + sizes["projector"], sizes["embeddings"] + sizes["lm_head"]
+    decoder = kept - audio - tables
+    texts = (
+        decoder * GGUF_BYTES[kind] + tables * GGUF_BYTES["q8_0" if kind == "q4_0" else kind] for kind in settings.types
+    )
+    return sum(texts) + (0 if settings.text_only else audio * GGUF_BYTES["f16"])
 
 
 def state_bytes(recipe: Recipe, speech_s: float) -> float:
