@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from trimlingual.decoding.translate_clips import translate_clips
@@ -27,10 +28,6 @@ CPU = torch.device("cpu")
 TRAIN = TrainSettings(method="lora", max_steps=3, learning_rate=5e-3, lora=LoraSettings(r=4, alpha=8))
 
 
-# dB that 4 bits leave of wide random weights after a few coarse steps of training; test_4bit_floor has the floor without training.
-LEAST = {"qwen2_audio": 3.0, "voxtral": -3.0, "audioflamingo3": 3.0}
-
-
 @pytest.fixture
 def examples(split, task):
     return [
@@ -39,19 +36,27 @@ def examples(split, task):
 
 
 @EVERY_FAMILY
-def test_qlora_merge_and_quantise_again(family, given, model_dir, shared, data, tmp_path):
+def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path):
+    """What 4 bits cost is asked of the weights. Logits tell something else: where rounding undoes an adapter, how far it had moved them."""
     settings = QuantizeSettings(compute_dtype="float32", merge_base="dequantized", train=TRAIN)
     info = quantize(given, data, shared, settings, tmp_path)
     change = info["change"]
     # Merging is exact in float32, but CPUs with AVX512-BF16 run 4-bit layers in bfloat16 whatever compute dtype is asked for.
     assert change["merged_sqnr_db"] > 30
-    assert LEAST[family.model_type] < change["final_sqnr_db"] < change["merged_sqnr_db"]
+    assert change["final_sqnr_db"] < change["merged_sqnr_db"]
     assert abs(change["final_loss"] - change["trained_loss"]) < 1.0  # wide random weights lose more than learned ones
     model = load_model(tmp_path, "float32", CPU)
     check_quantized(model, settings)
     assert count_parameters(model) == count_parameters(load_model(model_dir, "float32", CPU))
     assert read_lineage(tmp_path).quantization["scheme"] == "nf4"
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    base, merged = (load_model(model_dir, "float32", CPU, config) for config in (bitsandbytes_config(settings), None))
+    merge_(merged, PeftModel.from_pretrained(base, tmp_path / "adapter"), settings.merge_base)
+    kept = {
+        name: sqnr_db(merged.get_submodule(name).weight, dequantized(module))
+        for name, module in model.named_modules()
+        if is_4bit(module)
+    }
+    assert min(kept.values()) > 19  # test_4bit_floor
 
 
 @EVERY_FAMILY
