@@ -37,7 +37,7 @@ def examples(split, task):
 
 @EVERY_FAMILY
 def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path):
-    """What 4 bits cost is asked of the weights. Logits tell something else: where rounding undoes an adapter, how far it had moved them."""
+    """What 4 bits cost is asked of the weights: where rounding undoes an adapter, logits say how far it had moved them."""
     settings = QuantizeSettings(compute_dtype="float32", merge_base="dequantized", train=TRAIN)
     info = quantize(given, data, shared, settings, tmp_path)
     change = info["change"]
