@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from trimlingual.evaluation.cost import disk_bytes
+from trimlingual.exports.transformers import LEFT_BEHIND
 from trimlingual.run import interruptions, progress
 from trimlingual.run.artifacts import produce
-from trimlingual.stages.export import LEFT_BEHIND
 
 
 @pytest.fixture(autouse=True)
