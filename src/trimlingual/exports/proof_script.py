@@ -37,6 +37,7 @@ def margin(model, processor, inputs, ids, recorded):
 
 def main() -> None:
     """Load the folder, translate the samples with `generate()`, one at a time."""
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # bitsandbytes would have it download code and run that
     request = json.load(sys.stdin)
     folder = request["folder"]
     processor = transformers.AutoProcessor.from_pretrained(folder)
