@@ -59,7 +59,7 @@ dist:
 	tools/dist.sh $(PYTHON)
 
 test-voxtral: $(VENV_VOXTRAL)/.ready
-	$(VENV_VOXTRAL)/bin/python -m pytest -k voxtral $(ARGS)
+	$(VENV_VOXTRAL)/bin/python -m pytest -k 'voxtral or tekken' $(ARGS)
 
 $(VENV_VOXTRAL)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_VOXTRAL)

@@ -38,6 +38,16 @@ class Bpe:
         """Every token's id, added ones included."""
         return self.vocab | self.added
 
+    def rank(self, left: str, right: str) -> int | None:
+        """Place of the merge of two tokens; None if they do not merge."""
+        return self.ranks.get((left, right))
+
+    @property
+    def in_order(self) -> list[int]:
+        """All ids as the library numbers tokens when it loads them: those of the BPE, then added ones."""
+        inside = set(self.vocab.values())
+        return sorted(self.ids.values(), key=lambda old: (old not in inside, old))
+
     def byte_ids(self) -> set[int]:
         """Ids of the 256 single bytes."""
         return {self.vocab[byte] for byte in pre_tokenizers.ByteLevel.alphabet() if byte in self.vocab}
@@ -50,7 +60,8 @@ class Bpe:
         symbols = list(token)
         tree = {token, *symbols}
         while len(symbols) > 1:
-            known = [(self.ranks[pair], index) for index, pair in enumerate(pairwise(symbols)) if pair in self.ranks]
+            ranks = [(self.rank(*pair), index) for index, pair in enumerate(pairwise(symbols))]
+            known = [(rank, index) for rank, index in ranks if rank is not None]
             if not known:
                 return {token}
             _, index = min(known)
@@ -138,11 +149,9 @@ def choose(
     fill(by_count, target)
     fill(of_scripts(bpe, by_count), target)
     fill(sorted(bpe.vocab.values()), target)
-    # Tokens outside the BPE come last: that is where the library gives them ids when it loads them.
-    inside = set(bpe.vocab.values())
     num_used = sum(old in kept for old in used)
     return Kept(
-        ids=sorted(kept, key=lambda old: (old not in inside, old)),
+        ids=[old for old in bpe.in_order if old in kept],
         num_used=num_used,
         num_on_the_way=num_closed - len({*used} & kept | {*bpe.byte_ids(), *bpe.added.values(), *required}),
         num_filled=len(kept) - num_closed,

@@ -35,7 +35,8 @@ from trimlingual.models.tree import ROWS_BY_TOKEN, audio_token_id
 from trimlingual.recipe import TaskSettings, VocabSettings
 from trimlingual.run.artifacts import write_json, write_text
 from trimlingual.run.lineage import ModelFolder
-from trimlingual.vocabulary.bpe import Bpe, Kept, VocabError, choose, read_bpe, trimmed_tokenizer
+from trimlingual.vocabulary.bpe import Bpe, Kept, VocabError, choose
+from trimlingual.vocabulary.files import TokenizerFile, tokenizer_file
 
 BATCH = 1000  # sentences tokenised at a time
 NUM_CHECKED = 1000  # counted sentences whose tokenisation is compared after trimming
@@ -85,9 +86,9 @@ def trim_vocab(
     with explained_disk_full(out_dir):
         removed = write_rows(model_dir, out_dir, rows, kept.ids, given.tied)
         _write_configs(config, generation, kept, out_dir)
-        _write_tokenizer(processor, trimmed_tokenizer(given.tokenizer, kept.ids), kept, out_dir)
+        _write_tokenizer(given, kept, out_dir)
         folder.lineage.after("trim-vocab").save(out_dir)
-    trimmed = prove(model_dir, out_dir, rows, bpe, kept)
+    trimmed = prove(model_dir, out_dir, rows, given, kept)
     finish_saved(out_dir)
     if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in given.prompts]:
         raise ProofError("a prompt is tokenised in another way after trimming")
@@ -109,7 +110,8 @@ class _Given:
     """What the folder says of the model to be trimmed, its weights left out."""
 
     processor: Any
-    tokenizer: dict[str, Any]  # tokenizer.json
+    file: TokenizerFile
+    tokenizer: Mapping[str, Any]  # what is in this file
     bpe: Bpe
     config: Any
     generation: dict[str, Any]
@@ -121,18 +123,15 @@ class _Given:
 def _read(model_dir: Path, task: TaskSettings) -> _Given:
     """VocabError when the tokenizer is no byte-level BPE."""
     processor = load_processor(model_dir)
-    if not hasattr(processor.tokenizer, "backend_tokenizer"):
-        raise VocabError(
-            f"the tokenizer in {model_dir} is no tokenizer.json ({type(processor.tokenizer).__name__}), and no other kind can be "
-            "trimmed: leave out the section vocab"
-        )
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    bpe = read_bpe(tokenizer)
+    file = tokenizer_file(processor, model_dir)
+    tokenizer = file.read(processor, model_dir)
+    bpe = file.bpe(tokenizer)
     config, generation = AutoConfig.from_pretrained(model_dir), _read_json(model_dir / "generation_config.json")
     prompts = prompt_ids(processor, task)
     named = _token_ids([_attributes(part) for part in _configs(config)], generation)
     return _Given(
         processor,
+        file,
         tokenizer,
         bpe,
         config,
@@ -357,12 +356,13 @@ def _write_configs(config: Any, generation: Mapping[str, Any], kept: Kept, out_d
         write_json(out_dir / "generation_config.json", new)
 
 
-def _write_tokenizer(processor: Any, tokenizer: Mapping[str, Any], kept: Kept, out_dir: Path) -> None:
-    """The processor's files, with the trimmed tokenizer.json in place of the one it writes."""
-    processor.save_pretrained(out_dir)
+def _write_tokenizer(given: _Given, kept: Kept, out_dir: Path) -> None:
+    """The processor's files, with the trimmed tokenizer in place of the one it writes."""
+    given.processor.save_pretrained(out_dir)
     for name in ("vocab.json", "merges.txt", "added_tokens.json"):  # older forms of the same; they would contradict it
         (out_dir / name).unlink(missing_ok=True)
-    write_text(out_dir / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False) + "\n")
+    trimmed = given.file.trimmed(given.tokenizer, kept.ids)
+    write_text(out_dir / given.file.name, json.dumps(trimmed, ensure_ascii=False) + "\n")
     settings = _read_json(out_dir / "tokenizer_config.json")
     if "added_tokens_decoder" in settings:
         old = settings["added_tokens_decoder"]
@@ -373,7 +373,7 @@ def _write_tokenizer(processor: Any, tokenizer: Mapping[str, Any], kept: Kept, o
 # ---- proof
 
 
-def prove(model_dir: Path, out_dir: Path, rows: Sequence[RowTensor], bpe: Bpe, kept: Kept) -> Any:
+def prove(model_dir: Path, out_dir: Path, rows: Sequence[RowTensor], given: _Given, kept: Kept) -> Any:
     """ProofError unless the saved rows equal the original's and the tokenizer, loaded plainly, has the ids it should.
 
     Returns the saved processor.
@@ -386,11 +386,11 @@ def prove(model_dir: Path, out_dir: Path, rows: Sequence[RowTensor], bpe: Bpe, k
         ):
             if not torch.equal(old.get_tensor(row.name).index_select(0, chosen), new.get_tensor(row.name)):
                 raise ProofError(f"the rows of {row.name} changed while trimming")
-    new_ids = {token: kept.new_id[old] for token, old in bpe.ids.items() if old in kept.new_id}
+    new_ids = {token: kept.new_id[old] for token, old in given.bpe.ids.items() if old in kept.new_id}
     processor = load_processor(out_dir)
     for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(out_dir)):
-        if tokenizer.get_vocab() != new_ids:
-            wrong = [token for token, new in tokenizer.get_vocab().items() if new_ids.get(token) != new]
+        if (found := given.file.ids(tokenizer)) != new_ids:
+            wrong = [token for token, new in found.items() if new_ids.get(token) != new]
             raise ProofError(
                 f"the trimmed tokenizer gives {len(wrong)} token(s) other ids than their rows: {wrong[:5]}"
             )
