@@ -1,4 +1,4 @@
-"""GGUF files read back: the model's weights, its tokenizer, and llama.cpp's prompt. llama.cpp itself: `make test-llama`."""
+"""GGUF files read back: the model's weights, its tokenizer, llama.cpp's prompt; and llama.cpp itself, as the package xllamacpp."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 from trimlingual.cli import app
+from trimlingual.data.sources import Clip
+from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.exports import llama_cpp
 from trimlingual.exports.gguf import problems
 from trimlingual.exports.target import ExportError, Finished
 from trimlingual.models.inputs import Prompter
@@ -25,7 +28,7 @@ from trimlingual.models.tree import audio_tower, lm_head, projector, text_decode
 from trimlingual.preflight import PreflightError
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.quantization.nf4 import bitsandbytes_config, dequantized
-from trimlingual.recipe import QuantizeSettings, Recipe, VocabSettings, load_recipe
+from trimlingual.recipe import DecodeSettings, QuantizeSettings, Recipe, VocabSettings, load_recipe
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.export import export
 from trimlingual.stages.quantize import sqnr_db
@@ -101,7 +104,7 @@ def test_the_decoder_reads_back(kind, least_db, folder, tmp_path):
     assert field(path, "qwen2.attention.head_count_kv") == model.config.text_config.num_key_value_heads
     [outcome] = made["outcomes"]
     assert outcome["disk_bytes"] == path.stat().st_size + (tmp_path / "mmproj-f16.gguf").stat().st_size
-    assert "not checked with llama.cpp" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "llama.cpp (xllamacpp" in (tmp_path / "README.md").read_text(encoding="utf-8")  # it loads them
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4"])
@@ -122,6 +125,43 @@ def test_packed_weights_are_written_as_what_they_stand_for(scheme, folder, tmp_p
     torch.testing.assert_close(found, expected.detach().float(), rtol=1e-3, atol=1e-6)
     original = text_decoder(load_model(folder, "bfloat16", cpu)).layers[4].self_attn.v_proj.weight
     assert 15 < sqnr_db(original, found) < 30  # 4 bits
+
+
+@pytest.fixture
+def recorded(folder, split, monkeypatch) -> list[tuple[Clip, str, str]]:
+    """What our decoder says to four clips in two languages, as an evaluation would have recorded it."""
+    settings = DecodeSettings(max_new_tokens=8, min_new_tokens=8)
+    model, clips = load_model(folder, "float32", torch.device("cpu")), split.clips[:4]
+    said = translate_clips(model, load_processor(folder), recipe().task, clips, settings)
+    by_id = {clip.id: clip for clip in clips}
+    found = [(by_id[each.id], each.language, each.hypothesis) for each in said]
+    monkeypatch.setattr(llama_cpp, "recorded_translations", lambda *given: found)
+    return found
+
+
+def test_llama_says_what_our_decoder_says(folder, recorded, tmp_path):
+    """It fills clips up itself and makes the prompt by the template in the file."""
+    assert len({text for *_, text in recorded}) > 4
+    [outcome] = written(folder, tmp_path, "export.gguf.types=[f16]", "decode.max_new_tokens=8")["outcomes"]
+    proof = outcome["proof"]
+    assert (proof["runtime"], proof["compared"]) == ("llama.cpp", 8)
+    assert proof["equal"] >= 7  # f16 rounds otherwise than bfloat16
+    assert proof["seconds_per_clip"] > 0
+    assert proof["peak_bytes"] > outcome["disk_bytes"]
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"its server gives {proof['equal']} of 8 recorded translations unchanged" in card
+
+
+def test_files_that_llama_runs_otherwise_do_not_ship(folder, recorded, tmp_path):
+    recorded[:] = [(clip, language, "Etwas anderes.") for clip, language, _ in recorded]
+    with pytest.raises(ExportError, match="8 of 8 translations by llama"):
+        written(folder, tmp_path, "decode.max_new_tokens=8")
+    (tmp_path / "mini-q8_0.gguf").write_bytes(b"GGUF")
+    with (
+        pytest.raises(ExportError, match="does not load what was exported"),
+        llama_cpp.serving(tmp_path / "mini-q8_0.gguf", tmp_path / "mmproj-f16.gguf", 64),
+    ):
+        pass
 
 
 def test_the_audio_tower_reads_back(folder, tmp_path):
@@ -174,6 +214,7 @@ def check_tokenizer(path: Path, model_dir: Path) -> None:
 def test_the_tokenizer_and_the_prompt(folder, tmp_path):
     written(folder, tmp_path, "export.gguf.text_only=true")
     assert not (tmp_path / "mmproj-f16.gguf").exists()
+    assert "not checked with llama.cpp: without the audio tower" in (tmp_path / "README.md").read_text(encoding="utf-8")
     check_tokenizer(tmp_path / "mini-q8_0.gguf", folder)
 
 

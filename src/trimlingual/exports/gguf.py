@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimlingual.exports.llama_cpp import MISSING, is_there, prove
 from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.models.family import Family, family_named, family_of
 from trimlingual.models.folders import is_bitsandbytes
@@ -74,8 +75,21 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
         path = out_dir / f"{name}-{kind}.gguf"
         _write_text(path, model, processor, family, name, kind, four_bit)
         size = path.stat().st_size + (mmproj.stat().st_size if mmproj else 0)
-        outcomes.append(Outcome("gguf", kind, size, unproven="no llama.cpp has run it"))
+        proof, unproven = None, _why_not_proven(finished)
+        if mmproj and not unproven:
+            proof = prove(path, mmproj, kind, finished, model.config.text_config.max_position_embeddings)
+        outcomes.append(Outcome("gguf", kind, size, proof, unproven))
     return outcomes
+
+
+def _why_not_proven(finished: Finished) -> str:
+    assert finished.recipe.export is not None
+    settings = finished.recipe.export.gguf
+    if finished.is_random:
+        return "the base model is random"
+    if settings.text_only:
+        return "without the audio tower there is nothing to translate"
+    return "" if is_there(settings.llama_server) else MISSING
 
 
 def _write_text(

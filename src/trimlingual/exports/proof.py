@@ -66,15 +66,15 @@ def prove_export(
             **{key: answer[key] for key in ("seconds_per_clip", "peak_bytes")}}  # fmt: skip
 
 
-def most_different(compared: int, exact: bool) -> int:
+def most_different(compared: int, exact: bool, share: float = DIFFERING) -> int:
     """How many of `compared` translations may differ before an export is refused: none where arithmetic is `exact`.
 
-    Elsewhere the promise is that at most 5 % differ, over many sentences. A few sentences cannot show that: of 8 one that differs is
-    12.5 %. So the bound is the 99th percentile of the binomial distribution with that share: an export that keeps the promise is
-    refused less than once in a hundred times. It is 2 of 8, 3 of 16, 6 of 40, 20 of 240. What is refused is another model than the one
-    that was scored, not a near-tie too many. benchmarks/export.py measures the share itself.
+    Elsewhere the promise is that at most a `share` differs, over many sentences. A few sentences cannot show that: of 8 one that
+    differs is 12.5 %. So the bound is the 99th percentile of the binomial distribution with that share: an export that keeps the
+    promise is refused less than once in a hundred times. With 5 % it is 2 of 8, 3 of 16, 6 of 40, 20 of 240. What is refused is
+    another model than the one that was scored, not a near-tie too many. benchmarks/export.py measures the share itself.
     """
-    return 0 if exact else int(binom.ppf(CERTAINTY, compared, DIFFERING))
+    return 0 if exact else int(binom.ppf(CERTAINTY, compared, share))
 
 
 def translate_plainly(

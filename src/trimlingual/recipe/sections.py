@@ -309,6 +309,11 @@ class GgufSettings(Section):
     types: Annotated[list[GgufType], Field(min_length=1)] = Field(
         default=["q8_0"], description="types of the decoder's weights, one file each; q4_0 has table and head in q8_0"
     )
+    llama_server: str | None = Field(
+        default=None,
+        description="llama.cpp's program llama-server, which proves the files; null: the one on the PATH, else xllamacpp's",
+        json_schema_extra=NO_RESULT,
+    )
     text_only: bool = Field(
         default=False, description="no audio tower: the decoder translates text, or states made elsewhere"
     )

@@ -195,8 +195,11 @@ def _runtime(outcome: Mapping[str, Any]) -> str:
 def proof_text(proof: Mapping[str, Any]) -> str:
     """What an export's proof has shown, in one sentence. Exports of earlier versions do not say with what it was shown."""
     with_what = " with ".join(f"{name} {version}" for name, version in proof.get("versions", {}).items())
-    loads = f"plain {with_what or 'transformers'} loads the folder whole"
+    if proof.get("runtime") == "llama.cpp":
+        loads, gives = f"llama.cpp ({with_what}) loads the files", "its server gives"
+    else:
+        loads = f"plain {with_what or 'transformers'} loads the folder whole"
+        gives = f"generate() in {proof['dtype']} gives" if "dtype" in proof else "generate() gives"
     if not proof["compared"]:
         return f"{loads}; nothing was recorded that its translations could be compared with"
-    generate = f"generate() in {proof['dtype']}" if "dtype" in proof else "generate()"
-    return f"{loads}, and {generate} gives {proof['equal']} of {proof['compared']} recorded translations unchanged"
+    return f"{loads}, and {gives} {proof['equal']} of {proof['compared']} recorded translations unchanged"

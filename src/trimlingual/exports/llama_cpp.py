@@ -1,0 +1,169 @@
+"""The proof of GGUF files: llama.cpp's own server loads them and is asked, over HTTP, for the recorded translations.
+
+The server is the program `llama-server` or, where there is none, that of the package xllamacpp, which brings llama.cpp along.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import soundfile
+
+from trimlingual.data.audio import SAMPLE_RATE, load_audio
+from trimlingual.data.sources import Clip
+from trimlingual.exports.proof import most_different, recorded_translations
+from trimlingual.exports.target import ExportError, Finished
+from trimlingual.recipe import GgufType, TaskSettings
+
+START_S = 600  # that a large model may take to load
+ANSWER_S = 600
+# Share of translations that may differ from the recorded ones, which were made with other roundings and in 16 bits.
+DIFFERING: dict[GgufType, float] = {"f16": 0.1, "q8_0": 0.2, "q4_0": 0.5}
+MISSING = "llama-server is not on the PATH, nor the package xllamacpp installed (pip install 'trimlingual[llama]')"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running llama.cpp."""
+
+    url: str
+    process: psutil.Process
+    versions: dict[str, str]
+
+    def translate(self, clip: Clip, language: str, task: TaskSettings, max_tokens: int) -> str:
+        """The answer to one clip, as a user of the server asks for it."""
+        wav = io.BytesIO()
+        soundfile.write(wav, load_audio(clip.audio), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+        audio = {"format": "wav", "data": base64.b64encode(wav.getvalue()).decode("ascii")}
+        request = {
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "messages": [
+                {"role": "system", "content": task.system_prompt},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "input_audio", "input_audio": audio},
+                        {"type": "text", "text": task.prompt_for(language)},
+                    ],
+                },
+            ],
+        }
+        return _ask(f"{self.url}/v1/chat/completions", request)["choices"][0]["message"]["content"].strip()
+
+
+def server_program(named: str | None) -> str | None:
+    """The `llama-server` to use: the one named, or on the PATH."""
+    return shutil.which(named or "llama-server")
+
+
+def prove(text: Path, mmproj: Path, kind: GgufType, finished: Finished, context: int) -> dict[str, Any]:
+    """Have llama.cpp translate recorded clips; ExportError where it does not load the files, or says too much else."""
+    recipe = finished.recipe
+    assert recipe.export is not None
+    recorded = recorded_translations(recipe, finished.evaluation_dir, finished.clips)
+    with serving(text, mmproj, context, recipe.export.gguf.llama_server) as server:
+        started, peak, said = time.perf_counter(), 0, []
+        for clip, language, _ in recorded:
+            said.append(server.translate(clip, language, recipe.task, recipe.decode.max_new_tokens))
+            peak = max(peak, server.process.memory_info().rss)
+        seconds = (time.perf_counter() - started) / len(recorded) if recorded else None
+    different = [
+        {"id": clip.id, "language": language, "recorded": before, "exported": now}
+        for (clip, language, before), now in zip(recorded, said, strict=True)
+        if before != now
+    ]
+    allowed = most_different(len(recorded), exact=False, share=DIFFERING[kind])
+    if len(different) > allowed:
+        first = different[0]
+        raise ExportError(
+            f"{len(different)} of {len(recorded)} translations by llama.cpp of {text.name} are not the recorded ones (allowed: "
+            f"{allowed}); the first, {first['id']}: {first['exported']!r} instead of {first['recorded']!r}"
+        )
+    return {
+        "runtime": "llama.cpp", "versions": server.versions, "loads_whole": True, "compared": len(recorded),
+        "equal": len(recorded) - len(different), "different": different, "seconds_per_clip": seconds, "peak_bytes": peak or None,
+    }  # fmt: skip
+
+
+@contextmanager
+def serving(text: Path, mmproj: Path, context: int, named: str | None = None) -> Iterator[Server]:
+    """llama.cpp's server on a free port of this machine; ExportError where it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = server_program(named)
+    if program:
+        command = [
+            program,
+            "-m",
+            text,
+            "--mmproj",
+            mmproj,
+            "--port",
+            port,
+            "-c",
+            context,
+            "-np",
+            1,
+            "--jinja",
+            "--no-warmup",
+        ]
+    else:
+        script = Path(__file__).with_name("llama_server.py")
+        command = [sys.executable, "-P", script, text, mmproj, port, context]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        started = subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stdout=log, stderr=log)
+        try:
+            _wait(url, started, log)
+            own = {"llama.cpp": _ask(f"{url}/props")["build_info"]} if program else {"xllamacpp": version("xllamacpp")}
+            yield Server(url, psutil.Process(started.pid), own)
+        finally:
+            started.kill()
+            started.wait()
+
+
+def is_there(named: str | None) -> bool:
+    """Whether a llama.cpp can be run here."""
+    return server_program(named) is not None or find_spec("xllamacpp") is not None
+
+
+def _wait(url: str, started: subprocess.Popen[bytes], log: Any) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        if started.poll() is not None:
+            log.seek(0)
+            lines = log.read().decode("utf-8", "replace").strip().splitlines() or ["no message"]
+            raise ExportError(f"llama.cpp does not load what was exported: {lines[-1]}")
+        try:
+            _ask(f"{url}/health")
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise ExportError(f"llama.cpp has not loaded what was exported within {START_S} s")
+
+
+def _ask(url: str, content: Any = None) -> Any:
+    body = json.dumps(content).encode("utf-8") if content is not None else None
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        return json.load(answer)
