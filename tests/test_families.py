@@ -141,6 +141,19 @@ def test_a_missing_library_is_named_before_a_download(tmp_path, monkeypatch):
     assert any("pip install 'trimlingual[voxtral]'" in problem for problem in found.problems)
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "encoded"),
+    [
+        ("qwen2_audio", transformers.Qwen2AudioConfig(), 31.5),
+        ("voxtral", transformers.VoxtralConfig(), 60.0),
+        ("audioflamingo3", transformers.AudioFlamingo3Config(), 31.5),
+    ],
+)
+def test_seconds_that_are_encoded(name, config, encoded):
+    assert family_named(name).encoded_s(config, 31.5, fills_up=False) == encoded
+    assert family_named(name).encoded_s(config, 31.5, fills_up=True) == 60
+
+
 def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "voxtral"}')
     monkeypatch.setattr(folders, "find_spec", lambda name: None)

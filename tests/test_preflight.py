@@ -178,15 +178,16 @@ def test_the_peak_counts_what_stands_and_what_stands_for_a_while():
     assert disk_peak(rows, []) == 0
 
 
-def test_what_a_frozen_tower_makes_of_the_clips_is_in_the_estimate(tmp_path):
-    """Against what training writes: of the first 40 built-in clips, told from their headers and, once prepared, from the data."""
+@pytest.mark.parametrize(("padding", "num_clips"), [("mask", 40), ("window", 5)])
+def test_what_a_frozen_tower_makes_of_the_clips_is_in_the_estimate(padding, num_clips, tmp_path):
+    """Against what training writes: of the first built-in clips, told from their headers and, once prepared, from the data."""
     data, path = MINI.parent / "data", tmp_path / "own.jsonl"
-    records = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").split("\n")[:40]]
+    records = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").split("\n")[:num_clips]]
     path.write_text(
         "\n".join(json.dumps(record | {"audio": str(data / record["audio"])}) for record in records), encoding="utf-8"
     )
-    recipe = load_recipe("mini", [f"data.train={{kind: manifest, path: {path}}}"])
-    unfrozen = load_recipe("mini", [f"data.train={{kind: manifest, path: {path}}}", "finetune.freeze=[]"])
+    settings = [f"data.train={{kind: manifest, path: {path}}}", f"model.audio_padding={padding}"]
+    recipe, unfrozen = load_recipe("mini", settings), load_recipe("mini", [*settings, "finetune.freeze=[]"])
     data_step, teacher = plan(recipe, tmp_path / "run")[:2]
 
     def states(steps):
@@ -196,7 +197,7 @@ def test_what_a_frozen_tower_makes_of_the_clips_is_in_the_estimate(tmp_path):
     listed = states([data_step, teacher])
     data_step.run()
     clips = load_splits(tmp_path / "run" / "data").train.clips
-    stored_states(load_model(MINI, "float32", torch.device("cpu")), load_processor(MINI), clips, tmp_path)
+    stored_states(load_model(MINI, "float32", torch.device("cpu")), load_processor(MINI, padding), clips, tmp_path)
     written = sum(file.stat().st_size for file in (tmp_path / "audio-states").iterdir())
     assert listed == pytest.approx(written, rel=0.03)
     assert states([teacher]) == pytest.approx(written, rel=0.03)

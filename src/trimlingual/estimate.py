@@ -4,7 +4,7 @@ they are shown."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +56,8 @@ def disk_peak(estimates: Mapping[str, Estimate], stages: Sequence[str]) -> float
 def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dict[str, Estimate]:
     """What each stage wants, by its name; stages that want little are left out. Needs the base model's configuration.
 
-    `speech_s` is the seconds of speech of the splits `train` and `out_of_domain`, where they are known: a frozen audio tower encodes it
-    once, and the states stand on disk until the training ends.
+    `speech_s` is the seconds that are encoded (`encoded_s`) of the splits `train` and `out_of_domain`, where they are known: a frozen
+    audio tower encodes them once, and the states stand on disk until the training ends.
     """
     model = _on_meta(recipe)
     sizes = part_sizes(model)
@@ -112,8 +112,17 @@ def _gguf_bytes(sizes: dict[str, int], kept: int, settings: GgufSettings) -> flo
     return sum(texts) + (0 if settings.text_only else audio * GGUF_BYTES["f16"])
 
 
+def encoded_s(recipe: Recipe) -> Callable[[float], float]:
+    """Seconds that the audio tower encodes of a clip of so many seconds, which may be filled up to whole windows."""
+    from trimlingual.models.family import family_named
+
+    config = config_of(recipe)
+    family, fills_up = family_named(config.model_type), recipe.model.audio_padding == "window"
+    return lambda duration_s: family.encoded_s(config, duration_s, fills_up)
+
+
 def state_bytes(recipe: Recipe, speech_s: float) -> float:
-    """Bytes of the audio tower's states of so many seconds of speech."""
+    """Bytes of the audio tower's states of so many encoded seconds."""
     from trimlingual.models.family import family_named
 
     config = config_of(recipe)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimlingual.data.audio import DataError
-from trimlingual.estimate import Estimate, config_of, estimate, frozen_towers, gb, state_bytes
+from trimlingual.estimate import Estimate, config_of, encoded_s, estimate, frozen_towers, gb, state_bytes
 from trimlingual.evaluation.quality import bleu_problem, comet_problem
 from trimlingual.recipe import EXPORT_STAGES, Recipe
 from trimlingual.recipe.languages import language
@@ -87,23 +87,26 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
 
 
 def _speech(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-    """Seconds of speech by split that a frozen audio tower encodes, and a note for each that cannot be told."""
+    """Seconds by split that a frozen audio tower encodes, and a note for each that cannot be told."""
     from trimlingual.data.sources import speech_seconds
     from trimlingual.data.splits import load_splits
 
     encoded = {split for stage, splits in frozen_towers(recipe).items() if stage in names for split in splits}
+    seconds_of = encoded_s(recipe)
     if encoded and "data" not in names:
         with suppress(DataError):  # the stage says it
-            splits = load_splits(run_dir / "data")
-            return {name: split.hours * 3600 for name in encoded if (split := getattr(splits, name))}, []
+            splits = {name: split for name in encoded if (split := getattr(load_splits(run_dir / "data"), name))}
+            return {name: sum(seconds_of(clip.duration_s) for clip in splits[name].clips) for name in splits}, []
     seconds, unknown = {}, []
     for name in sorted(encoded):
         source = getattr(recipe.data, name)
-        found = speech_seconds(source, recipe.task.target_languages) if source else 0.0
+        found = speech_seconds(source, recipe.task.target_languages, seconds_of) if source else 0.0
         if found is None:
-            hour = gb(state_bytes(recipe, 3600))
+            least = seconds_of(1.0)
+            unit = "hour of speech" if least == 1 else f"clip of up to {least:g} s"
+            size = gb(state_bytes(recipe, 3600 if least == 1 else least))
             unknown.append(
-                f"not in the estimates: what the frozen audio tower makes of data.{name}, {hour} on disk per hour of speech"
+                f"not in the estimates: what the frozen audio tower makes of data.{name}, {size} on disk per {unit}"
             )
         seconds[name] = found or 0.0
     return seconds, unknown

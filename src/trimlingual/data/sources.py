@@ -7,7 +7,7 @@ problems of a source are reported in one DataError with the place of each. Nothi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,8 +153,11 @@ def _verify(rows: Rows) -> tuple[list[Clip], dict[Path, Recording]]:
     return clips, {path: heard for path, heard in found.items() if isinstance(heard, Recording)}
 
 
-def speech_seconds(source: Source, languages: Sequence[str]) -> float | None:
-    """About how many seconds of speech a source lists, by the headers of a few of its files; None for a set on the Hub."""
+def speech_seconds(source: Source, languages: Sequence[str], encoded_s: Callable[[float], float]) -> float | None:
+    """About how many seconds of a source's speech are encoded, by the headers of a few of its files; None for a set on the Hub.
+
+    `encoded_s` says how many of a clip's own seconds.
+    """
     if isinstance(source, HubSource):
         return None
     try:
@@ -164,7 +167,7 @@ def speech_seconds(source: Source, languages: Sequence[str]) -> float | None:
     durations = []
     for row in list(rows)[:: max(1, len(rows) // NUM_HEADERS)]:
         with suppress(RuntimeError, OSError):  # whoever reads the source says what is wrong with a file
-            durations.append(soundfile.info(row.audio).duration)
+            durations.append(encoded_s(soundfile.info(row.audio).duration))
     return len(rows) * fmean(durations) if durations else None
 
 

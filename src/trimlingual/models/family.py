@@ -9,6 +9,7 @@ heads, E head size.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -27,6 +28,7 @@ from trimlingual.models.kernels import add_norm, gated, rms_norm
 from trimlingual.models.tree import projector, text_decoder, unwrap
 
 Shapes = Mapping[str, Mapping[str, Any]]
+POSITIONS_PER_S = 50  # of a Whisper encoder: 100 mel frames per second, a convolution of stride 2
 
 
 class Family(ABC):
@@ -99,6 +101,13 @@ class Family(ABC):
         if not self.hears_padding(processor):
             return samples
         return np.pad(samples, (0, -len(samples) % processor.feature_extractor.n_samples))
+
+    def encoded_s(self, config: Any, duration_s: float, fills_up: bool) -> float:
+        """Seconds of sound that the encoder makes states of: the clip's or, where it is filled up with heard silence, whole windows."""
+        if not fills_up:
+            return duration_s
+        window = config.audio_config.max_source_positions / POSITIONS_PER_S
+        return math.ceil(duration_s / window) * window
 
     def project(self, model: Any, states: Tensor) -> Tensor:
         """Audio states (..., A) to decoder width (..., D)."""

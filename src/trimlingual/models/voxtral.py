@@ -115,6 +115,10 @@ class Voxtral(Family):
         """One for 0.08 s of a clip's chunks."""
         return num_frames // FRAMES_PER_STATE
 
+    def encoded_s(self, config: Any, duration_s: float, fills_up: bool) -> float:
+        """Whole chunks, whatever a recipe says."""
+        return super().encoded_s(config, duration_s, fills_up=True)
+
     def state_width(self, config: Any) -> int:
         """Four widths of the tower; the projector reads them as one."""
         return config.audio_config.intermediate_size
