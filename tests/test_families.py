@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from trimlingual.models.tree import layer_list
 from trimlingual.pipeline import plan
 from trimlingual.recipe import VocabSettings, load_recipe
 from trimlingual.run.lineage import ModelFolder, read_lineage
+from trimlingual.vocabulary.bpe import VocabError
+from trimlingual.vocabulary.files import tokenizer_file
 from trimlingual.vocabulary.rewrite import trim_vocab
 
 from .conftest import EVERY_FAMILY, TEXTS
@@ -139,6 +142,12 @@ def test_a_missing_library_is_named_before_a_download(tmp_path, monkeypatch):
     recipe = load_recipe("voxtral-mini-en-de")
     found = preflight.check(recipe, tmp_path, plan(recipe, tmp_path))
     assert any("pip install 'trimlingual[voxtral]'" in problem for problem in found.problems)
+
+
+def test_a_tokenizer_in_no_known_file_is_not_trimmed(processor, tmp_path):
+    """Of a processor that keeps its vocabulary for itself."""
+    with pytest.raises(VocabError, match=r"neither a tokenizer.json nor a tekken.json \(WhisperFeatureExtractor\)"):
+        tokenizer_file(SimpleNamespace(tokenizer=processor.feature_extractor), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from trimlingual.models.folders import library_problem
 from trimlingual.models.loading import resolve_base
 from trimlingual.pipeline import compress, plan
 from trimlingual.preflight import PreflightError, check
@@ -79,13 +78,6 @@ def test_vocabularies_that_cannot_be_trimmed_so(tmp_path):
     before = problems(tmp_path, "vocab={when: before, max_tokens: 64}")
     assert before == [too_few]
     assert problems(tmp_path, "vocab={when: after, max_tokens: 1024}") == []
-
-
-def test_voxtral_has_no_tokenizer_that_could_be_trimmed(tmp_path):
-    if problem := library_problem("tekken.json"):
-        pytest.skip(problem)
-    found = problems(tmp_path, "model.base=random:voxtral-tiny", "vocab={when: after}", "rank.num_layers_to_remove=1")
-    assert any("is no tokenizer.json" in problem for problem in found), found
 
 
 @pytest.mark.parametrize(
