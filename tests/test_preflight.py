@@ -192,7 +192,8 @@ def test_what_a_frozen_tower_makes_of_the_clips_is_in_the_estimate(padding, num_
 
     def states(steps):
         with_states, without = (check(one, tmp_path / "run", steps).estimates["teacher"] for one in (recipe, unfrozen))
-        return with_states.while_running - without.while_running
+        assert with_states.while_running - without.while_running == pytest.approx(with_states.host)
+        return with_states.host - without.host
 
     listed = states([data_step, teacher])
     data_step.run()
@@ -220,7 +221,7 @@ def test_speech_on_the_hub_is_said_not_to_be_counted(tmp_path):
     recipe = load_recipe("mini", [hub])
     notes = check(recipe, tmp_path, plan(recipe, tmp_path)).notes
     assert (
-        "not in the estimates: what the frozen audio tower makes of data.train, ~69.1 MB on disk per hour of speech"
+        "not in the estimates: what the frozen audio tower makes of data.train, ~69.1 MB on disk and in host memory per hour of speech"
         in notes
     )
 
@@ -232,6 +233,14 @@ def test_memory_is_a_note(tmp_path, monkeypatch):
     found = check(loaded, tmp_path, steps)
     assert found.problems == []
     assert any("stage teacher wants ~1000000.00 GB of memory" in note for note in found.notes)
+    monkeypatch.setattr(preflight, "estimate", lambda recipe, speech_s: {"teacher": Estimate(memory=1e9, host=1e15)})
+    assert any("stage teacher wants ~1000001.00 GB of memory" in note for note in check(loaded, tmp_path, steps).notes)
+    monkeypatch.setattr(resources, "_device_kind", lambda recipe: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8e10))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert any(
+        "stage teacher wants ~2000000.00 GB of host memory" in note for note in check(loaded, tmp_path, steps).notes
+    )
 
 
 @pytest.fixture

@@ -127,3 +127,19 @@ def test_padding_that_is_heard_is_part_of_every_input(model_dir, split, task, tm
     batch = collator([Example(i, str(i), "de", "Ja.") for i in range(2)])
     placeholders = batch["input_ids"] == FAMILY.audio_token(processor)
     assert placeholders.sum(-1).tolist() == [WINDOW_S * 25] * 2
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("padding", ["mask", "window"])
+def test_a_clip_has_as_many_states_as_is_estimated(family, make_model, processor, padding, monkeypatch):
+    """Also clips of more than one window of the encoder, where the family takes them."""
+    monkeypatch.setattr(processor.feature_extractor, "audio_padding", padding, raising=False)
+    model, extractor = make_model(), processor.feature_extractor
+    lengths = [4_807, 16_480, WINDOW_S * SAMPLE_RATE]
+    if family.window_s(processor) * SAMPLE_RATE > extractor.n_samples:
+        lengths.append(extractor.n_samples + 4_807)
+    for num in lengths:
+        (states,) = encode_audio(model, processor, [noise(num)])
+        seconds = family.encoded_s(model.config, num / SAMPLE_RATE, padding == "window")
+        assert states.shape[1] == family.state_width(model.config)
+        assert len(states) == pytest.approx(seconds * family.states_per_s, abs=1), num

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -319,9 +318,6 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals
     # What libraries say to their own developers about each other is nothing a user can act on.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-        logging.ERROR
-    )  # offers a kernel that has to be downloaded
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     if not is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, results are told once

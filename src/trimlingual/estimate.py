@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trimlingual.models.folders import EXTRACTOR_FILES
 from trimlingual.recipe import EXPORT_STAGES, FLASH_ADAMW, GgufSettings, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.run.fingerprint import read_object
 
 GGUF_BYTES = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a float16 scale for each block of 32 weights
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -30,6 +32,7 @@ class Estimate:
         0  # on disk beside it until it ends: two checkpoints, and what a frozen tower makes of the clips
     )
     temporary: float = 0  # in the temporary folder
+    host: float = 0  # in the memory of the machine, once per process: what a frozen tower makes of the clips
     divided: bool = False  # memory is that of all GPUs together
 
     @property
@@ -40,8 +43,9 @@ class Estimate:
 
     @property
     def memory_text(self) -> str:
-        """`~134.35 GB over all GPUs`."""
-        return gb(self.memory) + " over all GPUs" * self.divided if self.memory else ""
+        """`~134.35 GB over all GPUs + ~2.05 GB of host memory`."""
+        device = gb(self.memory) + " over all GPUs" * self.divided
+        return " + ".join([device] * bool(self.memory) + [f"{gb(self.host)} of host memory"] * bool(self.host))
 
 
 def disk_peak(estimates: Mapping[str, Estimate], stages: Sequence[str]) -> float:
@@ -57,7 +61,7 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     """What each stage wants, by its name; stages that want little are left out. Needs the base model's configuration.
 
     `speech_s` is the seconds that are encoded (`encoded_s`) of the splits `train` and `out_of_domain`, where they are known: a frozen
-    audio tower encodes them once, and the states stand on disk until the training ends.
+    audio tower encodes them once, and the states stand on disk and in memory until the training ends.
     """
     model = _on_meta(recipe)
     sizes = part_sizes(model)
@@ -98,7 +102,7 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
         rows[EXPORT_STAGES["gguf"]] = Estimate(_gguf_bytes(trimmed, kept, recipe.export.gguf))
     for stage, splits in frozen_towers(recipe, model).items():
         states = state_bytes(recipe, sum((speech_s or {}).get(split, 0.0) for split in splits))
-        rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states)
+        rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states, host=states)
     return rows
 
 
@@ -117,8 +121,19 @@ def encoded_s(recipe: Recipe) -> Callable[[float], float]:
     from trimlingual.models.family import family_named
 
     config = config_of(recipe)
-    family, fills_up = family_named(config.model_type), recipe.model.audio_padding == "window"
+    family, fills_up = family_named(config.model_type), _hears_padding(recipe)
     return lambda duration_s: family.encoded_s(config, duration_s, fills_up)
+
+
+def _hears_padding(recipe: Recipe) -> bool:
+    """Whether clips are filled up with silence that is heard: the recipe says so, or else the base model's folder, if it is here."""
+    from trimlingual.models.loading import is_on_hub, resolve_base
+
+    if recipe.model.audio_padding or is_on_hub(recipe.model.base):
+        return recipe.model.audio_padding == "window"
+    folder = resolve_base(recipe.model.base)
+    saved = [read_object(folder / name) for name in EXTRACTOR_FILES]
+    return any(each.get("feature_extractor", each).get("audio_padding") == "window" for each in saved)
 
 
 def state_bytes(recipe: Recipe, speech_s: float) -> float:

@@ -106,7 +106,7 @@ def _speech(recipe: Recipe, run_dir: Path, names: Sequence[str]) -> tuple[dict[s
             unit = "hour of speech" if least == 1 else f"clip of up to {least:g} s"
             size = gb(state_bytes(recipe, 3600 if least == 1 else least))
             unknown.append(
-                f"not in the estimates: what the frozen audio tower makes of data.{name}, {size} on disk per {unit}"
+                f"not in the estimates: what the frozen audio tower makes of data.{name}, {size} on disk and in host memory per {unit}"
             )
         seconds[name] = found or 0.0
     return seconds, unknown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -159,19 +160,26 @@ def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Est
 def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
     """Stages that want more than the device has, before activations."""
     device = _device_kind(recipe)
-    if not any(estimates.get(name, Estimate()).memory > 1e9 for name in names):
+    wanted = {name: one for name, one in estimates.items() if name in names and one.memory + one.host > 1e9}
+    if not wanted:
         return  # less than any machine has
+    import psutil
+
+    size = machine = psutil.virtual_memory().total
     if device == "cuda":
         import torch
 
         size = torch.cuda.get_device_properties(torch.device(recipe.model.device.replace("auto", "cuda"))).total_memory
-    else:
-        import psutil
-
-        size = psutil.virtual_memory().total
-    for name, one in estimates.items():
-        if name in names and one.memory > size and not one.divided:
-            yield f"stage {name} wants {gb(one.memory)} of memory before activations (an estimate); the device has {gb(size)}"
+    for name, one in wanted.items():
+        host = one.host * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        on_device = one.memory + host * (device == "cpu")
+        if on_device > size and not one.divided:
+            yield f"stage {name} wants {gb(on_device)} of memory before activations (an estimate); the device has {gb(size)}"
+        elif host > machine:
+            yield (
+                f"stage {name} wants {gb(host)} of host memory for what the frozen audio tower makes of the clips (an estimate); the "
+                f"machine has {gb(machine)}"
+            )
 
 
 def _device_kind(recipe: Recipe) -> str:
