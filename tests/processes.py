@@ -26,7 +26,7 @@ class Command:
     ) -> None:
         self._said = [(folder / f"stdout.{rank}", folder / f"stderr.{rank}") for rank in range(processes)]
         variables = dict(environment or {})
-        port = _free_port()
+        port = free_port()
         self._processes = []
         for rank, said in enumerate(self._said):
             if processes > 1:
@@ -78,7 +78,7 @@ class Command:
         return "".join(err.read_text(encoding="utf-8") for _, err in self._said)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -26,6 +26,7 @@ from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.search.plan import read_plan
 
+from .processes import free_port
 from .test_pipeline import SMALL, as_words
 
 
@@ -242,6 +243,7 @@ def test_accelerate_launch_is_torchrun(manifests, tmp_path):
         "--multi_gpu",
         "--num_machines=1",
         "--num_processes=2",
+        f"--main_process_port={free_port()}",
         "--mixed_precision=no",
     ]
     words = [*launcher, "--dynamo_backend=no", "-m", "trimlingual", "evaluate", "mini", "--run-dir", str(tmp_path)]
