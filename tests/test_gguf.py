@@ -149,7 +149,7 @@ def test_llama_says_what_our_decoder_says(folder, recorded, tmp_path):
     assert proof["seconds_per_clip"] > 0
     assert proof["peak_bytes"] > outcome["disk_bytes"]
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert f"its server gives {proof['equal']} of 8 recorded translations unchanged" in card
+    assert f"and gives {proof['equal']} of 8 recorded translations unchanged" in card
 
 
 def test_files_that_llama_runs_otherwise_do_not_ship(folder, recorded, tmp_path):

@@ -303,7 +303,7 @@ def test_comet_gets_a_column_and_its_model_is_named(run_dir, tmp_path):
         (PROOF, "plain transformers 5.23.0 with torch 2.13.0 loads the folder whole, and generate() in bfloat16 gives 15 of 16"),
         (PROOF | {"compared": 0, "equal": 0}, "nothing was recorded that its translations could be compared with"),
         ({"compared": 16, "equal": 16}, "plain transformers loads the folder whole, and generate() gives 16 of 16"),  # version 0.1
-        (PROOF | {"runtime": "llama.cpp"}, "torch 2.13.0) loads the files, and its server gives 15 of 16"),
+        (PROOF | {"runtime": "llama.cpp"}, "torch 2.13.0) loads what was written, and gives 15 of 16"),
         (None, ""),  # of a random model
     ],
 )  # fmt: skip

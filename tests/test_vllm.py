@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -37,6 +39,14 @@ def test_16_bits(folder, tmp_path):  # noqa: F811
     assert "not checked with vLLM" in card
     assert '"input_audio"' in card
     assert "fill every clip up to 30 s" in card  # this folder's model hears padding
+
+
+def test_a_runtime_that_fails_is_an_error(folder, tmp_path):  # noqa: F811
+    """This interpreter has no vLLM, whatever the recipe says."""
+    assert find_spec("vllm") is None
+    recipe = load_recipe("mini", ["export.for=[vllm]", f"export.vllm.python={sys.executable}"])
+    with pytest.raises(ExportError, match="vLLM cannot load or run what was exported: ModuleNotFoundError"):
+        export(Finished(ModelFolder(folder, read_lineage(folder, "x")), recipe), "vllm", tmp_path)
 
 
 def test_an_int4_decoder(folder, tmp_path):  # noqa: F811

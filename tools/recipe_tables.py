@@ -23,7 +23,7 @@ PLACES = {
     "TrainSettings": "`finetune`, `recover`, `quantize.train`, `rank.finetune_each_round`", "MixSettings": "`data` of a training",
     "LoraSettings": "`lora` of a training", "TokenDistillation": "`token_distillation` of a training", "RankSettings": "`rank`",
     "DistillSettings": "`distill`", "QuantizeSettings": "`quantize`", "EvaluateSettings": "`evaluate`",
-    "ExportSettings": "`export`", "GgufSettings": "`gguf` of `export`",
+    "ExportSettings": "`export`", "VllmSettings": "`vllm` of `export`", "GgufSettings": "`gguf` of `export`",
 }  # fmt: skip
 
 

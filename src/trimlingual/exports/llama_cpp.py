@@ -29,7 +29,7 @@ import soundfile
 
 from trimlingual.data.audio import SAMPLE_RATE, load_audio
 from trimlingual.data.sources import Clip
-from trimlingual.exports.proof import most_different, recorded_translations
+from trimlingual.exports.proof import compare, recorded_translations
 from trimlingual.exports.target import ExportError, Finished
 from trimlingual.recipe import GgufType, TaskSettings
 
@@ -86,22 +86,9 @@ def prove(text: Path, mmproj: Path, kind: GgufType, finished: Finished, context:
             said.append(server.translate(clip, language, recipe.task, recipe.decode.max_new_tokens))
             peak = max(peak, server.process.memory_info().rss)
         seconds = (time.perf_counter() - started) / len(recorded) if recorded else None
-    different = [
-        {"id": clip.id, "language": language, "recorded": before, "exported": now}
-        for (clip, language, before), now in zip(recorded, said, strict=True)
-        if before != now
-    ]
-    allowed = most_different(len(recorded), exact=False, share=DIFFERING[kind])
-    if len(different) > allowed:
-        first = different[0]
-        raise ExportError(
-            f"{len(different)} of {len(recorded)} translations by llama.cpp of {text.name} are not the recorded ones (allowed: "
-            f"{allowed}); the first, {first['id']}: {first['exported']!r} instead of {first['recorded']!r}"
-        )
-    return {
-        "runtime": "llama.cpp", "versions": server.versions, "loads_whole": True, "compared": len(recorded),
-        "equal": len(recorded) - len(different), "different": different, "seconds_per_clip": seconds, "peak_bytes": peak or None,
-    }  # fmt: skip
+    outcome = compare(recorded, said, DIFFERING[kind], f"llama.cpp of {text.name}")
+    measured = {"seconds_per_clip": seconds, "peak_bytes": peak or None}
+    return {"runtime": "llama.cpp", "versions": server.versions, "loads_whole": True, **outcome, **measured}
 
 
 @contextmanager

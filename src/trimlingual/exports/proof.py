@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binom
+from transformers import AutoConfig
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
@@ -91,6 +92,19 @@ def translate_plainly(
     Where `recorded` translations are given, `margins` say by how much (difference of logits) the model prefers its own answer where the
     two part.
     """
+    return run_script("proof_script.py", "plain transformers", folder, recipe, asked, python, recorded)
+
+
+def run_script(
+    script: str,
+    runtime: str,
+    folder: Path,
+    recipe: Recipe,
+    asked: Sequence[tuple[Clip, str]],
+    python: str,
+    recorded: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The answer of one of this folder's scripts, run by the interpreter `python`; ExportError, naming the runtime, if it fails."""
     family, task, processor = family_of_folder(folder), recipe.task, load_processor(folder)
     with tempfile.TemporaryDirectory() as temporary:
         items = []
@@ -107,11 +121,13 @@ def translate_plainly(
             "device": str(pick_device(recipe.model.device)),
             "model_class": family.model_class,
             "chat_reads_audio": family.chat_reads_audio,
+            "max_new_tokens": recipe.decode.max_new_tokens,
+            "context": AutoConfig.from_pretrained(folder).text_config.max_position_embeddings,
             "items": items,
         }
         # -P: the script's own folder is not on the path, so that this package's modules cannot be imported by chance
         done = subprocess.run(
-            [python, "-P", str(Path(__file__).with_name("proof_script.py"))],
+            [python, "-P", str(Path(__file__).with_name(script))],
             input=json.dumps(request),
             capture_output=True,
             text=True,
@@ -119,8 +135,24 @@ def translate_plainly(
         )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise ExportError(f"plain transformers cannot load or run what was exported: {lines[-1]}")
+        raise ExportError(f"{runtime} cannot load or run what was exported: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(recorded: Sequence[tuple[Clip, str, str]], said: Sequence[str], share: float, what: str) -> dict[str, Any]:
+    """How a runtime of other roundings translates; ExportError, naming `what`, where more than the `share` promises differs."""
+    different = [
+        {"id": clip.id, "language": language, "recorded": before, "exported": now}
+        for (clip, language, before), now in zip(recorded, said, strict=True)
+        if before != now
+    ]
+    if len(different) > (allowed := most_different(len(recorded), exact=False, share=share)):
+        first = different[0]
+        raise ExportError(
+            f"{len(different)} of {len(recorded)} translations by {what} are not the recorded ones (allowed: {allowed}); "
+            f"the first, {first['id']}: {first['exported']!r} instead of {first['recorded']!r}"
+        )
+    return {"compared": len(recorded), "equal": len(recorded) - len(different), "different": different}
 
 
 def recorded_translations(

@@ -5,18 +5,22 @@ The files are those for transformers. What vLLM refuses is refused here, before 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from trimlingual.evaluation.cost import disk_bytes
+from trimlingual.exports.proof import compare, recorded_translations, run_script
 from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.exports.transformers import copy_model, weight_format
 from trimlingual.recipe import Recipe
 
 POSITIONS = 1500  # of the audio tower: vLLM's processor makes spectra of 30 s, and its model takes no others
+DIFFERING = 0.2  # share of translations that may differ from the recorded ones, made with other kernels in 16 bits
 DECODER_IN_INT4 = "set quantize.scheme: int4, quantize.parts: [decoder] and quantize.eight_bit: []"
 
 
@@ -41,4 +45,27 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     if found := list(problems(finished.recipe, config, finished.model.lineage.quantization)):
         raise ExportError("; ".join(found))
     copy_model(finished, out_dir)
-    return [Outcome("vllm", weight_format(finished), disk_bytes(out_dir), unproven="no vLLM has run it")]
+    proof = None if (unproven := _why_not_proven(finished)) else _prove(finished, out_dir)
+    return [Outcome("vllm", weight_format(finished), disk_bytes(out_dir), proof, unproven)]
+
+
+def _why_not_proven(finished: Finished) -> str:
+    if finished.is_random:
+        return "the base model is random"
+    return "" if _python(finished) else "it is not installed; name an interpreter that has it under export.vllm.python"
+
+
+def _python(finished: Finished) -> str | None:
+    assert finished.recipe.export is not None
+    return finished.recipe.export.vllm.python or (sys.executable if find_spec("vllm") else None)
+
+
+def _prove(finished: Finished, folder: Path) -> dict[str, Any]:
+    """vLLM, in a process of its own, is asked for recorded translations; ExportError where it fails or says too much else."""
+    recipe, python = finished.recipe, _python(finished)
+    assert python is not None
+    recorded = recorded_translations(recipe, finished.evaluation_dir, finished.clips)
+    asked = [(clip, language) for clip, language, _ in recorded]
+    answer = run_script("vllm_script.py", "vLLM", folder, recipe, asked, python)
+    found = compare(recorded, answer.pop("said"), DIFFERING, "vLLM")
+    return {"runtime": "vLLM", "dtype": recipe.model.dtype, "loads_whole": True, **found, **answer}

@@ -319,6 +319,16 @@ class GgufSettings(Section):
     )
 
 
+class VllmSettings(Section):
+    """The folder for vLLM."""
+
+    python: str | None = Field(
+        default=None,
+        description="interpreter that has vLLM, which proves the folder; null: this one, if it has",
+        json_schema_extra=NO_RESULT,
+    )
+
+
 class ExportSettings(Section):
     """What ships. Every runtime has a stage and a folder of its own: another one makes nothing stale."""
 
@@ -328,6 +338,7 @@ class ExportSettings(Section):
         description="runtimes that the finished model is written for",
         json_schema_extra=NO_RESULT,
     )
+    vllm: VllmSettings = Field(default=VllmSettings(), description="of the folder for vLLM")
     gguf: GgufSettings = Field(default=GgufSettings(), description="of the files for llama.cpp")
 
     @model_validator(mode="after")

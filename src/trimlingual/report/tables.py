@@ -195,8 +195,8 @@ def _runtime(outcome: Mapping[str, Any]) -> str:
 def proof_text(proof: Mapping[str, Any]) -> str:
     """What an export's proof has shown, in one sentence. Exports of earlier versions do not say with what it was shown."""
     with_what = " with ".join(f"{name} {version}" for name, version in proof.get("versions", {}).items())
-    if proof.get("runtime") == "llama.cpp":
-        loads, gives = f"llama.cpp ({with_what}) loads the files", "its server gives"
+    if (runtime := proof.get("runtime", "transformers")) != "transformers":
+        loads, gives = f"{runtime} ({with_what}) loads what was written", "gives"
     else:
         loads = f"plain {with_what or 'transformers'} loads the folder whole"
         gives = f"generate() in {proof['dtype']} gives" if "dtype" in proof else "generate() gives"
