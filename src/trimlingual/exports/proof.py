@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,10 @@ def run_script(
         )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise ExportError(f"{runtime} cannot load or run what was exported: {lines[-1]}")
+        cause = re.search(
+            r"\w+(?:Error|Exception): .+", done.stderr
+        )  # the first: of several processes the one that broke
+        raise ExportError(f"{runtime} cannot load or run what was exported: {cause[0] if cause else lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
