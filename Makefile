@@ -14,7 +14,10 @@ LOWEST_TORCH ?= 2.13.0
 # test-voxtral: an environment of its own as well, because mistral-common wants an older NumPy than constraints.txt names.
 VENV_VOXTRAL ?= .venv-voxtral
 
-.PHONY: compress test test-slow test-lowest test-voxtral test-gpu lint format bench dist clean
+# test-vllm: an environment of its own, which vLLM's requirements fill.
+VENV_VLLM ?= .venv-vllm
+
+.PHONY: compress test test-slow test-lowest test-voxtral test-vllm test-llama test-gpu lint format bench dist clean
 
 compress: $(VENV)/.ready
 	$(BIN)/trimlingual compress $(RECIPE) $(ARGS)
@@ -68,8 +71,20 @@ $(VENV_VOXTRAL)/.ready: pyproject.toml constraints.txt
 	$(VENV_VOXTRAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_VOXTRAL)/constraints.txt --editable '.[dev,voxtral]'
 	touch $@
 
+# every test clip of the built-in speech by the runtimes that exports are for; minutes. test-llama trains a model that hears padding first
+test-vllm: $(VENV)/.ready $(VENV_VLLM)/.ready
+	$(BIN)/python benchmarks/runtimes.py --vllm $(VENV_VLLM)/bin/python $(ARGS)
+
+test-llama: $(VENV)/.ready
+	$(BIN)/trimlingual finetune mini --run-dir runs/mini-window --set model.audio_padding=window
+	$(BIN)/python benchmarks/runtimes.py --heard runs/mini-window/teacher --unheard $(ARGS)
+
+$(VENV_VLLM)/.ready: tools/vllm_env.sh
+	tools/vllm_env.sh $(VENV_VLLM) $(PYTHON)
+	touch $@
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/mini_compress.py
 
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) $(VENV_VLLM) dist runs .pytest_cache .mypy_cache .ruff_cache
