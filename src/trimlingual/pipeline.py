@@ -23,6 +23,7 @@ from trimlingual.run.fingerprint import HashCache, hash_file
 from trimlingual.run.ownership import ARTIFACT_FILE, WORK_FILE, read_record
 from trimlingual.run.processes import gather, is_main_process
 from trimlingual.run.progress import say
+from trimlingual.step_inputs import SourceRef
 from trimlingual.steps import (
     Ref,
     Step,
@@ -240,7 +241,11 @@ def version_notes(steps: Sequence[Step]) -> list[str]:
         if changed:
             found.setdefault(", ".join(changed), []).append(step.name)
     said = "; ".join(f"{', '.join(names)} ({changed})" for changed, names in found.items())
-    return [f"made with other versions than are installed now, and kept: {said}"] if said else []
+    notes = [f"made with other versions than are installed now, and kept: {said}"] if said else []
+    sources = (ref for step in steps for ref in step.inputs.values() if isinstance(ref, SourceRef))
+    if moved := [ref.moved for ref in sources if ref.moved]:
+        notes.append(f"this machine has other commits than the data were made from, which are kept: {', '.join(moved)}")
+    return notes
 
 
 def reading_notes(remembered: HashCache) -> list[str]:

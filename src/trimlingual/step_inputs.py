@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from trimlingual.data.audio import DataError
+from trimlingual.data.hub import is_commit, resolve_commit
 from trimlingual.data.sources import source_files, source_fingerprint
-from trimlingual.recipe import Recipe, Source
-from trimlingual.run.artifacts import ArtifactError, find_artifact
+from trimlingual.recipe import HubSource, Recipe, Source
+from trimlingual.run.artifacts import Artifact, ArtifactError, find_artifact
 from trimlingual.run.fingerprint import UNREAD, HashCache, fingerprint, hash_files, hash_model, hub_commit, is_whole
 
 
@@ -182,17 +183,77 @@ def model_ref(folder: Path, remembered: HashCache | None = None) -> Ref:
     return Ref(folder, lambda: hash_model(folder, remembered or HashCache()))
 
 
-def source_ref(source: Source, remembered: HashCache) -> Ref:
-    """A source's content: what lists its clips, and every clip. One that is not there yet is an error once it is read."""
+@dataclass(frozen=True)
+class SourceRef(Ref):
+    """A source of the recipe's data: what lists its clips, and every clip. One that is not there yet is an error once it is read.
 
-    def identity() -> str:
+    A set on the Hub is known by its commit. A run keeps the one that its data in `out` were made from, whatever the Hub or this machine
+    has got since; `moved` says so. Data that were made by name alone stay so.
+    """
+
+    source: Source
+    role: str
+    remembered: HashCache
+    out: Path | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the listing, the clips, and the commit where that is known."""
+        by_name = self._fingerprint(None)
+        if self.commit is None or (self._made and self._made.inputs.get(f"{self.role} source") == by_name):
+            return by_name
+        return self._fingerprint(self.commit)
+
+    @cached_property
+    def commit(self) -> str | None:
+        """Of a set on the Hub, where its revision does not say it: the run's own, or what it stands for now."""
+        if not isinstance(self.source, HubSource) or is_commit(self.source.revision):
+            return None
+        return self._made_from or resolve_commit(self.source, ask=self.remembered.reading)
+
+    @property
+    def read(self) -> Source:
+        """The source at its commit."""
+        return self.source.model_copy(update={"revision": self.commit}) if self.commit else self.source
+
+    @property
+    def origin(self) -> str | None:
+        """`name@commit`."""
+        return f"{self.source.path}@{self.commit}" if isinstance(self.source, HubSource) and self.commit else None
+
+    @property
+    def moved(self) -> str | None:
+        """`name@commit -> commit` where this machine has another one than the run was made from."""
+        if not isinstance(self.source, HubSource) or self._made_from is None:
+            return None
+        now = resolve_commit(self.source, ask=False)
+        return f"{self.origin} -> {now}" if now not in (None, self._made_from) else None
+
+    @cached_property
+    def _made(self) -> Artifact | None:
+        return find_artifact(self.out) if self.out else None
+
+    @property
+    def _made_from(self) -> str | None:
+        """The commit that the run's data came from, if from this set."""
+        assert isinstance(self.source, HubSource)
+        before = (self._made.settings["data"].get(self.role) if self._made else None) or {}
+        if not all(before.get(key) == getattr(self.source, key) for key in ("kind", "path", "name", "revision")):
+            return None
+        return self._made.info.get("commits", {}).get(self.role) if self._made else None
+
+    def _fingerprint(self, commit: str | None) -> str:
         try:
-            described, files = source_fingerprint(source), source_files(source)
+            described, files = source_fingerprint(self.source), source_files(self.source)
         except DataError:
             return "missing"
-        return fingerprint("source", described, {"files": hash_files(files, remembered)})
+        described |= {"commit": commit} if commit else {}
+        return fingerprint("source", described, {"files": hash_files(files, self.remembered)})
 
-    return Ref(None, identity)
+
+def source_ref(source: Source, role: str, remembered: HashCache, out: Path | None = None) -> SourceRef:
+    """A source of the recipe's section `data`, which are made in `out`."""
+    return SourceRef(None, "", source, role, remembered, out)
 
 
 def files_ref(paths: Sequence[str], remembered: HashCache | None = None) -> Ref | None:

@@ -20,7 +20,7 @@ from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.run.processes import is_main_process, num_processes
 from trimlingual.run.progress import LOG_FILE, log_to, say
-from trimlingual.step_inputs import Ref, base_ref, files_ref, model_ref, processor_ref, source_ref
+from trimlingual.step_inputs import Ref, SourceRef, base_ref, files_ref, model_ref, processor_ref, source_ref
 
 if TYPE_CHECKING:
     from trimlingual.models.inputs import TrainingData
@@ -136,7 +136,7 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
     remembered = remembered or HashCache()
     sources = {"train": recipe.data.train, "out_of_domain": recipe.data.out_of_domain}
     sources |= {name: s for name in ("select", "test") if not isinstance(s := getattr(recipe.data, name), int)}
-    read = {f"{name} source": source_ref(source, remembered) for name, source in sources.items() if source}
+    read = {f"{name} source": source_ref(source, name, remembered, out) for name, source in sources.items() if source}
     settings = {"data": recipe.data, "target_languages": recipe.task.target_languages}
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
@@ -145,7 +145,8 @@ def data_step(recipe: Recipe, base: Ref, out: Path, remembered: HashCache | None
 
         processor = load_processor(inputs["processor"].folder)
         window_s = family_of_processor(processor).window_s(processor)
-        return prepare_data(recipe.data, recipe.task, folder, window_s=window_s)
+        at_commits = {ref.role: ref.read for ref in inputs.values() if isinstance(ref, SourceRef)}
+        return prepare_data(recipe.data.model_copy(update=at_commits), recipe.task, folder, window_s=window_s)
 
     return Step("data", out, settings, {"processor": processor_ref(base, remembered), **read}, work)
 

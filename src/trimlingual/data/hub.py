@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trimlingual.data.audio import DataError
 from trimlingual.data.rows import Rows, absolute, cell, columns_of, id_of
 from trimlingual.recipe import HubSource
 
+PATIENCE_S = 20.0  # for the Hub's answer to which commit a branch stands at
 COMMIT_FILE = "commit.txt"  # beside the audio of a Hub set: the commit that it came from
 
 
@@ -35,7 +37,13 @@ def hub_rows(source: HubSource, languages: Sequence[str], work_dir: Path) -> Row
             rows.add(f"{split}[{index}]", folder / stem, texts, text, id_of(row, source.id, stem))
     rows.check()
     folder.mkdir(parents=True, exist_ok=True)
-    for commit in filter(None, map(hub_set_commit, splits.values())):
+    asked = source.revision if is_commit(source.revision) else None
+    for commit in filter(None, (hub_set_commit(split) or asked for split in splits.values())):
+        if asked not in (None, commit):
+            raise DataError(
+                f"{source.path} was to be read at commit {asked}, but this machine has {commit} of it, and without the network the "
+                "library takes what it has; connect, or name that commit as `revision`"
+            )
         (work_dir / COMMIT_FILE).write_text(commit, encoding="utf-8")
     audio = (value for loaded in splits.values() for value in loaded.select_columns([source.audio]))
     texts_only = list(rows)
@@ -106,6 +114,36 @@ def stored_columns(source: HubSource) -> list[str] | None:
                 return list(json.loads(path.read_text(encoding="utf-8"))["features"])
             except (ValueError, KeyError, TypeError):
                 return None
+    return None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, and no branch or tag, which may move."""
+    return bool(re.fullmatch(r"[0-9a-f]{40}", revision or ""))
+
+
+def resolve_commit(source: HubSource, ask: bool) -> str | None:
+    """The commit that a set's revision stands for: as the Hub's client noted it on this machine, else, if it may be asked, by the Hub.
+
+    None where that cannot be told: the set is a folder, or the Hub is out of reach.
+    """
+    if Path(source.path).is_dir() or source.path.count("/") > 1:
+        return None
+    if is_commit(source.revision):
+        return source.revision
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=source.path, repo_type="dataset")
+    with suppress(OSError):
+        noted = (
+            Path(constants.HF_HUB_CACHE, folder, "refs", source.revision or "main").read_text(encoding="utf-8").strip()
+        )
+        if is_commit(noted):
+            return noted
+    if ask:
+        with suppress(Exception):  # of the network, whichever library it goes by; loading the set says what is wrong
+            return HfApi().dataset_info(source.path, revision=source.revision, timeout=PATIENCE_S).sha
     return None
 
 

@@ -32,7 +32,10 @@ class HubSource(Section):
     kind: Literal["hub"] = Field(description="which kind of source this is")
     path: str = Field(description="name on the Hub, or a folder")
     name: str | None = Field(default=None, description="configuration of the set")
-    revision: str | None = Field(default=None, description="commit, branch or tag")
+    revision: str | None = Field(
+        default=None,
+        description="commit, branch or tag; null: main. A run keeps the commit that its data were made from",
+    )
     splits: Annotated[list[str], Field(min_length=1)] = Field(description="read one after the other")
     audio: str = Field(default="audio", description="column of the sound")
     references: dict[str, str] = Field(description="language -> column")
