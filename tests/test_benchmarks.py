@@ -44,3 +44,13 @@ def test_export(tmp_path):
     result = benchmark("export").main(["--clips", "6", "--formats", *exact, "--out", str(out)])
     assert json.loads(out.read_text(encoding="utf-8")) == result
     assert [result["formats"][name]["plain"][0]["share_equal"] for name in exact] == [1.0, 1.0]
+
+
+def test_runtimes(tmp_path):
+    """llama.cpp runs the files of a model that never heard padding, and translates into nonsense: hence `audio_padding: window`."""
+    out = tmp_path / "runtimes.json"
+    result = benchmark("runtimes").main(["--unheard", "--clips", "2", "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    [row] = result.values()
+    assert (row["compared"], row["equal"]) == (4, 0)
+    assert row["chrf"]["de"]["runtime"] < 20 < row["chrf"]["de"]["ours"]
