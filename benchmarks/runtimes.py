@@ -2,7 +2,8 @@
 
     python benchmarks/runtimes.py --vllm vllm-env/bin/python           # the built-in model
     python benchmarks/runtimes.py --heard runs/mini-window/recovered   # llama.cpp, a model made with audio_padding: window
-    python benchmarks/runtimes.py --unheard                            # llama.cpp, the built-in model, which never heard padding
+    python benchmarks/runtimes.py --unheard                            # llama.cpp, the built-in model, which never heard
+                                                                       # padding, and what it costs to hear it
 
 The model's folder is exported for the runtime, which then translates one clip at a time. Only translations that are the same to the
 letter count as equal; answers that reached our bound on new tokens are left out. Prints a line a format, then one JSON document, and
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.data.sources import Clip, read_source
-from trimlingual.decoding.translate_clips import Translation, translate_clips
+from trimlingual.decoding.translate_clips import Translation, encode_clips, translate_clips
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.exports import gguf, llama_cpp, vllm
 from trimlingual.exports.proof import run_script
@@ -120,6 +122,23 @@ class Bench:
         save_model(load_model(self.folder, "bfloat16", CPU), load_processor(self.folder, "window"), folder, "bfloat16")
         return folder
 
+    def padding(self) -> dict[str, Any]:
+        """What it costs to hear padding: our decoder in float32, answers of 16 tokens, median of three."""
+        model, found = load_model(self.folder, "float32", CPU), {}
+        settings = self.recipe.decode.model_copy(update={"max_new_tokens": 16, "min_new_tokens": 16})
+        for padding in ("mask", "window"):
+            processor, seconds = load_processor(self.folder, padding), []
+            states = encode_clips(model, processor, self.clips, 8)
+            for _ in range(3):
+                started = time.perf_counter()
+                translate_clips(model, processor, self.recipe.task, self.clips, settings)
+                seconds.append((time.perf_counter() - started) / len(self.clips))
+            found[padding] = {
+                "states_per_clip": sum(map(len, states)) / len(states),
+                "seconds_per_clip": statistics.median(seconds),
+            }
+        return found | {"seconds_of_speech": sum(clip.duration_s for clip in self.clips) / len(self.clips)}
+
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             rows["llama.cpp, f16, padding never heard"] = lambda: deaf.llama(
                 deaf.hearing(), "f16", deaf.ours(builtin, "float32")
             )
+            rows["hearing padding"] = deaf.padding
         for name, measure in rows.items():
             if args.only not in name:
                 continue
