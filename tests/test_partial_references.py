@@ -9,11 +9,22 @@ import pytest
 
 from trimlingual.data.audio import DataError
 from trimlingual.data.sources import listing_problems, read_recordings
-from trimlingual.data.splits import Split
+from trimlingual.data.splits import Split, prepare_data
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.models.loading import load_model, load_processor, pick_device
-from trimlingual.recipe import EvaluateSettings, ManifestSource, RankSettings, SharedSettings, TaskSettings
+from trimlingual.pipeline import plan
+from trimlingual.preflight import check
+from trimlingual.recipe import (
+    DataSettings,
+    EvaluateSettings,
+    HubSource,
+    ManifestSource,
+    RankSettings,
+    SharedSettings,
+    TaskSettings,
+    load_recipe,
+)
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.search.plan import read_plan
 from trimlingual.stages.evaluate import evaluate
@@ -62,16 +73,16 @@ def test_scores_are_those_of_each_language_alone(given, parts, model_settings, d
 def test_candidates_score_the_mean_of_each_language_alone(
     given, parts, model_settings, decode_settings, tmp_path: Path, metric
 ):
-    def plan(name: str, languages: list[str]):
+    def ranked(name: str, languages: list[str]):
         out, asked = tmp_path / name, TaskSettings(target_languages=languages)
         out.mkdir()
         settings = RankSettings(num_layers_to_remove=1, metric=metric, early_stopping=False)
         rank(given, parts[name], SharedSettings(asked, model_settings, decode_settings), settings, None, out)
         return {record["layer"]: record["scores"] for record in read_plan(out).candidates}
 
-    both = plan("both", ["de", "zh"])
+    both = ranked("both", ["de", "zh"])
     for code in METRICS:
-        for layer, scores in plan(code, [code]).items():
+        for layer, scores in ranked(code, [code]).items():
             assert both[layer][code] == pytest.approx(scores[code], abs=1e-4)
 
 
@@ -86,6 +97,33 @@ def test_a_manifest_may_lack_languages_but_not_all(parts, tmp_path: Path):
     assert [list(clip.references) for clip in clips] == [list(clip.references) for clip in parts["both"].clips]
     assert not listing_problems(source, ["de", "zh"], wanted="any")
     assert listing_problems(source, ["de", "zh"])
+    assert not listing_problems(source, ["de", "zh"], wanted="any", scored=True)
     write_jsonl(path, [*lines, {"audio": str(parts["both"].clips[0].audio), "references": {}}])
     with pytest.raises(DataError, match=r"line 8: reference for 'de' is missing"):
         read_recordings(source, ["de", "zh"], tmp_path, "any")
+
+
+@pytest.mark.parametrize("role", ["select", "test"])
+def test_what_is_scored_needs_every_language(parts, tmp_path: Path, role):
+    """Said by the check before a run and, where clips are held out, by the data stage: no model is trained first."""
+    for name in ("both", "de"):
+        clips = parts[name].clips
+        lines = [{"audio": str(clip.audio), "id": clip.id, "references": clip.references} for clip in clips]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    both, german = (ManifestSource(kind="manifest", path=str(tmp_path / f"{name}.jsonl")) for name in ("both", "de"))
+    (found,) = listing_problems(german, ["de", "zh"], wanted="any", scored=True)
+    assert "has no reference in 'zh' in any of its" in found
+    assert not listing_problems(german, ["de", "zh"], wanted="any")
+    recipe = load_recipe("mini", ["data.references=any", f"data.{role}={{kind: manifest, path: '{german.path}'}}"])
+    assert f"data.{role}: {found}" in check(recipe, tmp_path / "run", plan(recipe, tmp_path / "run")).problems
+    settings = DataSettings(train=both, select=1, test=1, references="any")
+    with pytest.raises(DataError, match=r"no clip of data\.(select|test) \(1\) has a reference in '(de|zh)'"):
+        prepare_data(settings, TaskSettings(target_languages=["de", "zh"]), tmp_path / "out", window_s=None)
+
+
+def test_a_hub_set_without_a_language_cannot_be_scored_in_it():
+    source = HubSource(kind="hub", path="some/set", splits=["test"], references={"de": "text_de"})
+    assert listing_problems(source, ["de", "zh"], wanted="any", scored=True) == [
+        "some/set names no column of references in 'zh'"
+    ]
+    assert not listing_problems(source, ["de", "zh"], wanted="any")

@@ -170,7 +170,10 @@ def _sources(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
         for role in ("train", "select", "test", "out_of_domain"):
             source = getattr(recipe.data, role)
             if source is not None and not isinstance(source, int):
-                for problem in listing_problems(source, recipe.task.target_languages, wanted=recipe.data.references):
+                scored = role in ("select", "test")
+                for problem in listing_problems(
+                    source, recipe.task.target_languages, wanted=recipe.data.references, scored=scored
+                ):
                     yield f"data.{role}: {problem}"
 
 

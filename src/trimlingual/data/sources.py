@@ -90,17 +90,25 @@ def _asked(source: Source, languages: Sequence[str], wanted: References) -> list
 
 
 def listing_problems(
-    source: Source, languages: Sequence[str], sources_wanted: bool = False, wanted: References = "all"
+    source: Source,
+    asked: Sequence[str],
+    sources_wanted: bool = False,
+    wanted: References = "all",
+    scored: bool = False,
 ) -> list[str]:
     """What is wrong with a source as far as can be told without decoding audio or downloading anything; empty if nothing is.
 
-    Its listing, columns, references in every language and audio files; with `sources_wanted` also the source texts. Of a set on the
-    Hub only what the recipe says about its columns is known, of one in a folder its columns too.
+    Its listing, columns, references in every language and audio files; with `sources_wanted` also the source texts. What is `scored`
+    needs each language in some clip. Of a set on the Hub only what the recipe says about its columns is known, of one in a folder its
+    columns too.
     """
-    languages = _asked(source, languages, wanted)
+    languages = _asked(source, asked, wanted)
+    lacking = [language for language in asked if language not in languages] if scored else []
     try:
         if isinstance(source, HubSource):
             columns_of(source, languages)
+            if lacking:
+                return [f"{source.path} names no column of references in {', '.join(map(repr, lacking))}"]
             if sources_wanted and not source.source:
                 return [f"{source.path} names no column with the source text (`source`)"]
             has = stored_columns(source)
@@ -115,13 +123,10 @@ def listing_problems(
         return [f"{rows.origin} holds no clips; it needs at least 1"]
     if wanted == "all":
         rows.require_all_languages()
-    empty = [
-        language
-        for language in languages
-        if wanted == "all" and rows and not any(row.references.get(language) for row in rows)
-    ]
-    if empty:
-        return [f"{rows.origin} has no reference in {', '.join(map(repr, empty))} in any of its {len(rows)} clips"]
+    if rows and (wanted == "all" or scored):
+        lacking += [language for language in languages if not any(row.references.get(language) for row in rows)]
+    if lacking:
+        return [f"{rows.origin} has no reference in {', '.join(map(repr, lacking))} in any of its {len(rows)} clips"]
     found = [what for _, what in rows.problems]
     found += [f"{row.where}: {row.audio} does not exist" for row in rows if not is_file(row.audio)]
     if sources_wanted:

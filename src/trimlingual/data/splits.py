@@ -113,6 +113,7 @@ def prepare_data(
     check_disjoint(clips, same)
     if settings.equal_sources == "drop":
         dropped["num_equal_sources_dropped"] = drop_equal_sources(clips)
+    _every_language(clips, task.target_languages)
     splits = {role: Split(role, tuple(found)) for role, found in clips.items()}
     warnings = [
         *repeated(same), *alike_warnings(alike_audio(clips, recordings)), *equal_source_warnings(equal_sources(clips)),
@@ -181,6 +182,17 @@ def _none_empty(clips: Mapping[str, Sequence[Clip]], what: str) -> None:
     for role, found in clips.items():
         if not found:
             raise DataError(f"all clips of data.{role} are {what}")
+
+
+def _every_language(clips: Mapping[str, Sequence[Clip]], languages: Sequence[str]) -> None:
+    """DataError if a split that models are scored on has no reference in one of the languages."""
+    for role in ("select", "test"):
+        lacking = [language for language in languages if not any(language in clip.references for clip in clips[role])]
+        if lacking:
+            raise DataError(
+                f"no clip of data.{role} ({len(clips[role])}) has a reference in {', '.join(map(repr, lacking))}, so nothing could be "
+                "scored there; add some, hold out more, or take the language out of task.target_languages"
+            )
 
 
 def _fit_window(clips: dict[str, list[Clip]], window_s: float | None, too_long: str) -> dict[str, int]:
