@@ -320,15 +320,15 @@ def test_what_the_export_has_proven_is_shown(run_dir, tmp_path, proof, said):
 def test_what_ships_is_a_table(run_dir, tmp_path):
     outcomes = [
         {"runtime": "transformers", "format": "nf4", "disk_bytes": 7_900_000, "unproven": "",
-         "proof": PROOF | {"seconds_per_clip": 0.1234, "peak_bytes": 612_000_000}},
+         "proof": PROOF | {"seconds_per_clip": 0.1234, "peak_bytes": 612_000_000, "scores": {"de": 71.26, "zh": 66.0}}},
         {"runtime": "other", "format": "a|b", "disk_bytes": 5_000_000, "proof": None, "unproven": "it is not installed"},
     ]  # fmt: skip
     path = run_dir / "exported" / "artifact.json"
     write(path, json.loads(path.read_text()) | {"info": {"outcomes": outcomes}})
     write_report(run_dir, tmp_path / "out")
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "| transformers | nf4 | 7.9 | 15 of 16 | 0.123 | 612 |" in markdown
-    assert r"| other | a\|b | 5.0 | – | – | – |" in markdown
+    assert "| transformers | nf4 | 7.9 | 15 of 16 | de 71.3, zh 66.0 | 0.123 | 612 |" in markdown
+    assert r"| other | a\|b | 5.0 | – | – | – | – |" in markdown
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
     for text in (markdown, page):
         assert "not checked with other: it is not installed" in text

@@ -17,11 +17,13 @@ from transformers import AutoConfig
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
+from trimlingual.evaluation.quality import corpus_score
 from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.target import ExportError
 from trimlingual.models.family import family_of_folder
 from trimlingual.models.loading import load_processor, pick_device
 from trimlingual.recipe import Recipe
+from trimlingual.recipe.languages import language
 
 NUM_CLIPS = 8  # compared, in every target language
 NEAR_TIE = 0.5  # difference of two logits in 16 bits, where they are rounded to an eighth of one and come out of rounded layers
@@ -40,7 +42,7 @@ def prove_export(
     recovered yet, half of the translations may part so, and it is still the model that was scored.
     """
     recorded = recorded_translations(recipe, evaluation_dir, clips)
-    asked = [(clip, language) for clip, language, _ in recorded]
+    asked = [(clip, code) for clip, code, _ in recorded]
     answer = translate_plainly(folder, recipe, asked, recorded=[text for *_, text in recorded])
     wrong = {kind: names for kind, names in answer["keys"].items() if names}
     if wrong:
@@ -49,8 +51,8 @@ def prove_export(
         )
         raise ExportError(f"the weights in {folder} do not fit its config.json: {shown}")
     different = [
-        {"id": clip.id, "language": language, "recorded": before, "exported": now, "margin": round(margin, 3)}
-        for (clip, language, before), now, margin in zip(recorded, answer["said"], answer["margins"], strict=True)
+        {"id": clip.id, "language": code, "recorded": before, "exported": now, "margin": round(margin, 3)}
+        for (clip, code, before), now, margin in zip(recorded, answer["said"], answer["margins"], strict=True)
         if before != now
     ]
     allowed = most_different(len(recorded), exact)
@@ -65,7 +67,7 @@ def prove_export(
         each["margin"] = min(each["margin"], sys.float_info.max)  # JSON has no infinity
     return {"runtime": "transformers", "versions": answer["versions"], "dtype": recipe.model.dtype, "loads_whole": True,
             "compared": len(recorded), "equal": len(recorded) - len(different), "different": different,
-            **{key: answer[key] for key in ("seconds_per_clip", "peak_bytes")}}  # fmt: skip
+            "scores": scores(recorded, answer["said"]), **{key: answer[key] for key in ("seconds_per_clip", "peak_bytes")}}  # fmt: skip
 
 
 def most_different(compared: int, exact: bool, share: float = DIFFERING) -> int:
@@ -109,10 +111,10 @@ def run_script(
     family, task, processor = family_of_folder(folder), recipe.task, load_processor(folder)
     with tempfile.TemporaryDirectory() as temporary:
         items = []
-        for index, (clip, language) in enumerate(asked):
+        for index, (clip, code) in enumerate(asked):
             samples = Path(temporary) / f"{index}.npy"
             np.save(samples, family.fill_up(processor, load_audio(clip.audio)))
-            conversation = family.conversation(task.system_prompt, task.prompt_for(language))
+            conversation = family.conversation(task.system_prompt, task.prompt_for(code))
             items.append({"samples": str(samples), "conversation": conversation})
             if recorded:
                 items[-1]["recorded"] = recorded[index]
@@ -146,8 +148,8 @@ def run_script(
 def compare(recorded: Sequence[tuple[Clip, str, str]], said: Sequence[str], share: float, what: str) -> dict[str, Any]:
     """How a runtime of other roundings translates; ExportError, naming `what`, where more than the `share` promises differs."""
     different = [
-        {"id": clip.id, "language": language, "recorded": before, "exported": now}
-        for (clip, language, before), now in zip(recorded, said, strict=True)
+        {"id": clip.id, "language": code, "recorded": before, "exported": now}
+        for (clip, code, before), now in zip(recorded, said, strict=True)
         if before != now
     ]
     if len(different) > (allowed := most_different(len(recorded), exact=False, share=share)):
@@ -156,7 +158,22 @@ def compare(recorded: Sequence[tuple[Clip, str, str]], said: Sequence[str], shar
             f"{len(different)} of {len(recorded)} translations by {what} are not the recorded ones (allowed: {allowed}); "
             f"the first, {first['id']}: {first['exported']!r} instead of {first['recorded']!r}"
         )
-    return {"compared": len(recorded), "equal": len(recorded) - len(different), "different": different}
+    counts = {"compared": len(recorded), "equal": len(recorded) - len(different), "different": different}
+    return counts | {"scores": scores(recorded, said)}
+
+
+def scores(recorded: Sequence[tuple[Clip, str, str]], said: Sequence[str]) -> dict[str, float]:
+    """Each language's main metric of what a runtime said to the compared clips that have a reference; too few to rank models by."""
+    texts: dict[str, tuple[list[str], list[str]]] = {}
+    for (clip, code, _), text in zip(recorded, said, strict=True):
+        if reference := clip.references.get(code):
+            hypotheses, references = texts.setdefault(code, ([], []))
+            hypotheses.append(text)
+            references.append(reference)
+    return {
+        code: corpus_score(language(code).main_metric, hypotheses, references, code).value
+        for code, (hypotheses, references) in texts.items()
+    }
 
 
 def recorded_translations(
@@ -166,12 +183,10 @@ def recorded_translations(
     if evaluation_dir is None:
         return []
     by_id, chosen = {clip.id: clip for clip in clips}, []
-    for language in recipe.task.target_languages:
+    for code in recipe.task.target_languages:
         rows = [
-            row
-            for row in read_translations(evaluation_dir, language)
-            if not row.get("truncated") and row["id"] in by_id
+            row for row in read_translations(evaluation_dir, code) if not row.get("truncated") and row["id"] in by_id
         ]
         step = max(1, len(rows) // NUM_CLIPS)
-        chosen += [(by_id[row["id"]], language, row["hypothesis"].strip()) for row in rows[::step][:NUM_CLIPS]]
+        chosen += [(by_id[row["id"]], code, row["hypothesis"].strip()) for row in rows[::step][:NUM_CLIPS]]
     return chosen

@@ -170,7 +170,7 @@ def _has_comet(report: dict[str, Any], code: str) -> bool:
 
 
 RUNTIME_NAMES = {"gguf": "llama.cpp", "vllm": "vLLM"}  # of the runtimes that are not called as their target
-OUTCOME_HEADER = ["runtime", "format", "MB", "equal translations", "seconds per clip", "memory in MB"]
+OUTCOME_HEADER = ["runtime", "format", "MB", "equal translations", "score of these", "seconds per clip", "memory in MB"]
 
 
 def outcome_row(outcome: Mapping[str, Any]) -> list[str]:
@@ -178,7 +178,16 @@ def outcome_row(outcome: Mapping[str, Any]) -> list[str]:
     proof = outcome["proof"] or {}
     equal = f"{proof['equal']} of {proof['compared']}" if proof.get("compared") else NOTHING
     size, peak = megabytes_text(outcome["disk_bytes"]), megabytes_text(proof.get("peak_bytes"))
-    return [_runtime(outcome), outcome["format"], size, equal, number_text(proof.get("seconds_per_clip"), 3), peak]
+    scores = ", ".join(f"{code} {number_text(value, 1)}" for code, value in proof.get("scores", {}).items()) or NOTHING
+    return [
+        _runtime(outcome),
+        outcome["format"],
+        size,
+        equal,
+        scores,
+        number_text(proof.get("seconds_per_clip"), 3),
+        peak,
+    ]
 
 
 def outcome_text(outcome: Mapping[str, Any]) -> str:
