@@ -58,28 +58,29 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     recipe = finished.recipe
     assert recipe.export is not None
     settings = recipe.export.gguf
-    processor = load_processor(finished.model.path)
-    model = load_model(finished.model.path, recipe.model.storage_dtype, torch.device("cpu"))
-    family = family_of(model)
-    if found := list(problems(recipe, model.config, finished.model.lineage.quantization)):
-        raise ExportError("; ".join(found))
     finished.check_padding()
-    four_bit = is_bitsandbytes(finished.model.path)
     out_dir.mkdir(parents=True, exist_ok=True)
-    name = recipe.name
+    texts = {kind: out_dir / f"{recipe.name}-{kind}.gguf" for kind in settings.types}
     mmproj = None if settings.text_only else out_dir / "mmproj-f16.gguf"
-    if mmproj:
-        _write_audio(mmproj, model, family, name, four_bit)
-    outcomes = []
-    for kind in settings.types:
-        path = out_dir / f"{name}-{kind}.gguf"
-        _write_text(path, model, processor, family, name, kind, four_bit)
+    _write_files(finished, texts, mmproj)  # the model's memory is free again when llama.cpp loads it
+    unproven, outcomes = _why_not_proven(finished), []
+    for kind, path in texts.items():
         size = path.stat().st_size + (mmproj.stat().st_size if mmproj else 0)
-        proof, unproven = None, _why_not_proven(finished)
-        if mmproj and not unproven:
-            proof = prove(path, mmproj, kind, finished, model.config.text_config.max_position_embeddings)
+        proof = prove(path, mmproj, kind, finished) if mmproj and not unproven else None
         outcomes.append(Outcome("gguf", kind, size, proof, unproven))
     return outcomes
+
+
+def _write_files(finished: Finished, texts: Mapping[GgufType, Path], mmproj: Path | None) -> None:
+    processor = load_processor(finished.model.path)
+    model = load_model(finished.model.path, finished.recipe.model.storage_dtype, torch.device("cpu"))
+    family, name, four_bit = family_of(model), finished.recipe.name, is_bitsandbytes(finished.model.path)
+    if found := list(problems(finished.recipe, model.config, finished.model.lineage.quantization)):
+        raise ExportError("; ".join(found))
+    if mmproj:
+        _write_audio(mmproj, model, family, name, four_bit)
+    for kind, path in texts.items():
+        _write_text(path, model, processor, family, name, kind, four_bit)
 
 
 def _why_not_proven(finished: Finished) -> str:

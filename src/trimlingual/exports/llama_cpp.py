@@ -75,12 +75,12 @@ def server_program(named: str | None) -> str | None:
     return shutil.which(named or "llama-server")
 
 
-def prove(text: Path, mmproj: Path, kind: GgufType, finished: Finished, context: int) -> dict[str, Any]:
+def prove(text: Path, mmproj: Path, kind: GgufType, finished: Finished) -> dict[str, Any]:
     """Have llama.cpp translate recorded clips; ExportError where it does not load the files, or says too much else."""
     recipe = finished.recipe
     assert recipe.export is not None
     recorded = recorded_translations(recipe, finished.evaluation_dir, finished.clips)
-    with serving(text, mmproj, context, recipe.export.gguf.llama_server) as server:
+    with serving(text, mmproj, finished.context, recipe.export.gguf.llama_server) as server:
         started, peak, said = time.perf_counter(), 0, []
         for clip, language, _ in recorded:
             said.append(server.translate(clip, language, recipe.task, recipe.decode.max_new_tokens))

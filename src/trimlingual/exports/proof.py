@@ -19,7 +19,7 @@ from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.evaluation.results import read_translations
-from trimlingual.exports.target import ExportError
+from trimlingual.exports.target import CONTEXT, ExportError
 from trimlingual.models.family import family_of_folder
 from trimlingual.models.loading import load_processor, pick_device
 from trimlingual.recipe import Recipe
@@ -125,7 +125,7 @@ def run_script(
             "model_class": family.model_class,
             "chat_reads_audio": family.chat_reads_audio,
             "max_new_tokens": recipe.decode.max_new_tokens,
-            "context": AutoConfig.from_pretrained(folder).text_config.max_position_embeddings,
+            "context": min(CONTEXT, AutoConfig.from_pretrained(folder).text_config.max_position_embeddings),
             "items": items,
         }
         # -P: the script's own folder is not on the path, so that this package's modules cannot be imported by chance

@@ -13,11 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from trimlingual.data.sources import Clip
 from trimlingual.models.family import family_of_processor
 from trimlingual.models.loading import load_processor
 from trimlingual.recipe import Recipe, Runtime
 from trimlingual.run.lineage import ModelFolder
+
+CONTEXT = 4096  # more than a clip of 30 s (750 states at most) and its translation ever take
 
 
 class ExportError(ValueError):
@@ -43,6 +47,12 @@ class Finished:
                 f"model.audio_padding is {asked}, but {self.model.path} was made with {'window' if hears else 'mask'}; "
                 "train it with this setting (finetune, recover), or export another model (--model)"
             )
+
+    @property
+    def context(self) -> int:
+        """Tokens of a clip, its prompt and its answer that a runtime is to have room for."""
+        most = AutoConfig.from_pretrained(self.model.path).text_config.max_position_embeddings
+        return min(most, CONTEXT)
 
     @property
     def is_random(self) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from transformers import AutoConfig
 
 from trimlingual.evaluation.results import read_result
 from trimlingual.exports.target import Finished, Outcome, target
@@ -51,7 +50,7 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         lineage=lineage,
         family=family,
         text_only=bool(recipe.export and recipe.export.gguf.text_only),
-        context=AutoConfig.from_pretrained(finished.model.path).text_config.max_position_embeddings,
+        context=finished.context,
         num_filled_up=processor.feature_extractor.n_samples if family.hears_padding(processor) else None,
         result=read_result(finished.evaluation_dir) if finished.evaluation_dir else None,
         outcomes=[(outcome_row(asdict(outcome)), outcome_text(asdict(outcome))) for outcome in outcomes],
