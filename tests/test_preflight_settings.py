@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -67,6 +68,22 @@ def test_layers_are_those_of_the_base_before_it_was_pruned(tmp_path):
 def test_training_that_cannot_start(tmp_path, settings, said):
     (found,) = problems(tmp_path, *settings)
     assert found.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changed", "uneven"),
+    [({"num_key_value_heads": 1}, "[(256, 16)]"), ({"intermediate_size": 96}, "[(96, 256)]")],
+)
+def test_shapes_that_bitsandbytes_cannot_compute_on_a_cpu(tmp_path, changed, uneven):
+    folder = shutil.copytree(MINI, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 256, "num_attention_heads": 16, **changed}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = [f"model.base={folder}", "model.device=cpu", "quantize.parts=[decoder]", "quantize.group_size=32"]
+    (found,) = problems(tmp_path, *settings)
+    assert f"the decoder has layers of {uneven}" in found
+    for other in (["quantize.train=null"], ["quantize.train={method: full, data: {distilled: 1}}"]):
+        assert problems(tmp_path, *settings, "quantize.scheme=int4", *other) == []  # all by this package itself
 
 
 def test_vocabularies_that_cannot_be_trimmed_so(tmp_path):

@@ -106,38 +106,43 @@ def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> 
     settings = recipe.quantize
     if settings is None or "quantized" not in names:
         return
-    if find_spec("bitsandbytes") is None:
+    by_bitsandbytes = settings.scheme != "int4" or (settings.train is not None and settings.train.method == "lora")
+    if by_bitsandbytes and find_spec("bitsandbytes") is None:
         yield "quantize: bitsandbytes is not installed; pip install bitsandbytes"
     if settings.scheme == "int4" and find_spec("compressed_tensors") is None:
         yield "quantize.scheme int4 needs compressed-tensors: pip install 'trimlingual[int4]'"
     if config is not None:
-        yield from _group_problems(settings, _widths(config), on_cpu=_device_kind(recipe) == "cpu")
+        on_cpu = by_bitsandbytes and _device_kind(recipe) == "cpu"
+        yield from _group_problems(settings, _linear_shapes(config), on_cpu)
 
 
-def _widths(config: Any) -> dict[str, set[int]]:
-    """Input widths of the linear layers of each part."""
+def _linear_shapes(config: Any) -> dict[str, set[tuple[int, int]]]:
+    """Inputs and outputs of the linear layers of each part."""
     from torch import nn
 
     from trimlingual.models.family import meta_model
     from trimlingual.models.tree import PARTS, part_of
 
-    widths: dict[str, set[int]] = {part: set() for part in PARTS}
+    shapes: dict[str, set[tuple[int, int]]] = {part: set() for part in PARTS}
     for name, module in meta_model(config).named_modules():
         if isinstance(module, nn.Linear) and (part := part_of(name)):
-            widths[part].add(module.in_features)
-    return widths
+            shapes[part].add((module.in_features, module.out_features))
+    return shapes
 
 
-def _group_problems(settings: QuantizeSettings, widths: dict[str, set[int]], on_cpu: bool) -> Iterator[str]:
+def _group_problems(settings: QuantizeSettings, shapes: dict[str, set[tuple[int, int]]], on_cpu: bool) -> Iterator[str]:
+    """`on_cpu`: bitsandbytes computes on a CPU, which takes inputs in groups of 64 and outputs in groups of 32."""
     for part in settings.parts:
-        if settings.scheme == "int4" and (
-            odd := [width for width in sorted(widths[part]) if width % settings.group_size]
-        ):
-            fits = [size for size in (128, 64, 32) if not any(width % size for width in widths[part])]
+        widths = sorted({inputs for inputs, _ in shapes[part]})
+        if settings.scheme == "int4" and (odd := [width for width in widths if width % settings.group_size]):
+            fits = [size for size in (128, 64, 32) if not any(width % size for width in widths)]
             advice = f"choose {' or '.join(map(str, fits))}" if fits else f"leave {part} out of quantize.parts"
             yield f"quantize.group_size {settings.group_size} does not divide widths {odd} of the {part}; {advice}"
-        if on_cpu and (odd := [width for width in sorted(widths[part]) if width % 64]):
-            yield f"4-bit training on a CPU needs widths divisible by 64, and the {part} has {odd}; leave it out of quantize.parts"
+        if on_cpu and (uneven := [shape for shape in sorted(shapes[part]) if shape[0] % 64 or shape[1] % 32]):
+            yield (
+                f"bitsandbytes on a CPU needs inputs divisible by 64 and outputs by 32, and the {part} has layers of {uneven} (inputs, "
+                "outputs); leave it out of quantize.parts, or use a GPU"
+            )
 
 
 def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
