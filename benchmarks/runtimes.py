@@ -81,16 +81,18 @@ class Bench:
         found = {"disk_bytes": disk_bytes, "compared": len(whole), "equal": equal, "left_out": len(ours) - len(whole)}
         return {**found, "chrf": scores, **answer}
 
-    def vllm(self, python: str, packed: bool) -> dict[str, Any]:
-        """The folder in bfloat16, or with a decoder in int4."""
+    def vllm(self, python: str, dtype: Dtype, packed: bool) -> dict[str, Any]:
+        """The folder computed in a dtype, as it is or with a decoder in int4."""
+        model_settings = self.recipe.model.model_copy(update={"dtype": dtype})
+        self.recipe = self.recipe.model_copy(update={"model": model_settings})
         source, quantization = self.folder, None
         if packed:
             source, quantization = self.scratch / "int4", config_summary(INT4)
             save_packed(load_model(self.folder, "bfloat16", CPU), load_processor(self.folder), source, INT4, "bfloat16")
-        out = self.scratch / f"vllm-{packed}"
+        out = self.scratch / f"vllm-{dtype}-{packed}"
         [outcome] = vllm.write(self.finished(source, quantization=quantization), out)
         return self.row(
-            self.ours(source, self.recipe.model.dtype), outcome.disk_bytes,
+            self.ours(source, dtype), outcome.disk_bytes,
             lambda asked: run_script("vllm_script.py", "vLLM", out, self.recipe, asked, python),
         )  # fmt: skip
 
@@ -156,8 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows: dict[str, Callable[[], dict[str, Any]]] = {}
         if args.vllm:
             bench = Bench(builtin, args.clips, scratch)
-            rows |= {f"vLLM, {name}": lambda packed=packed: bench.vllm(args.vllm, packed) for name, packed in
-                     (("bfloat16", False), ("int4 decoder", True))}  # fmt: skip
+            formats: tuple[tuple[str, Dtype, bool], ...] = (
+                ("float32", "float32", False), ("bfloat16", "bfloat16", False), ("int4 decoder", "bfloat16", True),
+            )  # fmt: skip
+            rows |= {f"vLLM, {name}": lambda dtype=dtype, packed=packed: bench.vllm(args.vllm, dtype, packed)
+                     for name, dtype, packed in formats}  # fmt: skip
         if args.heard:
             heard = Bench(args.heard, args.clips, scratch)
             ours = heard.ours(args.heard, "float32")

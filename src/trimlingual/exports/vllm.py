@@ -17,7 +17,7 @@ from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.exports.proof import compare, recorded_translations, run_script
 from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.exports.transformers import copy_model, weight_format
-from trimlingual.recipe import Recipe
+from trimlingual.recipe import Dtype, Recipe
 
 POSITIONS = 1500  # of the audio tower: vLLM's processor makes spectra of 30 s, and its model takes no others
 DIFFERING = 0.2  # share of translations that may differ from the recorded ones, made with other kernels in 16 bits
@@ -49,6 +49,12 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     return [Outcome("vllm", weight_format(finished), disk_bytes(out_dir), proof, unproven)]
 
 
+def dtype_of(finished: Finished) -> Dtype:
+    """What vLLM is to compute in: its kernels for int4 know 16 bits alone."""
+    dtype = finished.recipe.model.dtype
+    return "bfloat16" if finished.model.lineage.quantization and dtype == "float32" else dtype
+
+
 def _why_not_proven(finished: Finished) -> str:
     if finished.is_random:
         return "the base model is random"
@@ -64,8 +70,10 @@ def _prove(finished: Finished, folder: Path) -> dict[str, Any]:
     """vLLM, in a process of its own, is asked for recorded translations; ExportError where it fails or says too much else."""
     recipe, python = finished.recipe, _python(finished)
     assert python is not None
+    dtype = dtype_of(finished)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
     recorded = recorded_translations(recipe, finished.evaluation_dir, finished.clips)
     asked = [(clip, language) for clip, language, _ in recorded]
     answer = run_script("vllm_script.py", "vLLM", folder, recipe, asked, python)
     found = compare(recorded, answer.pop("said"), DIFFERING, "vLLM")
-    return {"runtime": "vLLM", "dtype": recipe.model.dtype, "loads_whole": True, **found, **answer}
+    return {"runtime": "vLLM", "dtype": dtype, "loads_whole": True, **found, **answer}

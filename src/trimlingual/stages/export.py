@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimlingual.evaluation.results import read_result
 from trimlingual.exports.target import Finished, Outcome, target
+from trimlingual.exports.vllm import dtype_of
 from trimlingual.models.family import family_of_processor
 from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import is_on_hub, load_processor
@@ -51,6 +52,7 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         family=family,
         text_only=bool(recipe.export and recipe.export.gguf.text_only),
         context=finished.context,
+        vllm_dtype=dtype_of(finished),
         num_filled_up=processor.feature_extractor.n_samples if family.hears_padding(processor) else None,
         result=read_result(finished.evaluation_dir) if finished.evaluation_dir else None,
         outcomes=[(outcome_row(asdict(outcome)), outcome_text(asdict(outcome))) for outcome in outcomes],
