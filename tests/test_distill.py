@@ -7,10 +7,11 @@ import torch
 
 from trimlingual.data.splits import DataSplits, Split
 from trimlingual.decoding.translate_clips import Translation
+from trimlingual.evaluation.answers import has_repetition_loop
 from trimlingual.models.loading import load_model
 from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, DistillSettings, MixSettings, SharedSettings
-from trimlingual.stages.distill import distill, has_repetition_loop, mix, read_distilled, reject
+from trimlingual.stages.distill import distill, mix, read_distilled, reject
 
 from .conftest import make_clips
 

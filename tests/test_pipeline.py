@@ -20,7 +20,7 @@ from trimlingual import pipeline
 from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import max_new_tokens
 from trimlingual.evaluation.results import read_translations
-from trimlingual.exports.shipped import Shipped, read_shipped
+from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
 from trimlingual.models.errors import ModelError
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.recipe import Recipe, load_recipe
@@ -94,8 +94,10 @@ def test_every_stage_leaves_its_artefact(recipe, run_dir):
 
 def test_every_model_says_what_it_was_made_for(recipe, run_dir):
     """So `translate FOLDER` needs no recipe, whichever of the run's models it is."""
+    clip_s = clip_lengths([clip.duration_s for clip in load_splits(run_dir / "data").train.clips])
+    assert 1 < clip_s[0] < clip_s[1] < 30
     for name in ("teacher", "pruned", "recovered", "quantized", "exported"):
-        assert read_shipped(run_dir / name) == Shipped(recipe.task, recipe.decode, recipe.model.dtype), name
+        assert read_shipped(run_dir / name) == Shipped(recipe.task, recipe.decode, recipe.model.dtype, clip_s), name
 
 
 def test_second_run_does_nothing(recipe, run_dir, capsys):

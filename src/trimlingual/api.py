@@ -53,11 +53,11 @@ def translate(
     recipe: Recipe | str | None = None,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Translate audio files, or folders of them, into the languages `to`; one record per file and language.
+    """Translate recordings of any length, or folders of them, into the languages `to`; one record per recording and language.
 
-    A record has `audio`, `language`, `text`, `truncated` and, where the sound looks wrong, `warning`. `model` is a folder, a Hub id or
-    `builtin:mini`. Prompt and decoding settings are those of `recipe`; by default those in the model's folder. Raises ModelError or
-    DataError before anything is translated.
+    A record has `audio`, `language`, `text`, `segments` with times, `duration_s`, `truncated` and, where the sound looks wrong,
+    `warning`. One that cannot be read has `error`. `model` is a folder, a Hub id or `builtin:mini`. Prompt and decoding settings are
+    those of `recipe`; by default those in the model's folder. Raises ModelError for what is no usable model.
     """
     from trimlingual.app.translate import translate_files
 

@@ -201,27 +201,54 @@ def report(
     say(f"report: {folder / 'report.html'}")
 
 
-@app.command(epilog="Example: trimlingual translate runs/mini/exported talk.wav --to de")
+@app.command(epilog="Example: trimlingual translate runs/my/exported talk.mp3 --to de --format srt --out-dir subtitles")
 def translate(
     model: Annotated[str, typer.Argument(help="Model folder, Hub id or builtin:mini.")],
     audio: Annotated[
-        list[Path], typer.Argument(help="Audio files or folders of them, each no longer than the model's window.")
+        list[str], typer.Argument(help="Recordings of any length: files, folders, patterns, or - for standard input.")
     ],
     to: Annotated[list[str], typer.Option("--to", help="Target language; can be repeated.")],
+    form: Annotated[
+        str, typer.Option("--format", help="json (a line for each recording and language), text, srt or vtt.")
+    ] = "json",
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out-dir",
+            help="Write NAME.LANGUAGE.ENDING there; a run that is stopped goes on. Default: standard output.",
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--max-seconds", min=1.0, help="Longest segment. Default: as the clips that the model was trained on."
+        ),
+    ] = None,
+    pause: Annotated[
+        float, typer.Option("--pause", min=0.05, help="Seconds of silence at which a long recording is cut.")
+    ] = 0.3,
     recipe: Annotated[
         str | None,
         typer.Option(help="Recipe whose prompt and decoding settings are used; default: those of the folder."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Make files in --out-dir again that this command made from other input.")
+    ] = False,
 ) -> None:
-    """Translate audio files; one line of JSON each."""
-    from trimlingual.app.translate import translate_files
+    """Translate recordings of any length: text, JSON with times, or subtitles.
+
+    Exit code 0: all were translated; 3: some could not be read; 1: none could, or nothing could be done.
+    """
+    from trimlingual.app.outputs import translate_to
+    from trimlingual.app.segments import Cutting
 
     if not _alone("translate"):
         return
     settings = load_recipe(recipe) if recipe else None
-    for line in translate_files(model, audio, to, settings, device):
-        print(json.dumps(line, ensure_ascii=False))
+    cutting = Cutting(max_seconds, pause)
+    code = translate_to(model, audio, to, settings, device, cutting, form, out_dir, force)
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Example: trimlingual recipes")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimlingual.data.splits import load_splits, prepare_data
-from trimlingual.exports.shipped import Shipped
+from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
 from trimlingual.recipe import EXPORT_STAGES, MixSettings, Recipe, Runtime, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
@@ -100,7 +100,7 @@ class Step:
                     say(f"  {self.name}: the main process works; the other {num_processes() - 1} wait")
                 info = self.work(self.inputs, partial)
                 if self.made_for and is_main_process():
-                    self.made_for.save(partial)
+                    replace(self.made_for, clip_s=self._clip_s()).save(partial)
                 return info
 
         return produce(
@@ -113,6 +113,14 @@ class Step:
             everyone=self.everyone,
             origins={role: ref.origin for role, ref in self.inputs.items() if ref.origin},
         )
+
+    def _clip_s(self) -> tuple[float, float] | None:
+        """Lengths of the clips that the model was trained on: these, or those of the model that it was made of."""
+        if "data" in self.inputs:
+            return clip_lengths([clip.duration_s for clip in load_splits(self.inputs["data"].folder).train.clips])
+        model = self.inputs["model"]
+        shipped = read_shipped(model.path) if model.path else None
+        return shipped.clip_s if shipped else None
 
 
 class _Fingerprints(Mapping[str, str]):

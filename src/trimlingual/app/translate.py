@@ -1,79 +1,248 @@
-"""Translate audio files with any model folder this package can load."""
+"""Translate recordings of any length with any model folder this package can load.
+
+A recording that is longer than a clip is cut at its pauses (segments.py); segments of all recordings are translated together in
+batches and put together again. Faulty answers get a second try (second_try.py). Recordings are read as streams, so memory does not
+grow with their length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from trimlingual.data.audio import DataError, describe_audio
+from trimlingual.app.recordings import Given, readable, recordings
+from trimlingual.app.second_try import SecondTry, fault
+from trimlingual.app.segments import PADDING_S, Cutting, Span, SpeechProbabilities, cut_at_pauses, samples_of, windows
+from trimlingual.data.audio import DataError, describe_audio, stream_audio
+from trimlingual.data.rows import MINI_DATA
 from trimlingual.data.sources import Clip
-from trimlingual.decoding.translate_clips import translate_clips
-from trimlingual.exports.shipped import SHIPPED_FILE, Shipped, read_shipped
+from trimlingual.decoding.translate_clips import Translation, Translator, longest_first
+from trimlingual.exports.shipped import SHIPPED_FILE, Shipped, clip_lengths, read_shipped
 from trimlingual.models.family import family_of_processor
 from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
 from trimlingual.recipe import Recipe, load_recipe
-from trimlingual.run.progress import say
+from trimlingual.recipe.languages import LANGUAGES, language, primary
+from trimlingual.run.jsonl import read_jsonl
+from trimlingual.run.progress import progress, say
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
+USUAL_S, LONGEST_S = 8.0, 30.0  # of a segment, where nothing is known of the clips that the model was trained on
+READ_AHEAD = 4  # batches of segments in memory, so that those of similar length go together
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What was said between two moments, in one language. `second_try` says why there was one, `fault` what is still wrong."""
+
+    start: float
+    end: float
+    text: str
+    truncated: bool = False
+    second_try: str | None = None
+    fault: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The JSON form, without what does not apply."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+
+
+@dataclass
+class _Heard:
+    """A recording under way."""
+
+    given: Given
+    duration_s: float = 0.0
+    warning: str | None = None
+    error: str | None = None
+    spans: list[Span] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A segment that is to be translated."""
+
+    heard: _Heard
+    span: Span
+    samples: np.ndarray
+    clip: Clip
+
+
+Key = tuple[str, str, str]
+"""Recording, time, language: what a segment is known by."""
 
 
 def translate_files(
     model_name: str | Path,
-    audio: Sequence[Path],
+    audio: Sequence[str | Path],
     languages: Sequence[str],
     recipe: Recipe | None = None,
     device: str = "auto",
+    cutting: Cutting | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one record a file and language: audio, language, text, truncated, and a warning where the audio looks wrong.
+    """Yield one record for each recording and language, in order, as soon as the recording is done.
 
-    What holds no speech (silent, too short, channels that cancel) is not given to the model: its text is empty.
+    A record has `audio`, `language`, `text` and `segments` (`start`, `end`, `text`, and what was odd), `duration_s`, `truncated`, and a
+    `warning` where the audio looks wrong. A recording that cannot be read has an `error` and no text; the others go on. What holds no
+    speech is not given to the model: its text is empty.
 
-    `model_name` is a folder, a Hub id or `builtin:mini`; `audio` holds files, or folders whose audio files are all translated. Prompt,
+    `model_name` is a folder, a Hub id or `builtin:mini`; `audio` holds files, folders, patterns, or `-` for standard input. Prompt,
     decoding settings and dtype are those of `recipe`; by default those that stand in the model's folder, else the published ones.
 
-    Raises ModelError for what is no usable model, and before anything is translated DataError
-    for files that cannot be read or are longer than the model's window.
+    Raises ModelError for what is no usable model, DataError for a folder or pattern without recordings.
     """
-    model_dir = resolve_base(str(model_name))
-    check_folder(model_dir, "translate")
-    settings = _settings(model_dir, recipe, pick_device(device))
-    if other := [code for code in languages if code not in settings.task.target_languages]:
-        say(f"note: this model was made for {', '.join(settings.task.target_languages)}, not for {', '.join(other)}")
-    task = settings.task.model_copy(update={"target_languages": list(languages)})
-    for language in languages:
-        task.language_name(language)
-    audio = _files(audio)
-    processor = load_processor(model_dir)
-    window = family_of_processor(processor).window_s(processor)
-    heard = {str(path): describe_audio(path) for path in audio}
-    clips = [Clip(name, Path(name), {}, None, found.duration_s, "") for name, found in heard.items()]
-    too_long = [clip for clip in clips if clip.duration_s > window]
-    if too_long:
-        raise DataError(
-            f"{len(too_long)} file(s) are longer than the model's window of {window:.0f} s: "
-            f"{', '.join(f'{clip.id} ({clip.duration_s:.1f} s)' for clip in too_long[:5])}; split them first"
-        )
-    model = load_model(model_dir, settings.dtype, pick_device(device))
-    usable = [clip for clip in clips if not heard[clip.id].unusable]
-    said = {(t.id, t.language): t for t in translate_clips(model, processor, task, usable, settings.decode)}
-    for clip in clips:
-        unusable, suspicious = heard[clip.id].unusable, heard[clip.id].suspicious
-        warning = (
-            f"not translated: the recording {unusable}" if unusable else suspicious and f"the recording {suspicious}"
-        )
-        for language in languages:
-            translation = said.get((clip.id, language))
-            yield {
-                "audio": clip.id,
-                "language": language,
-                "text": translation.hypothesis if translation else "",
-                "truncated": bool(translation and translation.truncated),
-                **({"warning": warning} if warning else {}),
+    with tempfile.TemporaryDirectory() as scratch:
+        given = recordings(audio, Path(scratch))
+        app = App(model_name, languages, recipe, device, cutting or Cutting())
+        yield from app.translate(given, Path(scratch))
+
+
+class App:
+    """A loaded model with all that translating recordings takes."""
+
+    def __init__(
+        self, model_name: str | Path, languages: Sequence[str], recipe: Recipe | None, device: str, cutting: Cutting
+    ) -> None:
+        model_dir = resolve_base(str(model_name))
+        check_folder(model_dir, "translate")
+        settings = _settings(model_dir, recipe, pick_device(device))
+        if other := [code for code in languages if code not in settings.task.target_languages]:
+            say(
+                f"note: this model was made for {', '.join(settings.task.target_languages)}, not for {', '.join(other)}"
+            )
+        task = settings.task.model_copy(update={"target_languages": list(languages)})
+        for code in languages:
+            task.language_name(code)
+        self.languages = list(languages)
+        processor = load_processor(model_dir)
+        window = family_of_processor(processor).window_s(processor)
+        self.usual_s, longest_s = settings.clip_s or (USUAL_S, LONGEST_S)
+        self.max_s = min(cutting.max_s or longest_s + 2 * PADDING_S, window)
+        self.pause_s = cutting.pause_s
+        model = load_model(model_dir, settings.dtype, pick_device(device))
+        self._samples: dict[str, np.ndarray] = {}
+        self._translate = Translator(model, processor, task, settings.decode, lambda clip: self._samples[clip.id])
+        self._again = SecondTry(model, self._translate.prompter, settings.decode)
+        self._speech: SpeechProbabilities | None = None
+        self._no_vad = False
+
+    def translate(
+        self,
+        given: Sequence[Given],
+        scratch: Path,
+        known: Mapping[Key, Segment] | None = None,
+        remember: Callable[[Key, Segment], None] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The records of `translate_files`. Segments that are `known` are not translated again, each new one is told to `remember`."""
+        waiting: list[_Heard] = []
+        said: dict[Key, Segment] = dict(known or {})
+
+        def pieces() -> Iterator[_Piece]:
+            for each in given:
+                heard = _Heard(each)
+                waiting.append(heard)
+                yield from self._pieces(heard, scratch, said)
+
+        stream = pieces()
+        with progress("translating, recording", len(given)) as advance:
+            while ahead := list(islice(stream, READ_AHEAD * self._translate.batch_size)):
+                new = self._translated(ahead)
+                said |= new
+                if remember:
+                    for key, segment in new.items():
+                        remember(key, segment)
+                # All but the last recording that was begun are whole.
+                while len(waiting) > 1:
+                    advance(1)
+                    yield from self._records(waiting.pop(0), said)
+                last = ahead[-1]
+                advance(0, f"{last.heard.given.name}, {last.span.end:.0f} of {last.heard.duration_s:.0f} s")
+            while waiting:
+                yield from self._records(waiting.pop(0), said)
+                advance(1)
+
+    def _pieces(self, heard: _Heard, scratch: Path, said: Mapping[Key, Segment]) -> Iterator[_Piece]:
+        """The segments of a recording that are to be translated; what is wrong with it is noted in `heard`."""
+        name = heard.given.name
+        try:
+            path = readable(heard.given, scratch)
+            found = describe_audio(path)
+            heard.duration_s = found.duration_s
+            if found.unusable:
+                heard.warning = f"not translated: the recording {found.unusable}"
+                return
+            heard.warning = found.suspicious and f"the recording {found.suspicious}"
+            heard.spans = self._spans(path, found.duration_s)
+            if not heard.spans:
+                heard.warning = "not translated: no speech was found"
+            left = [span for span in heard.spans if any(_key(name, span, code) not in said for code in self.languages)]
+            for span, samples in zip(left, samples_of(stream_audio(path), left), strict=True):
+                clip = Clip(f"{name}\n{span.start}", path, {}, None, span.duration_s, "")
+                yield _Piece(heard, span, samples, clip)
+        except DataError as error:
+            heard.error = str(error)
+
+    def _spans(self, path: Path, duration_s: float) -> list[Span]:
+        if duration_s <= self.max_s:
+            return [Span(0.0, duration_s)]
+        if self._speech is None and not self._no_vad:
+            try:
+                self._speech = SpeechProbabilities()
+            except ImportError:
+                self._no_vad = True
+                say(
+                    f"note: silero-vad is not installed, so long recordings are cut every {self.max_s:g} s, through words too; "
+                    "pip install 'trimlingual[vad]' cuts them at pauses"
+                )
+        if self._speech is None:
+            return windows(duration_s, self.max_s)
+        return cut_at_pauses(list(self._speech(stream_audio(path))), self.max_s, self.pause_s, self.usual_s)
+
+    def _translated(self, ahead: Iterable[_Piece]) -> dict[Key, Segment]:
+        pieces = {piece.clip.id: piece for piece in ahead}
+        self._samples = {name: piece.samples for name, piece in pieces.items()}
+        said: dict[Key, Segment] = {}
+        for batch in longest_first([piece.clip for piece in pieces.values()], self._translate.batch_size):
+            for translation in self._translate(batch):
+                piece = pieces[translation.id]
+                name = piece.heard.given.name
+                said[_key(name, piece.span, translation.language)] = self._segment(translation, piece)
+        self._samples = {}
+        return said
+
+    def _segment(self, first: Translation, piece: _Piece) -> Segment:
+        wrong, left, answer = fault(first), None, first
+        if wrong:
+            answer, left = self._again(first, piece.samples, piece.span.duration_s)
+        start, end = round(piece.span.start, 3), round(piece.span.end, 3)
+        return Segment(start, end, answer.hypothesis, answer.truncated, wrong, left)
+
+    def _records(self, heard: _Heard, said: Mapping[Key, Segment]) -> Iterator[dict[str, Any]]:
+        name = heard.given.name
+        for code in self.languages:
+            record: dict[str, Any] = {"audio": name, "language": code}
+            if heard.error:
+                yield record | {"text": "", "error": heard.error}
+                continue
+            segments = [said[_key(name, span, code)] for span in heard.spans]
+            between = " " if primary(code) not in LANGUAGES or language(code).spaced else ""
+            record |= {
+                "text": between.join(segment.text for segment in segments if segment.text),
+                "truncated": any(segment.truncated for segment in segments),
+                "duration_s": round(heard.duration_s, 3),
+                "segments": [segment.record() for segment in segments],
             }
+            yield record | ({"warning": heard.warning} if heard.warning else {})
+
+
+def _key(name: str, span: Span, code: str) -> Key:
+    return name, f"{span.start:.3f}-{span.end:.3f}", code
 
 
 def _settings(folder: Path, recipe: Recipe | None, device: torch.device) -> Shipped:
@@ -82,23 +251,12 @@ def _settings(folder: Path, recipe: Recipe | None, device: torch.device) -> Ship
     if recipe is not None:
         return Shipped(recipe.task, recipe.decode, recipe.model.dtype)
     mini = load_recipe("mini")  # the published prompt
-    if folder != resolve_base(mini.model.base):
+    clip_s = None
+    if folder == resolve_base(mini.model.base):
+        clip_s = clip_lengths([row["duration_s"] for row in read_jsonl(MINI_DATA / "train.jsonl")])
+    else:
         say(
             f"note: {folder} has no {SHIPPED_FILE}, which says how a model is asked: it is asked {mini.task.prompt!r}; "
             "--recipe gives another prompt and other decoding settings"
         )
-    return Shipped(mini.task, mini.decode, "float32" if device.type == "cpu" else "bfloat16")
-
-
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and of a folder those in it with an audio file's name; DataError where it has none."""
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise DataError(f"{path} is a folder without audio files ({', '.join(SUFFIXES)})")
-        found += inside
-    return found
+    return Shipped(mini.task, mini.decode, "float32" if device.type == "cpu" else "bfloat16", clip_s)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +43,44 @@ def load_audio(path: Path) -> np.ndarray:
 
     Raises DataError for a file that is missing, empty, cut short, not audio, without samples, or with NaN or infinity.
     """
-    rates, blocks = zip(*_decode(path, _read_bytes(path)))
+    rates, blocks = zip(*_decode(path))
     mono = np.concatenate([block.mean(axis=1) for block in blocks])
     if rates[0] != SAMPLE_RATE:
         common = math.gcd(SAMPLE_RATE, rates[0])
         mono = resample_poly(mono, SAMPLE_RATE // common, rates[0] // common)
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def stream_audio(path: Path) -> Iterator[np.ndarray]:
+    """`load_audio` in pieces of up to a minute or so, one after the other, for recordings of hours: float32 mono at 16 kHz."""
+    mono, rate = np.empty(0, dtype=np.float32), SAMPLE_RATE
+    up = down = 1
+    begins = True
+    for rate, block in _decode(path):
+        mono = np.concatenate([mono, block.mean(axis=1)])
+        common = math.gcd(SAMPLE_RATE, rate)
+        up, down = SAMPLE_RATE // common, rate // common
+        whole = (len(mono) - _margin(up, down)) // down * down
+        if rate == SAMPLE_RATE:
+            yield mono
+            mono = mono[:0]
+        elif whole > _margin(up, down):
+            yield _resampled(mono, up, down, begins, whole)
+            mono, begins = mono[whole - _margin(up, down) :], False
+    if rate != SAMPLE_RATE:
+        yield _resampled(mono, up, down, begins, len(mono))
+
+
+def _margin(up: int, down: int) -> int:
+    """Input samples on either side that a resampled sample depends on, by the filter of `resample_poly`; in whole periods."""
+    return math.ceil((10 * max(up, down) + 1) / up / down + 1) * down
+
+
+def _resampled(mono: np.ndarray, up: int, down: int, begins: bool, until: int) -> np.ndarray:
+    """`mono`[margin:until] resampled, with what stands around it heard; from its beginning where it is the recording's."""
+    skip = 0 if begins else _margin(up, down) * up // down
+    ends = None if until == len(mono) else until * up // down
+    return resample_poly(mono, up, down)[skip:ends].astype(np.float32)
 
 
 def is_file(path: Path) -> bool:
@@ -56,22 +91,29 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def _opened(path: Path) -> Iterator[mmap.mmap]:
+    """The file's bytes, read as they are needed; DataError where there are none."""
     if not is_file(path):
         raise DataError(f"{path} does not exist or is not a file; correct the path or restore the file")
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise DataError(f"{path} is empty (0 bytes); copy or download it again, or take it out of the data")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield data
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
 
 
-def _decode(path: Path, data: bytes) -> Iterator[tuple[int, np.ndarray]]:
+def _decode(path: Path) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (rate in Hz, float32 [frames, channels]) at least once; DataError for anything but a whole recording."""
     fix = "copy or download it again, or take it out of the data"
-    if not data:
-        raise DataError(f"{path} is empty (0 bytes); {fix}")
-    if data[:4] == b"OggS" and not _ogg_is_whole(data):
-        raise DataError(f"{path} is cut short (its last Ogg page is missing); {fix}")
+    with _opened(path) as data:
+        if data[:4] == b"OggS" and not _ogg_is_whole(data):
+            raise DataError(f"{path} is cut short (its last Ogg page is missing); {fix}")
+        # An MP3 without one of these headers states no length: libsndfile's count is an estimate and proves nothing.
+        tagged = any(tag in data[: 1 << 16] for tag in (b"Xing", b"Info", b"VBRI"))
     try:
         file = sf.SoundFile(path)
     except (sf.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
@@ -97,15 +139,13 @@ def _decode(path: Path, data: bytes) -> Iterator[tuple[int, np.ndarray]]:
                 yield file.samplerate, block
         except sf.SoundFileError as error:
             raise DataError(f"{path} is cut short or damaged ({error}); {fix}") from error
-        # An MP3 without one of these headers states no length: libsndfile's count is an estimate and proves nothing.
-        states_length = file.format != "MP3" or any(tag in data[: 1 << 16] for tag in (b"Xing", b"Info", b"VBRI"))
-        if num_frames < file.frames and states_length:
+        if num_frames < file.frames and (file.format != "MP3" or tagged):
             raise DataError(f"{path} is cut short ({num_frames:,} of {file.frames:,} frames); {fix}")
     if not num_frames:
         raise DataError(f"{path} holds no samples; record it again or take it out of the data")
 
 
-def _ogg_is_whole(data: bytes) -> bool:
+def _ogg_is_whole(data: mmap.mmap) -> bool:
     """True if the last Ogg page is complete and marked as the end of its stream (RFC 3533: flag 4 in byte 5)."""
     start = data.rfind(b"OggS")
     header = data[start : start + 27]
@@ -136,7 +176,7 @@ def describe_audio(path: Path) -> Recording:
     levels, samples = _Levels(), _SamplesHash()
     start: list[np.ndarray] = []  # for the fingerprint, which needs no more
     num_frames = rate = 0
-    for rate, block in _decode(path, _read_bytes(path)):
+    for rate, block in _decode(path):
         mono = block.mean(axis=1)
         levels.add(block, mono)
         samples.add(mono)

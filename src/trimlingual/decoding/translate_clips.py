@@ -65,8 +65,16 @@ def encode_audio(model: Any, processor: Any, audio: Sequence[np.ndarray]) -> lis
     return [row[:count] for row, count in zip(states, family.num_states(mask.sum(-1)).tolist())]
 
 
-def _load_and_encode(model: Any, processor: Any, clips: Sequence[Clip]) -> list[Tensor]:
-    return encode_audio(model, processor, [load_audio(clip.audio) for clip in clips])
+Load = Callable[[Clip], np.ndarray]
+"""A clip's samples: float32 mono at 16 kHz."""
+
+
+def _load_file(clip: Clip) -> np.ndarray:
+    return load_audio(clip.audio)
+
+
+def _load_and_encode(model: Any, processor: Any, load: Load, clips: Sequence[Clip]) -> list[Tensor]:
+    return encode_audio(model, processor, [load(clip) for clip in clips])
 
 
 @torch.inference_mode()
@@ -76,7 +84,7 @@ def encode_clips(model: Any, processor: Any, clips: Sequence[Clip], batch_size: 
     with progress("encoding audio", len(clips)) as advance:
         for start in range(0, len(clips), batch_size):
             batch = clips[start : start + batch_size]
-            states.extend(split_on_oom(partial(_load_and_encode, model, processor), batch))
+            states.extend(split_on_oom(partial(_load_and_encode, model, processor, _load_file), batch))
             advance(len(batch))
     return states
 
@@ -176,6 +184,35 @@ class SplitTranslations:
     peak_memory_bytes: int
 
 
+class Translator:
+    """A model that is ready to translate batches of clips; `load` gives a clip's samples, by default those of its file."""
+
+    def __init__(
+        self, model: Any, processor: Any, task: TaskSettings, settings: DecodeSettings, load: Load = _load_file
+    ):
+        self.model, self.settings, self.load = model, settings, load
+        self.prompter = Prompter(processor, task)
+        self.stepper = Stepper(PackedDecoder(model), family_of(model).end_tokens(model, processor))
+        self.device = self.stepper.decoder.device
+        self.batch_size = clips_at_once(settings, self.device)
+
+    def __call__(self, batch: Sequence[Clip]) -> list[Translation]:
+        """Each clip in those of the task's languages that it has a reference in, or in all if it has none."""
+        asked = self.prompter.task.target_languages
+        translations = [(clip, language) for clip in batch for language in clip.languages(asked)]
+        encode = partial(_load_and_encode, self.model, self.prompter.processor, self.load)
+        states = {clip.id: tower for clip, tower in zip(batch, split_on_oom(encode, batch))}
+        prompts = [
+            embed_prompt(self.model, self.prompter, states[clip.id], language) for clip, language in translations
+        ]
+        limits = [max_new_tokens(clip.duration_s, self.settings) for clip, _ in translations]
+        tokens = greedy(self.stepper, prompts, limits, self.settings.batch_size)
+        return [
+            to_translation(self.prompter, clip.id, language, ids, self.stepper.eos)
+            for (clip, language), ids in zip(translations, tokens)
+        ]
+
+
 def translate_clips(
     model: Any,
     processor: Any,
@@ -189,12 +226,11 @@ def translate_clips(
 
     The result is in the order of `clips`, and per clip in the task's order of languages.
     """
-    prompter = Prompter(processor, task)
-    stepper = Stepper(PackedDecoder(model), family_of(model).end_tokens(model, processor))
+    translate = Translator(model, processor, task, settings)
     done: dict[tuple[str, str], Translation] = {}
     with progress(label, len(clips)) as advance:
-        for batch in _batches(clips, clips_at_once(settings, stepper.decoder.device)):
-            done |= {(t.id, t.language): t for t in _translate_batch(stepper, prompter, batch, settings)}
+        for batch in longest_first(clips, translate.batch_size):
+            done |= {(t.id, t.language): t for t in translate(batch)}
             advance(len(batch))
     return [done[clip.id, language] for clip in clips for language in clip.languages(task.target_languages)]
 
@@ -215,14 +251,11 @@ def translate_split(
     `journals`. The next run reads all files, however many processes it has. The batches do not depend on the number of processes or
     on where a run was killed, so neither do the translations. All processes must call this, and all get every translation.
     """
-    prompter = Prompter(processor, task)
-    stepper = Stepper(PackedDecoder(model), family_of(model).end_tokens(model, processor))
+    translate = Translator(model, processor, task, settings)
     earlier = gather(_read_journals(journals) if is_main_process() else None)[0]
     known = {t["id"] for record in earlier for t in record["translations"]}
-    device = stepper.decoder.device
-    batches = (
-        [clip for clip in batch if clip.id not in known] for batch in _batches(clips, clips_at_once(settings, device))
-    )
+    device = translate.device
+    batches = ([clip for clip in batch if clip.id not in known] for batch in longest_first(clips, translate.batch_size))
     mine = list(filter(None, batches))[process_index() :: num_processes()]
     if known:
         say(f"  {label}: {len(known)} of {len(clips)} clips were translated by an earlier run")
@@ -232,7 +265,7 @@ def translate_split(
     with progress(label, sum(map(len, mine))) as advance:
         for batch in mine:
             with Stopwatch(device) as watch:
-                translations = _translate_batch(stepper, prompter, batch, settings)
+                translations = translate(batch)
             record = {
                 "seconds": watch.seconds,
                 "num_processes": num_processes(),
@@ -263,32 +296,13 @@ def clips_at_once(settings: DecodeSettings, device: torch.device) -> int:
     return min(settings.batch_size, CPU_BATCH) if device.type == "cpu" else settings.batch_size
 
 
-def _batches(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:
+def longest_first(clips: Sequence[Clip], batch_size: int) -> Iterator[list[Clip]]:
+    """Batches of clips of similar length."""
     ordered = sorted(
         clips, key=lambda clip: (-clip.duration_s, clip.id)
     )  # longest first: the first batch needs the most memory
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]
-
-
-def _translate_batch(
-    stepper: Stepper,
-    prompter: Prompter,
-    batch: Sequence[Clip],
-    settings: DecodeSettings,
-) -> list[Translation]:
-    """Translate each clip into those of the task's languages that it has a reference in, or into all if it has none."""
-    model = stepper.decoder.model
-    translations = [(clip, language) for clip in batch for language in clip.languages(prompter.task.target_languages)]
-    encoded = split_on_oom(partial(_load_and_encode, model, prompter.processor), batch)
-    states = {clip.id: tower for clip, tower in zip(batch, encoded)}
-    prompts = [embed_prompt(model, prompter, states[clip.id], language) for clip, language in translations]
-    limits = [max_new_tokens(clip.duration_s, settings) for clip, _ in translations]
-    tokens = greedy(stepper, prompts, limits, settings.batch_size)
-    return [
-        to_translation(prompter, clip.id, language, ids, stepper.eos)
-        for (clip, language), ids in zip(translations, tokens)
-    ]
 
 
 def to_translation(

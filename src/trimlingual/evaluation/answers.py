@@ -1,4 +1,4 @@
-"""Whether an answer is in the language that was asked for.
+"""Whether an answer is in the language that was asked for, and whether it turns in a circle.
 
 Where the scripts differ they decide: a Chinese answer has Han in it. Else py3langid does (Lui & Baldwin 2012; its model ships with the
 package, so it needs no network and gives the same answer every time). It must be sure: a short text, or one full of names, can be
@@ -35,6 +35,18 @@ def is_wrong_language(text: str, asked: str) -> bool:
 def wrong_languages(texts: Sequence[str], asked: str) -> list[bool]:
     """`is_wrong_language` of each text."""
     return [is_wrong_language(text, asked) for text in texts]
+
+
+def has_repetition_loop(text: str, asked: str, max_repeats: int) -> bool:
+    """Whether an n-gram (n = 1 to 4) stands more than `max_repeats` times in a row; over characters where words are not spaced."""
+    units = text.split() if language(asked).spaced else list(text)
+    for n in range(1, 5):
+        run = n
+        for i in range(n, len(units)):
+            run = run + 1 if units[i] == units[i - n] else n
+            if run > n * max_repeats:
+                return True
+    return False
 
 
 def strict(texts: Sequence[str], wrong: Sequence[bool]) -> list[str]:

@@ -5,8 +5,10 @@ Every stage that makes a model writes it, and so does the export.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -25,11 +27,12 @@ class ShippedError(ValueError):
 
 @dataclass(frozen=True, config=ConfigDict(extra="ignore"))
 class Shipped:
-    """Prompt and languages, decoding settings, dtype."""
+    """Prompt and languages, decoding settings, dtype; the median length of the clips of its training, and what 99 % are below."""
 
     task: TaskSettings
     decode: DecodeSettings
     dtype: Dtype
+    clip_s: tuple[float, float] | None = None
     format: int = FORMAT
 
     def save(self, folder: Path) -> None:
@@ -41,8 +44,15 @@ class Shipped:
                 "task": self.task.model_dump(),
                 "decode": self.decode.model_dump(),
                 "dtype": self.dtype,
+                **({"clip_s": self.clip_s} if self.clip_s else {}),
             },
         )
+
+
+def clip_lengths(durations_s: Sequence[float]) -> tuple[float, float]:
+    """Median and 99th percentile, in seconds: much longer speech is new to a model that was trained on such clips."""
+    median, long = np.percentile(durations_s, [50, 99])
+    return round(float(median), 1), round(float(long), 1)
 
 
 def read_shipped(folder: Path) -> Shipped | None:

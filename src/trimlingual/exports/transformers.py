@@ -9,7 +9,7 @@ from typing import Any
 
 from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.exports.proof import prove_export
-from trimlingual.exports.shipped import Shipped
+from trimlingual.exports.shipped import Shipped, read_shipped
 from trimlingual.exports.target import Finished, Outcome
 from trimlingual.models.saving import finish_saved
 from trimlingual.recipe import Recipe
@@ -41,7 +41,8 @@ def copy_model(finished: Finished, out_dir: Path) -> None:
     finished.check_padding()
     shutil.copytree(finished.model.path, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     finished.model.lineage.to_ship().save(out_dir)
-    Shipped(recipe.task, recipe.decode, recipe.model.dtype).save(out_dir)
+    made = read_shipped(finished.model.path)
+    Shipped(recipe.task, recipe.decode, recipe.model.dtype, made.clip_s if made else None).save(out_dir)
     finish_saved(out_dir, recipe.decode.max_new_tokens)
 
 

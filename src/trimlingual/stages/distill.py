@@ -11,11 +11,11 @@ from typing import Any
 from trimlingual.data.sources import Clip
 from trimlingual.data.splits import DataSplits
 from trimlingual.decoding.translate_clips import Translation, translate_split
-from trimlingual.evaluation.answers import is_wrong_language
+from trimlingual.evaluation.answers import has_repetition_loop, is_wrong_language
 from trimlingual.models.inputs import Example
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.random_weights import RANDOM
-from trimlingual.recipe import DistillSettings, MixSettings, SharedSettings, languages
+from trimlingual.recipe import DistillSettings, MixSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.run.lineage import read_lineage
@@ -95,18 +95,6 @@ def reject(translation: Translation, gold: str, settings: DistillSettings) -> st
     if settings.drop_duplicates and text == gold:
         return "duplicate"
     return None
-
-
-def has_repetition_loop(text: str, language: str, max_repeats: int) -> bool:
-    """Whether an n-gram (n = 1 to 4) stands more than `max_repeats` times in a row; over characters where words are not spaced."""
-    units = text.split() if languages.language(language).spaced else list(text)
-    for n in range(1, 5):
-        run = n
-        for i in range(n, len(units)):
-            run = run + 1 if units[i] == units[i - n] else n
-            if run > n * max_repeats:
-                return True
-    return False
 
 
 def read_distilled(folder: Path) -> list[dict[str, str]]:

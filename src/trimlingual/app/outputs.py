@@ -1,0 +1,241 @@
+"""Where translations go: standard output, or a folder with one file for each recording and language.
+
+In the folder `translations.json` lists the files that were made, with their hashes: these alone are ever replaced, and only as they
+were left. Segments are kept in `translations.partial.jsonl` as they come; a run that was stopped goes on with those that are left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trimlingual.app.recordings import Given, recordings
+from trimlingual.app.segments import Cutting
+from trimlingual.app.subtitles import cues, to_srt, to_vtt
+from trimlingual.app.translate import App, Key, Segment
+from trimlingual.data.audio import DataError
+from trimlingual.recipe import Recipe
+from trimlingual.run.artifacts import append_jsonl, read_journal, write_json
+from trimlingual.run.progress import say
+
+Format = Literal["json", "text", "srt", "vtt"]
+ENDING: dict[Format, str] = {"json": "json", "text": "txt", "srt": "srt", "vtt": "vtt"}
+MADE_FILE = "translations.json"
+JOURNAL_FILE = "translations.partial.jsonl"
+
+
+def rendered(record: dict[str, Any], form: Format) -> str:
+    """A record of `translate_files` in this format; ends in a line feed, or is empty."""
+    if form == "json":
+        return json.dumps(record, ensure_ascii=False) + "\n"
+    if form == "text":
+        return record["text"] + "\n"
+    segments = [(each["start"], each["end"], each["text"]) for each in record.get("segments", []) if each["text"]]
+    found = cues(segments, record["language"])
+    return to_srt(found) if form == "srt" else to_vtt(found)
+
+
+class OutputFolder:
+    """A folder of translations under way.
+
+    `settings` decide what a translation is (model, languages, cutting); unfinished work of other settings is refused unless `force`.
+    """
+
+    def __init__(self, folder: Path, form: Format, languages: Sequence[str], settings: dict[str, Any], force: bool):
+        self.folder, self.form, self.languages, self.force = folder, form, list(languages), force
+        self.settings = settings | {"format": form}
+        self.made: dict[str, dict[str, Any]] = {}
+        if (folder / MADE_FILE).is_file():
+            self.made = json.loads((folder / MADE_FILE).read_text(encoding="utf-8"))["files"]
+
+    def left(self, given: Sequence[Given]) -> list[Given]:
+        """The recordings that are not done yet. DataError for two that would be one file, or where a file of the user's stands."""
+        names: dict[str, str] = {}
+        for each in given:
+            if other := names.get(each.stem):
+                raise DataError(f"{other} and {each.name} would both be written as {each.stem}.*; use two folders")
+            names[each.stem] = each.name
+        return [each for each in given if not all(self._is_done(each, code) for code in self.languages)]
+
+    def known(self, given: Sequence[Given]) -> dict[Key, Segment]:
+        """Segments of an earlier run that was stopped."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        journal = self.folder / JOURNAL_FILE
+        header, *lines = read_journal(journal) or [{}]
+        now = {"settings": self.settings, "recordings": {each.name: _identity(each.path) for each in given}}
+        if not header or self.force:
+            journal.unlink(missing_ok=True)
+            append_jsonl(journal, now)
+            return {}
+        if header.get("settings") != self.settings:
+            raise DataError(
+                f"{journal} holds unfinished work of other settings ({len(lines)} segments); finish it with those, choose another "
+                "folder, or give --force to begin again"
+            )
+        same = {name for name, identity in now["recordings"].items() if header["recordings"].get(name) == identity}
+        found = {tuple(line["key"]): Segment(**line["segment"]) for line in lines if line["key"][0] in same}
+        journal.unlink()
+        append_jsonl(journal, now)
+        for key, segment in found.items():
+            self.remember(key, segment)
+        if found:
+            say(f"  {len(found)} segments were translated by an earlier run")
+        return found
+
+    def remember(self, key: Key, segment: Segment) -> None:
+        """Keep a segment, should the run be stopped."""
+        append_jsonl(self.folder / JOURNAL_FILE, {"key": list(key), "segment": vars(segment)})
+
+    def write(self, given: Given, record: dict[str, Any]) -> Path:
+        """The file of one recording in one language."""
+        path = self._path(given, record["language"])
+        text = rendered(record, self.form)
+        new = path.with_name(path.name + ".new")
+        new.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(new, path)
+        self.made[path.name] = {"sha256": _digest(text.encode()), "of": self._of(given)}
+        write_json(self.folder / MADE_FILE, {"files": self.made})
+        return path
+
+    def finish(self) -> None:
+        """All is done: the segments are not needed any more."""
+        (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
+
+    def _path(self, given: Given, code: str) -> Path:
+        return self.folder / f"{given.stem}.{code}.{ENDING[self.form]}"
+
+    def _of(self, given: Given) -> dict[str, Any]:
+        return {"recording": _identity(given.path), "settings": self.settings}
+
+    def _is_done(self, given: Given, code: str) -> bool:
+        path = self._path(given, code)
+        if not path.exists():
+            return False
+        made = self.made.get(path.name)
+        if made is None or made["sha256"] != _digest(path.read_bytes()):
+            raise DataError(
+                f"{path} was not made by this command, or was changed since: move it away, or choose another folder (--out-dir)"
+            )
+        if made["of"] == self._of(given) and not self.force:
+            return True
+        if not self.force:
+            raise DataError(f"{path} was made from another recording or with other settings; --force makes it again")
+        return False
+
+
+def _identity(path: Path) -> list[int]:
+    """Size and time of change of a file; of one that is not there, nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def translate_to(
+    model: str,
+    audio: Sequence[str],
+    languages: Sequence[str],
+    recipe: Recipe | None,
+    device: str,
+    cutting: Cutting,
+    form: str,
+    out_dir: Path | None,
+    force: bool,
+) -> int:
+    """`trimlingual translate`, with its options; returns the exit code.
+
+    So many parameters because they are the command's. Raises ModelError and DataError before anything is translated.
+    """
+    if form not in ENDING:
+        raise DataError(f"--format {form} is unknown; choose one of {', '.join(ENDING)}")
+    chosen: Format = form
+    with tempfile.TemporaryDirectory() as scratch:
+        given = recordings(audio, Path(scratch))
+        if chosen in ("srt", "vtt") and not out_dir and len(given) * len(languages) > 1:
+            raise DataError(
+                f"--format {form} of {len(given)} recordings in {len(languages)} language(s) needs --out-dir"
+            )
+        folder = None
+        if out_dir:
+            decide = {
+                "model": model,
+                "languages": list(languages),
+                "cutting": vars(cutting),
+                "recipe": recipe and recipe.name,
+            }
+            folder = OutputFolder(out_dir, chosen, languages, decide, force)
+            todo = folder.left(given)
+            if done := len(given) - len(todo):
+                say(f"  {done} of {len(given)} recordings are done already")
+            given = todo
+        count = Counts()
+        if given:
+            app = App(model, languages, recipe, device, cutting)
+            known, remember = (folder.known(given), folder.remember) if folder else ({}, None)
+            by_name = {each.name: each for each in given}
+            for record in app.translate(given, Path(scratch), known, remember):
+                count.add(record)
+                if "error" in record:
+                    say(f"error: {record['error']}")
+                elif folder:
+                    say(f"  {folder.write(by_name[record['audio']], record)}")
+                if not folder:
+                    _print(record, chosen, several=len(given) * len(languages) > 1)
+            if folder:
+                folder.finish()
+        say(count.summary())
+    return count.exit_code()
+
+
+@dataclass
+class Counts:
+    """What happened to recordings and segments."""
+
+    recordings: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    segments: int = 0
+    second_tries: Counter[str] = field(default_factory=Counter)
+    left: int = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take in a record of `translate_files`."""
+        (self.failed if "error" in record else self.recordings).add(record["audio"])
+        segments = record.get("segments", [])
+        self.segments += len(segments)
+        self.second_tries.update(segment["second_try"] for segment in segments if "second_try" in segment)
+        self.left += sum("fault" in segment for segment in segments)
+
+    def summary(self) -> str:
+        """In a line."""
+        text = f"{len(self.recordings)} recording(s), {self.segments} segment(s)"
+        if self.failed:
+            text += f"; {len(self.failed)} could not be read"
+        if self.second_tries:
+            tries = ", ".join(f"{count} for {reason}" for reason, count in self.second_tries.items())
+            text += f"; second tries: {tries}; {self.left} still wrong, and marked"
+        return text
+
+    def exit_code(self) -> int:
+        """0: all well; 3: some could not be read; 1: none could."""
+        return 0 if not self.failed else 3 if self.recordings else 1
+
+
+def _print(record: dict[str, Any], form: Format, several: bool) -> None:
+    """A record on standard output; of several texts each under a line that names it."""
+    if "error" in record and form != "json":
+        return
+    if several and form != "json":
+        print(f"# {record['audio']} ({record['language']})")
+    print(rendered(record, form), end="", flush=True)

@@ -1,0 +1,132 @@
+"""Subtitles that can be read: SRT (SubRip) and WebVTT (W3C), from translated segments.
+
+The limits are those that broadcasters and streaming services nearly agree on: two lines, 42 characters per line (16 where words are
+not spaced), 17 characters per second (9), between 1 and 7 seconds on the screen. A segment whose text does not fit one subtitle
+becomes several, which share its time by their length. Where a speaker is faster than anyone reads, a subtitle stays on the screen into
+the pause that follows, and no longer: the text is never cut.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from trimlingual.recipe.languages import LANGUAGES, language, primary
+
+LINES = 2
+SHORTEST_S, LONGEST_S = 1.0, 7.0
+GAP_S = 0.08  # between two subtitles, two frames of film
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A subtitle: its time on the screen in seconds, and its text, lines parted by line feeds."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a viewer can read."""
+
+    line: int  # characters
+    per_second: float
+
+
+SPACED, UNSPACED = Limits(42, 17.0), Limits(16, 9.0)
+
+
+def limits_of(code: str) -> Limits:
+    """The limits of a language; one that is not in the table counts as spaced."""
+    return SPACED if primary(code) not in LANGUAGES or language(code).spaced else UNSPACED
+
+
+def cues(segments: Sequence[tuple[float, float, str]], code: str) -> list[Cue]:
+    """Subtitles of (start, end, text) in time's order, in the language `code`."""
+    limits = limits_of(code)
+    found = [cue for start, end, text in segments for cue in _of_segment(start, end, " ".join(text.split()), limits)]
+    return list(_readable(found, limits))
+
+
+def to_srt(found: Iterable[Cue]) -> str:
+    """The text of an .srt file."""
+    return "".join(
+        f"{i}\n{_clock(c.start, ',')} --> {_clock(c.end, ',')}\n{c.text}\n\n" for i, c in enumerate(found, 1)
+    )
+
+
+def to_vtt(found: Iterable[Cue]) -> str:
+    """The text of a .vtt file."""
+    parts = [f"{_clock(c.start, '.')} --> {_clock(c.end, '.')}\n{_escaped(c.text)}\n\n" for c in found]
+    return "WEBVTT\n\n" + "".join(parts)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _clock(seconds: float, point: str) -> str:
+    whole, thousandths = divmod(round(seconds * 1000), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{thousandths:03}"
+
+
+def _of_segment(start: float, end: float, text: str, limits: Limits) -> Iterator[Cue]:
+    """The segment's subtitles; each gets the share of its time that it has of the text."""
+    pieces = [part for part in _parts(text, limits) if part]
+    total = sum(map(len, pieces))
+    for piece in pieces:
+        until = start + (end - start) * len(piece) / total
+        yield Cue(start, until, "\n".join(_lines(piece, limits)))
+        total, start = total - len(piece), until
+
+
+def _parts(text: str, limits: Limits) -> list[str]:
+    """The text in parts that fit a subtitle, of much the same length, cut after a sentence or a clause where one ends nearby."""
+    room = LINES * limits.line
+    if len(_lines(text, limits)) <= LINES:
+        return [text]
+    count = -(-len(text) // room)
+    middle = len(text) / count
+    places = [match.end() for match in re.finditer(r"[.!?;:,…]\s+|[。！？；：，、]|\s+", text)] or list(
+        range(1, len(text))
+    )
+    fitting = [
+        place for place in places if 0 < place < len(text) and len(_lines(text[:place].strip(), limits)) <= LINES
+    ]
+    if not fitting:
+        fitting = [limits.line]  # one endless word
+
+    def badness(place: int) -> float:
+        before = text[:place].rstrip()
+        bonus = 0.5 if before[-1:] in ".!?。！？…" else 0.25 if before[-1:] in ",;:，、；：" else 0.0
+        return abs(place - middle) / middle - bonus
+
+    best = min(fitting, key=badness)
+    return [text[:best].strip(), *_parts(text[best:].strip(), limits)]
+
+
+def _lines(text: str, limits: Limits) -> list[str]:
+    """The text in lines, two of much the same length rather than a long one and a word."""
+    if len(text) <= limits.line:
+        return [text]
+    if limits is UNSPACED and " " not in text:
+        half = -(-len(text) // 2)
+        return [text[:half], text[half:]] if half <= limits.line else textwrap.wrap(text, limits.line)
+    for width in range(-(-len(text) // 2), limits.line + 1):
+        lines = textwrap.wrap(text, width, break_long_words=limits is UNSPACED, break_on_hyphens=False)
+        if len(lines) <= LINES and max(map(len, lines)) <= limits.line:
+            return lines
+    return textwrap.wrap(text, limits.line)
+
+
+def _readable(found: Sequence[Cue], limits: Limits) -> Iterator[Cue]:
+    """Longer on the screen where there is time before the next, never longer than `LONGEST_S`, never two at once."""
+    for cue, following in zip(found, [*found[1:], None]):
+        needed = max(SHORTEST_S, len(cue.text.replace("\n", " ")) / limits.per_second)
+        free = following.start - GAP_S if following else float("inf")
+        end = min(max(cue.end, cue.start + needed), max(free, cue.start + GAP_S), cue.start + max(LONGEST_S, needed))
+        yield replace(cue, end=end)

@@ -1,0 +1,170 @@
+"""Where translations go: files of one's own are safe, a run that was stopped goes on, one broken recording stops no other."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from trimlingual.app import outputs
+from trimlingual.app.outputs import JOURNAL_FILE, MADE_FILE, OutputFolder, rendered
+from trimlingual.app.recordings import Given, readable, recordings
+from trimlingual.app.translate import App
+from trimlingual.cli import app
+from trimlingual.data.audio import DataError
+from trimlingual.data.rows import MINI_DATA
+from trimlingual.run.jsonl import read_jsonl
+
+CLIPS = read_jsonl(MINI_DATA / "everyday.jsonl")[:3]
+GERMAN = [clip["references"]["de"] for clip in CLIPS]
+
+
+@pytest.fixture
+def talks(tmp_path) -> Path:
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    for number, clip in enumerate(CLIPS):
+        shutil.copy(MINI_DATA / clip["audio"], folder / f"{number}.ogg")
+    return folder
+
+
+def translate(*words: object):
+    return CliRunner().invoke(app, ["translate", "builtin:mini", *map(str, words), "--to", "de", "--device", "cpu"])
+
+
+def test_one_broken_recording_stops_no_other(talks):
+    (talks / "1.ogg").write_bytes(b"OggS, or so it says")
+    done = translate(talks)
+    assert done.exit_code == 3
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["text"] for record in records] == [GERMAN[0], "", GERMAN[2]]
+    assert "1.ogg is cut short" in records[1]["error"]
+    assert "1 could not be read" in done.stderr
+    assert translate(talks / "1.ogg").exit_code == 1
+
+
+def test_files_of_ones_own_are_never_overwritten(talks, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "0.de.srt").write_text("mine")
+    for force in ([], ["--force"]):
+        done = translate(talks, "--format", "srt", "--out-dir", out, *force)
+        assert done.exit_code == 1
+        assert "0.de.srt was not made by this command" in str(done.exception)
+        assert (out / "0.de.srt").read_text() == "mine"
+        assert sorted(os.listdir(out)) == ["0.de.srt"]
+
+
+def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert translate(talks, "--format", "text", "--out-dir", out).exit_code == 0
+    assert [(out / f"{i}.de.txt").read_text(encoding="utf-8").strip() for i in range(3)] == GERMAN
+    assert sorted(os.listdir(out)) == ["0.de.txt", "1.de.txt", "2.de.txt", MADE_FILE]
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "App", None)  # nothing is left to translate
+        assert translate(talks, "--format", "text", "--out-dir", out).exit_code == 0
+    shutil.copy(talks / "2.ogg", talks / "0.ogg")
+    done = translate(talks, "--format", "text", "--out-dir", out)
+    assert "was made from another recording or with other settings" in str(done.exception)
+    assert translate(talks, "--format", "text", "--out-dir", out, "--force").exit_code == 0
+    assert (out / "0.de.txt").read_text(encoding="utf-8").strip() == GERMAN[2]
+    (out / "1.de.txt").write_text("corrected by hand")
+    done = translate(talks, "--format", "text", "--out-dir", out, "--force")
+    assert "was changed since" in str(done.exception)
+    assert (out / "1.de.txt").read_text() == "corrected by hand"
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monkeypatch):
+    out, batches = tmp_path / "out", []
+    translated = App._translated
+
+    def stops(self, ahead):
+        if batches and len(batches) == stop_at:
+            raise KeyboardInterrupt
+        batches.append([piece.heard.given.name for piece in ahead])
+        return translated(self, ahead)
+
+    stop_at = 2
+    monkeypatch.setattr(App, "_translated", stops)
+    monkeypatch.setattr("trimlingual.app.translate.READ_AHEAD", 1)
+    monkeypatch.setattr("trimlingual.decoding.translate_clips.CPU_BATCH", 1)
+    translate(talks, "--format", "srt", "--out-dir", out)
+    assert (out / JOURNAL_FILE).is_file()
+    done = translate(talks, "--format", "vtt", "--out-dir", out)
+    assert "unfinished work of other settings (2 segments)" in str(done.exception)
+    batches.clear()
+    stop_at = 99
+    assert translate(talks, "--format", "srt", "--out-dir", out).exit_code == 0
+    assert len(batches) == 1
+    assert sorted(os.listdir(out)) == ["0.de.srt", "1.de.srt", "2.de.srt", MADE_FILE]
+
+
+def test_formats():
+    segments = [{"start": 0.0, "end": 2.0, "text": "Hallo."}, {"start": 2.5, "end": 3.0, "text": ""}]
+    record = {"audio": "a.wav", "language": "de", "text": "Hallo.", "segments": segments}
+    assert rendered(record, "text") == "Hallo.\n"
+    assert json.loads(rendered(record, "json")) == record
+    assert rendered(record, "srt") == "1\n00:00:00,000 --> 00:00:02,000\nHallo.\n\n"
+    assert rendered(record, "vtt").startswith("WEBVTT\n\n00:00:00.000")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["{talks}", "--format", "srt"], "needs --out-dir"),
+        (["{talks}", "--format", "docx"], "--format docx is unknown; choose one of json, text, srt, vtt"),
+        (["{talks}/nothing*.wav"], "no file matches"),
+        (
+            ["{talks}/0.ogg", "{talks}/../0.wav", "--format", "text", "--out-dir", "{talks}/out"],
+            "would both be written as 0.",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_model_is_loaded(talks, monkeypatch, words, problem):
+    monkeypatch.setattr(outputs, "App", None)
+    done = translate(*[word.format(talks=talks) for word in words])
+    assert done.exit_code == 1
+    assert problem in str(done.exception)
+
+
+def test_patterns_folders_and_standard_input(talks, tmp_path, monkeypatch):
+    (talks / "notes.txt").write_text("no sound")
+    names = [f"{talks}/{i}.ogg" for i in range(3)]
+    assert [each.name for each in recordings([talks], tmp_path)] == names
+    assert [each.name for each in recordings([f"{talks}/[12].ogg", talks / "1.ogg"], tmp_path)] == names[1:]
+    monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": io.BytesIO((talks / "0.ogg").read_bytes())}))
+    (given,) = recordings(["-"], tmp_path)
+    assert (given.name, given.stem) == ("-", "stdin")
+    assert given.path.read_bytes() == (talks / "0.ogg").read_bytes()
+
+
+def test_a_video_says_that_it_needs_ffmpeg(tmp_path, monkeypatch):
+    video = tmp_path / "talk.mp4"
+    video.write_bytes(b"\0" * 100)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DataError, match=r"talk.mp4 needs ffmpeg, which is not installed here"):
+        readable(Given(str(video), video), tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_video_is_decoded_by_ffmpeg(talks, tmp_path):
+    import subprocess
+
+    video = tmp_path / "talk.mkv"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", talks / "0.ogg", "-c:a", "copy", video], check=True)
+    assert json.loads(translate(video).stdout)["text"] == GERMAN[0]
+    video.write_bytes(video.read_bytes()[:64])
+    assert "ffmpeg cannot decode" in json.loads(translate(video).stdout)["error"]
+
+
+def test_a_folder_knows_what_it_made(talks, tmp_path):
+    folder = OutputFolder(tmp_path / "new", "text", ["de"], {"model": "m"}, False)
+    given = recordings([talks], tmp_path)
+    assert folder.left(given) == given
+    assert not (tmp_path / "new").exists()
