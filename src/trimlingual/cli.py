@@ -239,6 +239,8 @@ def translate(
     """Translate recordings of any length: text, JSON with times, or subtitles.
 
     Exit code 0: all were translated; 3: some could not be read; 1: none could, or nothing could be done.
+    \f
+    So many parameters because they are the command's options.
     """
     from trimlingual.app.outputs import translate_to
     from trimlingual.app.segments import Cutting
