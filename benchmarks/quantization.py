@@ -48,7 +48,7 @@ from trimlingual.recipe import (
 from trimlingual.run.artifacts import SCRATCH, machine
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.finetune import finetune
-from trimlingual.stages.quantize import sqnr_db
+from trimlingual.stages.quantize import quantize, sqnr_db
 from trimlingual.training.loss import answer_logits
 from trimlingual.training.trainer import train_
 
@@ -176,6 +176,26 @@ def merges(bench: Bench, steps: int, rate: float) -> dict[str, Any]:
     return {"steps": steps, "learning_rate": rate, "training_loss": info["training_loss"]}
 
 
+def on_its_steps(bench: Bench, steps: int, rate: float) -> None:
+    """int4 and 8 bits by the stage itself: to the nearest step or calibrated, each untrained and trained while it is rounded."""
+    train = bench.clips("train")
+    whole = TrainSettings(
+        max_steps=steps, batch_size=BATCH, learning_rate=rate, save_minutes=1e6, freeze=["audio_tower"]
+    )
+    given = ModelFolder(bench.base, read_lineage(bench.base, "builtin:mini"))
+    for rounding in ("nearest", "calibrated"):
+        for trained in (None, whole):
+            settings = QuantizeSettings(
+                scheme="int4", group_size=64, eight_bit=["embeddings", "lm_head"], rounding=rounding, train=trained,
+                compute_dtype="float32",
+            )  # fmt: skip
+            name = f"int4 and 8 bits, {rounding}, {'trained on its steps' if trained else 'untrained'}"
+            out = bench.folder / name.replace(" ", "-").replace(",", "")
+            quantize(given, TrainingData(train, bench.examples(train)), bench.shared, settings, out)
+            shutil.rmtree(out / SCRATCH, ignore_errors=True)
+            bench.measure(name, bench.load(out), "base", disk_bytes(out))
+
+
 @torch.no_grad()
 def add_(target: Any, adapted: Any) -> None:
     """Add the adapter to the weights of the plain model `target`, which are not the ones it was trained on."""
@@ -189,8 +209,10 @@ def add_(target: Any, adapted: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-steps", type=int, default=112)
-    parser.add_argument("--steps", type=int, default=45, help="of QLoRA; 45 are an epoch")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of QLoRA; the mini recipe's")
+    parser.add_argument("--steps", type=int, default=45, help="of both trainings; 45 are an epoch")
+    parser.add_argument(
+        "--rate", type=float, default=2e-4, help="learning rate of both trainings; the mini recipe's for QLoRA"
+    )
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--name", default="quantization_mini")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -200,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(Path(folder), args.clips)
         teach(bench, args.teacher_steps)
         formats(bench)
+        on_its_steps(bench, args.steps, args.rate)
         training = merges(bench, args.steps, args.rate)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     given = arguments if arguments is not None else sys.argv[1:]
