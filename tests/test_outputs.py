@@ -61,6 +61,19 @@ def test_files_of_ones_own_are_never_overwritten(talks, tmp_path):
         assert sorted(os.listdir(out)) == ["0.de.srt"]
 
 
+@pytest.mark.parametrize("name", [MADE_FILE, JOURNAL_FILE])
+@pytest.mark.parametrize("content", ['{"files": {}}', "[1, 2]", "notes of mine"])
+def test_not_even_those_that_have_our_names(talks, tmp_path, name, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    for force in ([], ["--force"]):
+        done = translate(talks, "--format", "srt", "--out-dir", out, *force)
+        assert f"{name} was not made by this command" in str(done.exception)
+        assert (out / name).read_text() == content
+        assert os.listdir(out) == [name]
+
+
 def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert translate(talks, "--format", "text", "--out-dir", out).exit_code == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -22,12 +21,13 @@ from trimlingual.app.subtitles import cues, to_srt, to_vtt
 from trimlingual.app.translate import App, Key, Segment
 from trimlingual.data.audio import DataError
 from trimlingual.recipe import Recipe
-from trimlingual.run.artifacts import append_jsonl, read_journal, write_json
+from trimlingual.run.artifacts import append_jsonl, read_journal, write_json, write_text
 from trimlingual.run.progress import say
 
 Format = Literal["json", "text", "srt", "vtt"]
 ENDING: dict[Format, str] = {"json": "json", "text": "txt", "srt": "srt", "vtt": "vtt"}
 MADE_FILE = "translations.json"
+MADE_BY = "made by trimlingual translate"
 JOURNAL_FILE = "translations.partial.jsonl"
 
 
@@ -51,9 +51,7 @@ class OutputFolder:
     def __init__(self, folder: Path, form: Format, languages: Sequence[str], settings: dict[str, Any], force: bool):
         self.folder, self.form, self.languages, self.force = folder, form, list(languages), force
         self.settings = settings | {"format": form}
-        self.made: dict[str, dict[str, Any]] = {}
-        if (folder / MADE_FILE).is_file():
-            self.made = json.loads((folder / MADE_FILE).read_text(encoding="utf-8"))["files"]
+        self.made: dict[str, dict[str, Any]] = _read_made(folder / MADE_FILE)
 
     def left(self, given: Sequence[Given]) -> list[Given]:
         """The recordings that are not done yet. DataError for two that would be one file, or where a file of the user's stands."""
@@ -62,13 +60,14 @@ class OutputFolder:
             if other := names.get(each.stem):
                 raise DataError(f"{other} and {each.name} would both be written as {each.stem}.*; use two folders")
             names[each.stem] = each.name
+        _read_segments(self.folder / JOURNAL_FILE)
         return [each for each in given if not all(self._is_done(each, code) for code in self.languages)]
 
     def known(self, given: Sequence[Given]) -> dict[Key, Segment]:
         """Segments of an earlier run that was stopped."""
         self.folder.mkdir(parents=True, exist_ok=True)
         journal = self.folder / JOURNAL_FILE
-        header, *lines = read_journal(journal) or [{}]
+        header, *lines = _read_segments(journal) or [{}]
         now = {"settings": self.settings, "recordings": {each.name: _identity(each.path) for each in given}}
         if not header or self.force:
             journal.unlink(missing_ok=True)
@@ -97,11 +96,9 @@ class OutputFolder:
         """The file of one recording in one language."""
         path = self._path(given, record["language"])
         text = rendered(record, self.form)
-        new = path.with_name(path.name + ".new")
-        new.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(new, path)
+        write_text(path, text)
         self.made[path.name] = {"sha256": _digest(text.encode()), "of": self._of(given)}
-        write_json(self.folder / MADE_FILE, {"files": self.made})
+        write_json(self.folder / MADE_FILE, {MADE_BY: self.made})
         return path
 
     def finish(self) -> None:
@@ -128,6 +125,29 @@ class OutputFolder:
         if not self.force:
             raise DataError(f"{path} was made from another recording or with other settings; --force makes it again")
         return False
+
+
+def _read_made(path: Path) -> dict[str, dict[str, Any]]:
+    """What this command made in a folder, by file name. DataError where a file of the user's has that name."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))[MADE_BY])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_ours(path) from error
+
+
+def _read_segments(path: Path) -> list[dict[str, Any]]:
+    """The journal of segments, its header first. DataError where a file of the user's has that name."""
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith('{"settings": '):
+        raise _not_ours(path)
+    return read_journal(path)
+
+
+def _not_ours(path: Path) -> DataError:
+    return DataError(
+        f"{path} was not made by this command, which would write a file of that name; choose another folder (--out-dir)"
+    )
 
 
 def _identity(path: Path) -> list[int]:
