@@ -20,6 +20,7 @@ from trimlingual.app.segments import Cutting
 from trimlingual.app.subtitles import cues, to_srt, to_vtt
 from trimlingual.app.translate import App, Key, Segment
 from trimlingual.data.audio import DataError
+from trimlingual.models.loading import is_on_hub, resolve_base
 from trimlingual.recipe import Recipe
 from trimlingual.run.artifacts import append_jsonl, read_journal, write_json, write_text
 from trimlingual.run.progress import say
@@ -157,6 +158,13 @@ def _identity(path: Path) -> list[int]:
     except OSError:
         return []
     return [found.st_size, found.st_mtime_ns]
+
+
+def _weights(model: str) -> list[list[Any]]:
+    """Names, sizes and times of change of a model folder's weights; nothing of one on the Hub."""
+    if is_on_hub(model):
+        return []
+    return [[path.name, *_identity(path)] for path in sorted(resolve_base(model).glob("*.safetensors"))]
 
 
 def _digest(data: bytes) -> str:
