@@ -81,7 +81,7 @@ def test_help_does_not_ask_git(monkeypatch, tmp_path):
 
 
 def test_no_module_needs_posix_at_import():
-    """As on Windows: modules that are not there, signals and functions of os that are not either."""
+    """As on Windows: modules that are not there, signals and functions of os that are not either. Scripts run by themselves."""
     code = """
 import importlib, os, pkgutil, signal, sys
 import torch, transformers, peft, accelerate, bitsandbytes, datasets, psutil, filelock, soundfile, scipy.signal, typer, rich.progress
@@ -94,7 +94,7 @@ for module, names in ((signal, ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGA
         delattr(module, name)
 import trimlingual
 for found in pkgutil.walk_packages(trimlingual.__path__, "trimlingual."):
-    if not found.name.endswith(("__main__", "proof_script")):
+    if not found.name.endswith(("__main__", "_script")):
         importlib.import_module(found.name)
 from trimlingual.evaluation import cost
 cost._STATUS = cost.Path("nowhere")
