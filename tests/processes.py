@@ -29,6 +29,8 @@ class Command:
         port = free_port()
         self._processes = []
         for rank, said in enumerate(self._said):
+            for path in said:
+                path.touch()  # a process may be ended before it opens them
             if processes > 1:
                 numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 numbers["MASTER_PORT"] = port
