@@ -137,3 +137,17 @@ def test_estimates_at_the_true_size(monkeypatch):
     afterwards = ["quantize=null", "vocab={max_tokens: 48000, when: after}"]
     rows = estimate.estimate(load_recipe("qwen2-audio-en-de", afterwards))
     assert (gb(rows["teacher"].disk), rows["exported"].disk_text) == ("~16.79 GB", "~11.79 GB")
+
+
+@pytest.mark.parametrize(("stage", "section"), [("teacher", "finetune"), ("recovered", "recover")])
+def test_tune_tries_rates_in_the_stage_that_trains(tmp_path, monkeypatch, stage, section):
+    seen = []
+
+    def stop(recipe, *_args, **_kwargs):
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimlingual.pipeline.run_stage", stop)
+    CliRunner().invoke(app, ["finetune", "mini", "--stage", stage, "--tune", "--run-dir", str(tmp_path)])
+    swept = {name: bool(getattr(seen[0], name).sweep) for name in ("finetune", "recover")}
+    assert swept == {name: name == section for name in swept}

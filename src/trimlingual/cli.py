@@ -43,7 +43,7 @@ Tune = Annotated[
     bool,
     typer.Option(
         "--tune",
-        help="Train the teacher at several learning rates and keep what the selection clips like best. In the recipe: sweep.",
+        help="Train at several learning rates and keep what the selection clips like best (compress: the teacher). In the recipe: sweep.",
     ),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instead of the run's own folder.")]
@@ -108,7 +108,8 @@ def finetune(
     tune: Tune = False,
 ) -> None:  # fmt: skip
     """Train the teacher, or recover a pruned student."""
-    _stage(recipe, run_dir, _tuned(overrides, tune), force, stage, out_dir, model=model)
+    section = "recover" if stage == "recovered" else "finetune"
+    _stage(recipe, run_dir, _tuned(overrides, tune, section), force, stage, out_dir, model=model)
 
 
 @app.command(epilog="Example: trimlingual rank my.yaml --model runs/my/teacher --set rank.strategy=block-influence")
@@ -279,9 +280,9 @@ TUNED = "[1e-5, 3e-5, 1e-4, 3e-4]"  # learning rates of --tune
 LOOKS = 4  # at the selection clips in a training that --tune starts
 
 
-def _tuned(overrides: list[str] | None, tune: bool) -> list[str]:
-    """The overrides that --tune stands for, before the user's own."""
-    tuned = [f"finetune.sweep={TUNED}", f"finetune.selection_checks={LOOKS}"] if tune else []
+def _tuned(overrides: list[str] | None, tune: bool, section: str = "finetune") -> list[str]:
+    """The overrides that --tune stands for in a section that trains, before the user's own."""
+    tuned = [f"{section}.sweep={TUNED}", f"{section}.selection_checks={LOOKS}"] if tune else []
     return [*tuned, *(overrides or [])]
 
 

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from trimlingual.recipe.languages import LANGUAGES, language, primary
+from trimlingual.recipe.languages import language
 
 LINES = 2
 SHORTEST_S, LONGEST_S = 1.0, 7.0
@@ -42,7 +42,7 @@ SPACED, UNSPACED = Limits(42, 17.0), Limits(16, 9.0)
 
 def limits_of(code: str) -> Limits:
     """The limits of a language; one that is not in the table counts as spaced."""
-    return SPACED if primary(code) not in LANGUAGES or language(code).spaced else UNSPACED
+    return SPACED if language(code).spaced else UNSPACED
 
 
 def cues(segments: Sequence[tuple[float, float, str]], code: str) -> list[Cue]:

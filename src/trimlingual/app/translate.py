@@ -29,7 +29,7 @@ from trimlingual.models.family import family_of_processor
 from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
 from trimlingual.recipe import Recipe, load_recipe
-from trimlingual.recipe.languages import LANGUAGES, language, primary
+from trimlingual.recipe.languages import language
 from trimlingual.run.jsonl import read_jsonl
 from trimlingual.run.progress import progress, say
 
@@ -231,7 +231,7 @@ class App:
                 yield record | {"text": "", "error": heard.error}
                 continue
             segments = [said[_key(name, span, code)] for span in heard.spans]
-            between = " " if primary(code) not in LANGUAGES or language(code).spaced else ""
+            between = " " if language(code).spaced else ""
             record |= {
                 "text": between.join(segment.text for segment in segments if segment.text),
                 "truncated": any(segment.truncated for segment in segments),

@@ -52,6 +52,9 @@ class AudioFlamingo3(Qwen2Audio):
 
     model_class = "AudioFlamingo3ForConditionalGeneration"
     processor_class = "AudioFlamingo3Processor"
+    config_class = AudioFlamingo3Config
+    encoder_type = "audioflamingo3_encoder"
+    audio_token_setting = "audio_token_id"
     gguf = None
     # As published, and a model of its form that a CPU runs in seconds.
     shapes: ClassVar[Shapes] = {
@@ -101,23 +104,6 @@ class AudioFlamingo3(Qwen2Audio):
             return super().audio_states(model, features, mask)
         return encode_chunks(
             features, mask, frames, lambda *chunk: super(AudioFlamingo3, self).audio_states(model, *chunk)
-        )
-
-    def random_config(self, shape: Mapping[str, Any], processor: Any, **text: Any) -> Any:
-        """Embedding and output head are two tensors. What `shape` does not name is the library's default, as published."""
-        tokenizer = processor.tokenizer
-        audio = {"num_mel_bins": shape["mels"], "max_source_positions": 50 * shape["window_s"], **shape["audio"]}
-        decoder = {
-            **shape["text"], **text, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }  # fmt: skip
-        return AudioFlamingo3Config(
-            audio_config={"model_type": "audioflamingo3_encoder", **audio},
-            text_config={"model_type": "qwen2", "tie_word_embeddings": False, **decoder},
-            audio_token_id=self.audio_token(processor),
-            tie_word_embeddings=False,
-            dtype="bfloat16",
-            architectures=[self.model_class],
         )
 
     def random_processor(self, shape: Mapping[str, Any], folder: Path) -> Any:

@@ -52,6 +52,9 @@ class Qwen2Audio(Family):
 
     model_class = "Qwen2AudioForConditionalGeneration"
     processor_class = "Qwen2AudioProcessor"
+    config_class: ClassVar[Any] = Qwen2AudioConfig
+    encoder_type = "qwen2_audio_encoder"  # the encoder's model_type
+    audio_token_setting = "audio_token_index"  # what the configuration calls the placeholder's id
     chat_reads_audio = False
     gguf: ClassVar[GgufForm | None] = GgufForm(
         "qwen2",
@@ -175,20 +178,20 @@ class Qwen2Audio(Family):
         return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
     def random_config(self, shape: Mapping[str, Any], processor: Any, **text: Any) -> Any:
-        """Embedding and output head are two tensors, as in the published model."""
+        """Embedding and output head are two tensors, as in the published model. What `shape` does not name is the library's default."""
         tokenizer = processor.tokenizer
         audio = {"num_mel_bins": shape["mels"], "max_source_positions": 50 * shape["window_s"], **shape["audio"]}
         decoder = {
             **shape["text"], **text, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }  # fmt: skip
-        return Qwen2AudioConfig(
-            audio_config={"model_type": "qwen2_audio_encoder", **audio},
+        return self.config_class(
+            audio_config={"model_type": self.encoder_type, **audio},
             text_config={"model_type": "qwen2", "tie_word_embeddings": False, **decoder},
-            audio_token_index=self.audio_token(processor),
             tie_word_embeddings=False,
             dtype="bfloat16",
             architectures=[self.model_class],
+            **{self.audio_token_setting: self.audio_token(processor)},
         )
 
     def random_processor(self, shape: Mapping[str, Any], folder: Path) -> Any:
