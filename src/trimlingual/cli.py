@@ -43,7 +43,7 @@ Tune = Annotated[
     bool,
     typer.Option(
         "--tune",
-        help="Train at several learning rates and keep what the selection clips like best (compress: the teacher). In the recipe: sweep.",
+        help="Try several learning rates and keep what the selection clips like best (compress: the teacher). In recipes: sweep.",
     ),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write here instead of the run's own folder.")]
@@ -276,7 +276,7 @@ def _load(recipe: str, run_dir: Path | None, overrides: list[str] | None) -> tup
     return settings, run_dir or Path("runs") / settings.name
 
 
-TUNED = "[1e-5, 3e-5, 1e-4, 3e-4]"  # learning rates of --tune
+TUNED = "[1.0e-5, 3.0e-5, 1.0e-4, 3.0e-4]"  # learning rates of --tune
 LOOKS = 4  # at the selection clips in a training that --tune starts
 
 
