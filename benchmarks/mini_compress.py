@@ -30,6 +30,7 @@ def timed(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="mini_compress")
+    parser.add_argument("--commit", default="", help="where there is no Git: the commit that is written down")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     args = parser.parse_args()
     command = ["trimlingual", "compress", "mini", *[word for value in args.overrides for word in ("--set", value)]]
@@ -38,7 +39,8 @@ def main() -> None:
         seconds, again = timed(run), timed(run)
         report = json.loads((Path(folder) / "report" / "report.json").read_text(encoding="utf-8"))
     print(result_table_markdown(report))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    described = ["git", "rev-parse", "--short", "HEAD"]
+    commit = args.commit or subprocess.run(described, capture_output=True, text=True).stdout.strip()
     result = {"command": " ".join(command), "commit": commit, "seconds": seconds, "seconds_second_run": again}
     result |= {key: report[key] for key in KEPT}
     for stage in result["stages"]:

@@ -1,11 +1,11 @@
 """The trained base in pieces small enough to carry from one rented machine to the next, so that it is trained once.
 
-    python benchmarks/lab/carry_base.py pack --lab runs/lab --pieces DIR        # once `base` is trained: about 90 MB, files under 15 MB
-    python benchmarks/lab/carry_base.py unpack --lab runs/lab --pieces DIR      # runs/lab/base again, from runs/lab/untrained and the pieces
+    python benchmarks/lab/carry_base.py pack --lab runs/lab --pieces DIR        # once `base` is trained: 90 MB in files under 15 MB
+    python benchmarks/lab/carry_base.py unpack --lab runs/lab --pieces DIR      # runs/lab/base again, from the untrained one
 
-A piece holds what training changed in a weight, as 4-bit integers with one scale for every 64 of a row. Adding it to the untrained weight
-gives the trained one but for the rounding, so `pack` also rewrites `runs/lab/base` with what `unpack` gives: every experiment on every
-machine starts from the same bytes. Vectors are kept whole, and so is the projector, which is trained from random numbers.
+A piece holds what training changed in a weight, as 4-bit integers with one scale for every 64 of a row. Adding it to the untrained
+weight gives the trained one but for the rounding, so `pack` also rewrites `runs/lab/base` with what `unpack` gives: every experiment on
+every machine starts from the same bytes. Vectors are kept whole, and so is the projector, which is trained from random numbers.
 """
 
 from __future__ import annotations
