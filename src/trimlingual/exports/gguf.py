@@ -6,7 +6,6 @@ other types from the f16 file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimlingual.exports.gguf_tokenizer import Tokens, tokens_of
 from trimlingual.exports.llama_cpp import MISSING, is_there, prove
 from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.models.family import Family, family_named, family_of
@@ -25,7 +25,6 @@ from trimlingual.models.loading import load_model, load_processor
 from trimlingual.models.tree import PARTS, audio_tower, lm_head, projector, text_decoder
 from trimlingual.quantization.nf4 import dequantized, is_4bit
 from trimlingual.recipe import GgufType, Recipe
-from trimlingual.run.progress import say
 
 POSITIONS = 1500  # of the audio tower: llama.cpp fills every clip up to 30 s, and stops where there are fewer
 PADDED = (
@@ -40,9 +39,13 @@ def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None
         yield "export.for gguf: the package gguf is not installed: pip install 'trimlingual[gguf]'"
     if config is None:
         return
-    if family_named(config.model_type).gguf is None:
+    family = family_named(config.model_type)
+    if family.gguf is None:
         yield f"export.for gguf: models of type {config.model_type} are not written as GGUF yet"
     if not recipe.export or recipe.export.gguf.text_only:
+        return
+    if family.gguf and not family.gguf.projector:
+        yield f"export.for gguf: {family.gguf.no_audio}; set export.gguf.text_only: true"
         return
     if recipe.model.audio_padding != "window":
         yield f"export.for gguf: {PADDED}"
@@ -79,8 +82,9 @@ def _write_files(finished: Finished, texts: Mapping[GgufType, Path], mmproj: Pat
         raise ExportError("; ".join(found))
     if mmproj:
         _write_audio(mmproj, model, family, name, four_bit)
+    tokens = tokens_of(processor, finished.model.path, _form(family))
     for kind, path in texts.items():
-        _write_text(path, model, processor, family, name, kind, four_bit)
+        _write_text(path, model, tokens, family, name, kind, four_bit)
 
 
 def _why_not_proven(finished: Finished) -> str:
@@ -94,7 +98,7 @@ def _why_not_proven(finished: Finished) -> str:
 
 
 def _write_text(
-    path: Path, model: Any, processor: Any, family: Family, name: str, kind: GgufType, four_bit: bool
+    path: Path, model: Any, tokens: Tokens, family: Family, name: str, kind: GgufType, four_bit: bool
 ) -> None:
     """The decoder, its head and the tokenizer."""
     import gguf
@@ -116,13 +120,22 @@ def _write_text(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head_size = text_decoder(model).layers[0].self_attn.head_dim
+    writer.add_rope_dimension_count(head_size)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    _add_tokenizer(writer, processor, family, form, config.vocab_size)
+    tokens.add_to(writer, form, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.decoder.upper()], config.num_hidden_layers)
     parts = [("model.", text_decoder(model)), ("lm_head.", lm_head(model))]
     tensors = [
         (_renamed(names, prefix + old), value) for prefix, part in parts for old, value in _weights(part, four_bit)
     ]
+    if form.rotates_neighbours:
+        tensors = [
+            (new, _neighbours(value, head_size) if ".attn_q." in new or ".attn_k." in new else value)
+            for new, value in tensors
+        ]
     types = {new: _text_type(new, value, kind) for new, value in tensors}
     _write_tensors(writer, tensors, types)
 
@@ -137,7 +150,9 @@ def _write_audio(path: Path, model: Any, family: Family, name: str, four_bit: bo
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_clip_has_audio_encoder(True)
-    writer.add_clip_projector_type(_form(family).projector)
+    projector_type = _form(family).projector
+    assert projector_type, "problems() says it"
+    writer.add_clip_projector_type(projector_type)
     writer.add_audio_projection_dim(model.config.text_config.hidden_size)
     writer.add_audio_embedding_length(tower.conv1.out_channels)
     writer.add_audio_feed_forward_length(tower.layers[0].fc1.out_features)
@@ -145,7 +160,8 @@ def _write_audio(path: Path, model: Any, family: Family, name: str, four_bit: bo
     writer.add_audio_head_count(tower.layers[0].self_attn.num_heads)
     writer.add_audio_num_mel_bins(tower.conv1.in_channels)
     writer.add_audio_attention_layernorm_eps(tower.layer_norm.eps)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, len(tower.layers))
+    # The package numbers the two convolutions and the projector's layers as blocks, also where there are fewer blocks.
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(3, len(tower.layers)))
     linear = (
         "audio." + PARTS["projector"].removeprefix("model.") + "."
     )  # as the package has it, apart from images' projectors
@@ -175,6 +191,11 @@ def _weights(part: nn.Module, four_bit: bool) -> Iterator[tuple[str, Tensor]]:
         for name, value in module.named_parameters(recurse=False):
             whole = dequantized(module) if name == "weight" and four_bit and is_4bit(module) else value.detach()
             yield f"{prefix}.{name}".lstrip("."), whole
+
+
+def _neighbours(value: Tensor, head_size: int) -> Tensor:
+    """Rows (heads * E, ...) of a query or key projection with i and i + E / 2 of each head beside each other."""
+    return value.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _renamed(names: Any, name: str) -> str:
@@ -215,43 +236,3 @@ def _write_tensors(writer: Any, tensors: Sequence[tuple[str, Tensor]], types: di
     for name, value in tensors:
         writer.write_tensor_data(np.ascontiguousarray(gguf.quants.quantize(value.float().numpy(), types[name])))
     writer.close()
-
-
-def _add_tokenizer(writer: Any, processor: Any, family: Family, form: GgufForm, num_rows: int) -> None:
-    """Tokens, merges, special tokens and the chat template. Rows that no token has are marked as unused."""
-    import gguf
-
-    tokenizer = processor.tokenizer
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    patterns = [
-        each["pattern"].get("Regex") for each in backend["pre_tokenizer"].get("pretokenizers", ()) if "pattern" in each
-    ]
-    if patterns != [form.split]:
-        raise ExportError(
-            f"the tokenizer splits texts by {patterns}, which llama.cpp does not know as {form.pre_tokenizer!r}"
-        )
-    added = tokenizer.added_tokens_decoder
-    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
-    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(num_rows)]
-    kinds = [
-        gguf.TokenType.UNUSED
-        if number not in by_id
-        else gguf.TokenType.NORMAL
-        if number not in added
-        else gguf.TokenType.CONTROL
-        if added[number].special
-        else gguf.TokenType.USER_DEFINED
-        for number in range(num_rows)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(form.pre_tokenizer)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
-    )
-    writer.add_eos_token_id(family.end_token(processor))
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(form.chat_template)
-    say(f"  {len(by_id)} tokens in {num_rows} rows")

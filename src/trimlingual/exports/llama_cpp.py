@@ -68,7 +68,7 @@ class Server:
                 },
             ],
         }
-        return _ask(f"{self.url}/v1/chat/completions", request)["choices"][0]["message"]["content"].strip()
+        return ask(f"{self.url}/v1/chat/completions", request)["choices"][0]["message"]["content"].strip()
 
 
 def server_program(named: str | None) -> str | None:
@@ -93,37 +93,24 @@ def prove(text: Path, mmproj: Path, kind: GgufType, finished: Finished) -> dict[
 
 
 @contextmanager
-def serving(text: Path, mmproj: Path, context: int, named: str | None = None) -> Iterator[Server]:
-    """llama.cpp's server on a free port of this machine; ExportError where it does not start."""
+def serving(text: Path, mmproj: Path | None, context: int, named: str | None = None) -> Iterator[Server]:
+    """llama.cpp's server on a free port of this machine, for text alone without `mmproj`; ExportError where it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = server_program(named)
     if program:
-        command = [
-            program,
-            "-m",
-            text,
-            "--mmproj",
-            mmproj,
-            "--port",
-            port,
-            "-c",
-            context,
-            "-np",
-            1,
-            "--jinja",
-            "--no-warmup",
-        ]
+        audio = ["--mmproj", mmproj] if mmproj else []
+        command = [program, "-m", text, *audio, "--port", port, "-c", context, "-np", 1, "--jinja", "--no-warmup"]
     else:
         script = Path(__file__).with_name("llama_server.py")
-        command = [sys.executable, "-P", script, text, mmproj, port, context]
+        command = [sys.executable, "-P", script, text, mmproj or "", port, context]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         started = subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
             _wait(url, started, log)
-            own = {"llama.cpp": _ask(f"{url}/props")["build_info"]} if program else {"xllamacpp": version("xllamacpp")}
+            own = {"llama.cpp": ask(f"{url}/props")["build_info"]} if program else {"xllamacpp": version("xllamacpp")}
             yield Server(url, psutil.Process(started.pid), own)
         finally:
             started.kill()
@@ -143,14 +130,15 @@ def _wait(url: str, started: subprocess.Popen[bytes], log: Any) -> None:
             lines = log.read().decode("utf-8", "replace").strip().splitlines() or ["no message"]
             raise ExportError(f"llama.cpp does not load what was exported: {lines[-1]}")
         try:
-            _ask(f"{url}/health")
+            ask(f"{url}/health")
             return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
     raise ExportError(f"llama.cpp has not loaded what was exported within {START_S} s")
 
 
-def _ask(url: str, content: Any = None) -> Any:
+def ask(url: str, content: Any = None) -> Any:
+    """The server's JSON answer to a request, or to JSON that is sent."""
     body = json.dumps(content).encode("utf-8") if content is not None else None
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:

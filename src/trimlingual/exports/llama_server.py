@@ -1,6 +1,6 @@
 """Run as a script in a fresh process: llama.cpp's server, by the package xllamacpp, until standard input ends.
 
-python -P llama_server.py TEXT.gguf MMPROJ.gguf PORT CONTEXT
+python -P llama_server.py TEXT.gguf MMPROJ.gguf|"" PORT CONTEXT
 """
 
 import sys
@@ -9,7 +9,7 @@ import xllamacpp
 
 
 def main() -> None:
-    """Serve two GGUF files on a port of this machine."""
+    """Serve two GGUF files, or a text model alone, on a port of this machine."""
     text, mmproj, port, context = sys.argv[1:]
     params = xllamacpp.CommonParams()
     params.model.path, params.mmproj.path, params.port = text, mmproj, int(port)

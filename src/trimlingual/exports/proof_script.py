@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import transformers
 
@@ -86,6 +85,8 @@ def model_inputs(
     if not chat_reads_audio:
         text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         return processor(text=text, audio=[samples], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    import soundfile  # not every environment has it, and only a chat that takes the clip itself needs it
+
     wav = io.BytesIO()
     soundfile.write(wav, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
     encoded = base64.b64encode(wav.getvalue()).decode("ascii")

@@ -14,7 +14,14 @@ class GgufForm:
     """
 
     decoder: str  # architecture of the text model
-    projector: str  # what computes the audio, `clip.projector_type`
+    projector: (
+        str | None
+    )  # what computes the audio, `clip.projector_type`; None: nothing does it as the model was trained
     pre_tokenizer: str  # `tokenizer.ggml.pre`
     split: str  # the regular expression that this pre-tokenizer splits texts by
     chat_template: str
+    rotates_neighbours: bool = (
+        False  # a head's numbers 2i and 2i + 1 are rotated together; transformers has i and i + E / 2
+    )
+    starts_with: str | None = None  # token before the prompt, which llama.cpp adds itself
+    no_audio: str = ""  # why there is no projector

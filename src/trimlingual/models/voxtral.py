@@ -24,6 +24,7 @@ from transformers import VoxtralConfig, VoxtralProcessor, WhisperFeatureExtracto
 
 from trimlingual.models.chunks import encode_chunks, side_by_side
 from trimlingual.models.family import Family, Shapes
+from trimlingual.models.gguf_form import GgufForm
 from trimlingual.models.tree import audio_tower
 
 LONGEST_S = 30 * 60  # what the model's publisher names as the longest recording to transcribe
@@ -32,6 +33,32 @@ FRAMES_PER_STATE = 8  # a convolution of stride 2, then four frames stacked
 VOCABULARY = "tekken_240911.json"
 AUDIO_TOKENS = {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 32: "[ARGS]", 33: "[CALL_ID]", 34: "[TRANSCRIBE]"}
 
+# The prompt of mistral-common, for llama.cpp's way of handing it a message: as one string, with a marker where the clip is. A system
+# message goes to the words after the clip, as in `conversation`. llama.cpp itself puts `<s>` before and `[BEGIN_AUDIO]` at the marker.
+GGUF_CHAT_TEMPLATE = """\
+{%- set seen = namespace(system="") -%}
+{%- for message in messages -%}
+  {%- if message.role == "system" -%}
+    {%- set seen.system = message.content ~ " " -%}
+  {%- elif message.role == "assistant" -%}
+    {{- message.content ~ "</s>" -}}
+  {%- else -%}
+    {{- "[INST]" -}}
+    {%- if "__>" in message.content -%}
+      {%- set clip = message.content.split("__>")[0] ~ "__>" -%}
+      {{- clip ~ seen.system ~ message.content[clip | length:] -}}
+    {%- else -%}
+      {{- seen.system ~ message.content -}}
+    {%- endif -%}
+    {{- "[/INST]" -}}
+  {%- endif -%}
+{%- endfor -%}"""
+GGUF_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 class Voxtral(Family):
     """mistralai/Voxtral-Mini-3B-2507, mistralai/Voxtral-Small-24B-2507."""
@@ -39,6 +66,16 @@ class Voxtral(Family):
     model_class = "VoxtralForConditionalGeneration"
     processor_class = "VoxtralProcessor"
     chat_reads_audio = True
+    gguf: ClassVar[GgufForm | None] = GgufForm(
+        "llama",
+        None,
+        "tekken",
+        GGUF_SPLIT,
+        GGUF_CHAT_TEMPLATE,
+        rotates_neighbours=True,
+        starts_with="<s>",
+        no_audio="llama.cpp averages pairs of this model's audio states before it stacks four, and hears half of what it should",
+    )
     states_per_s = 12.5
     # Mini and Small as published, and a model of their form that a CPU runs in seconds.
     shapes: ClassVar[Shapes] = {

@@ -56,6 +56,12 @@ def tekken_ids(tokenizer: Any) -> dict[str, int]:
     return special | {spelled(inner.id_to_byte_piece(i)): i for i in range(inner.num_special_tokens, inner.n_words)}
 
 
+def special_names(tokenizer: Any) -> dict[int, str]:
+    """What the special tokens of a tokenizer that mistral-common loaded are called, by id."""
+    inner = tokenizer.tokenizer.instruct_tokenizer.tokenizer
+    return {index: inner.id_to_piece(index) for index in range(inner.num_special_tokens)}
+
+
 def spelled(token: bytes) -> str:
     """A token's bytes as characters, one each."""
     return "".join(CHARACTER[byte] for byte in token)
