@@ -169,6 +169,9 @@ def test_mixed_precision_lora_of_bfloat16_weights(make_model, processor, shared,
     settings = TrainSettings(method="lora", max_steps=3, learning_rate=1e-2, mixed_precision="bf16", logging_steps=1)
     info = train_(model, processor, data, shared, settings, tmp_path)
     assert info["losses"][-1]["loss"] < info["losses"][0]["loss"]
+    rates = [entry["learning_rate"] for entry in info["losses"]]  # of the step that follows: the curve of the report
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] <= 1e-2
     adapter = [p for name, p in info["adapted"].named_parameters() if "lora_" in name]
     assert {p.dtype for p in adapter} == {torch.float32}  # small updates would be lost in bfloat16
     assert "forward" not in vars(model)

@@ -1,10 +1,13 @@
-"""A run folder as the pipeline writes it, with real sound, is shown whole, safely, and without what was not run."""
+"""A run folder as the pipeline writes it, with real sound, is shown whole, safely, and without what was not run.
+
+test_report_page.py looks at the same page in a browser.
+"""
 
 import base64
 import json
 import re
 from html.parser import HTMLParser
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -12,132 +15,20 @@ import pytest
 import soundfile
 from rich.console import Console
 
-from trimlingual.report import ReportError, result_table, result_table_markdown, write_report
+from trimlingual import report as reports
+from trimlingual.pipeline import write_comparison
+from trimlingual.report import ReportError, result_table, result_table_markdown, sounds, write_report
+from trimlingual.report.listening import marked
+from trimlingual.run.artifacts import ArtifactError
 
-HOSTILE = "<script>alert('x')</script> & \"quoted\" | piped"
+from .made_run import HOSTILE, MACHINE, PROOF, SPLIT, make_run, write
+
 VOID = {"meta", "br", "img", "link", "hr", "input", "source"}
-PROOF = {"versions": {"transformers": "5.23.0", "torch": "2.13.0"}, "dtype": "bfloat16", "compared": 16, "equal": 15}
-SPLIT = {"name": "test", "hash": "0123abcd", "num_clips": 8}
-MACHINE = {"system": "Linux", "cpu": "A CPU", "cores": 2, "versions": {"trimlingual": "0.1.0", "torch": "2.13.0"}}
-
-
-def write(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(v, ensure_ascii=False) for v in value] if isinstance(value, list) else [json.dumps(value)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def scores(chrfpp: float, ratio: float | None, main: str = "chrfpp", truncated: int = 0) -> dict:
-    retained = ratio and {
-        "baseline": "teacher",
-        "metric": main,
-        "ratio": ratio,
-        "low": ratio - 0.017,
-        "high": ratio + 0.018,
-        "confidence": 0.95,
-    }
-    return {
-        "bleu": {"value": chrfpp / 2, "signature": "nrefs:1|tok:13a|version:2.6.0"},
-        "chrf": {"value": chrfpp + 1, "signature": "nrefs:1|nw:0|version:2.6.0"},
-        "chrfpp": {"value": chrfpp, "signature": "nrefs:1|nw:2|version:2.6.0"},
-        "comet": {},
-        "num_clips": 8,
-        "num_truncated": truncated,
-        "main_metric": main,
-        "retained": retained,
-    }
-
-
-def result(name: str, layers: int, size: int, languages: dict, seconds: float) -> dict:
-    return {
-        "name": name,
-        "params": 7_500_000 if layers == 20 else 5_100_000,
-        "disk_bytes": size,
-        "num_decoder_layers": layers,
-        "removed_layers": [] if layers == 20 else [3, 7],
-        "quantization": None,
-        "split": SPLIT,
-        "languages": languages,
-        "speed": {
-            "seconds_per_clip": seconds,
-            "tokens_per_second": 400.0,
-            "real_time_factor": 0.01,
-            "audio_s": 8.0,
-            "wall_s": 8 * seconds,
-            "batch_size": 8,
-        },
-        "peak_memory_bytes": 10**8,
-        "machine": MACHINE,
-    }
-
-
-def write_clips(folder: Path) -> list[dict]:
-    """Eight tones, WAV and Ogg by turns, the first named by an absolute path; and their manifest."""
-    (folder / "audio").mkdir(parents=True)
-    clips = []
-    for index in range(8):
-        tone = 0.3 * np.sin(np.arange(4000) * 2 * np.pi * (220 + 40 * index) / 16000)
-        name = f"audio/clip{index}.{'ogg' if index % 2 else 'wav'}"
-        soundfile.write(folder / name, tone, 16000)
-        clip = {"id": f"c{index}", "audio": name, "source": f"Sentence {index}", "duration_s": 0.25}
-        clips.append({**clip, "references": {"de": f"Satz {index}", "zh": f"句子{index}"}})
-    clips[0]["audio"] = str(folder / "audio" / "clip0.wav")
-    write(folder / "test.jsonl", clips)
-    return clips
-
-
-def write_evaluations(folder: Path, clips: list[dict]) -> None:
-    for name, layers, size, ratio, seconds in (
-        ("base", 20, 30_000_000, None, 0.2),
-        ("teacher", 20, 30_000_000, None, 0.2),
-        ("pruned", 18, 26_000_000, 0.7, 0.15),
-        ("recovered", 18, 26_000_000, 0.981, 0.15),
-        ("quantized", 18, 9_500_000, 0.975, 0.18),
-    ):
-        german = scores(50 * (ratio or 1), ratio)
-        chinese = scores(30 * (ratio or 1), ratio, main="chrf", truncated=1)
-        record = result(name, layers, size, {"de": german, "zh": chinese}, seconds)
-        write(folder / name / "result.json", record)
-        for language in ("de", "zh"):
-            said = []
-            for clip in clips:
-                text = HOSTILE if name == "pruned" else f"{name} {clip['id']}"
-                record = {"id": clip["id"], "hypothesis": text, "reference": clip["references"][language]}
-                record |= {"source": clip["source"], "duration_s": 0.25, "num_tokens": 5}
-                said.append({**record, "truncated": clip["id"] == "c0"})
-            write(folder / name / f"translations.{language}.jsonl", said)
-
-
-def plan() -> dict:
-    """Two rounds; layer 18 was stopped early in both."""
-    candidates = [
-        {"round": turn, "tower": "decoder", "layer": layer, "score": None if layer == 18 else 40.0 + layer - turn}
-        for turn in (1, 2)
-        for layer in range(1, 19)
-        if (turn, layer) != (2, 7)
-    ]
-    removals = [
-        {"round": 1, "tower": "decoder", "layer": 7, "score": 46.0},
-        {"round": 2, "tower": "decoder", "layer": 3, "score": 41.0},
-    ]
-    metric = {"de": "chrfpp", "zh": "chrf"}
-    found = {"strategy": "greedy", "metric": metric, "baseline_score": 50.0}
-    return {**found, "removals": removals, "candidates": candidates}
 
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """A run of a 20-layer model on two languages, whole."""
-    run = tmp_path / "run"
-    recipe = {"name": "mini-de-zh", "description": "", "rank": {"num_layers_to_remove": 2}}
-    recipe |= {"task": {"target_languages": ["de", "zh"]}, "model": {"base": "builtin:mini"}}
-    write(run / "recipe.json", recipe)
-    write_evaluations(run / "evaluations", write_clips(run / "data"))
-    write(run / "rank" / "plan.json", plan())
-    for stage in ("data", "teacher", "rank", "pruned", "distilled", "recovered", "quantized", "exported"):
-        record = {"stage": stage, "seconds": 61.5, "settings": {}, "machine": MACHINE, "fingerprint": "f00"}
-        write(run / stage / "artifact.json", {**record, "info": {"num_clips": 8, "loss": 0.123456}})
-    return run
+    return make_run(tmp_path / "run")
 
 
 class Page(HTMLParser):
@@ -196,17 +87,19 @@ def test_page_is_whole_and_loads_nothing(run_dir, tmp_path):
     write_report(run_dir, tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     page = Page(html)
-    for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "img"}
-        for name in ("src", "href", "data", "srcset", "poster", "action"):
-            assert attributes.get(name, "data:").startswith("data:")
-        assert not any(name.startswith("on") for name in attributes)
-    assert not re.search(r"url\(|@import|https?://", html)
     identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
+    for tag, attributes in page.tags:
+        assert tag not in {"link", "iframe", "object", "embed", "img"}
+        for name in ("src", "srcset", "poster", "action", "data"):
+            assert attributes.get(name, "data:").startswith("data:")
+        assert attributes.get("href", f"#{identifiers[0]}").removeprefix("#") in identifiers
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"url\(|@import|https?://", html)
+    assert page.named("script") == [{}]
     for svg in page.named("svg"):
         assert svg["role"] == "img"
-        assert set(svg["aria-labelledby"].split()) <= set(identifiers)
+        assert svg.get("aria-label") or set(svg["aria-labelledby"].split()) <= set(identifiers)
     assert "Rehearsal" not in page.text
     for expected in (
         "98.1 [96.4, 99.9]",
@@ -214,27 +107,129 @@ def test_page_is_whole_and_loads_nothing(run_dir, tmp_path):
         "round 2, layer 7: removed in an earlier round",
         "round 1, layer 18: stopped early",
         "round 1, layer 0: not tried",
+        "2 removed: 42",
+        "quantized: 9.5 MB, chrF++ 48.8, 97.5 [95.8, 99.3] % of teacher",
+        "teacher: learning rate",
+        "step 10: 0.0009",
+        "quantized, decoder layers: 0.0 MB",
         "nrefs:1|nw:2|version:2.6.0",
         "1 min 02 s",
         "The whole model scores 50 on",
         "0123abcd",
         "torch 2.13.0",
+        "trimlingual compress recipe.json --run-dir run",
     ):
         assert expected in page.text
 
 
-def test_audio_is_the_files_bytes(run_dir, tmp_path):
+def test_every_clip_can_be_listened_to(run_dir, tmp_path):
+    """What is small already goes in as it is; the rest as MP3 of the same length."""
     write_report(run_dir, tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     sounds = [attributes["src"] for attributes in page.named("audio")]
-    files = [run_dir / "data" / "audio" / f"clip{i}.{'ogg' if i % 2 else 'wav'}" for i in (0, 1, 2, 4, 5, 6)]
-    assert len(sounds) == 6
-    for sound, file in zip(sounds, files):
+    assert len(sounds) == 8
+    for index, sound in enumerate(sounds):
         kind, content = sound.removeprefix("data:").split(";base64,")
-        assert kind == ("audio/ogg" if file.suffix == ".ogg" else "audio/wav")
-        assert base64.b64decode(content, validate=True) == file.read_bytes()
-    for text in ("Sentence 0", "Satz 0", "句子0", "base c0", "teacher c0", "quantized c6", "cut off"):
+        content = base64.b64decode(content, validate=True)
+        if index % 2:
+            assert kind == "audio/ogg"
+            assert content == (run_dir / "data" / "audio" / f"clip{index}.ogg").read_bytes()
+        else:
+            assert kind == "audio/mpeg"
+            samples, rate = soundfile.read(BytesIO(content))
+            spectrum = np.abs(np.fft.rfft(samples))
+            assert np.argmax(spectrum) * rate / len(samples) == pytest.approx(220 + 40 * index, abs=8)
+    for index in range(8):
+        for text in (f"Sentence {index}", f"Satz {index}", f"句子{index}", f"base c{index}", f"teacher c{index}"):
+            assert text in page.text
+    assert "cut off" in page.text
+    assert "8 sounds are inside this page." in page.text
+
+
+def test_sound_beyond_the_limit_lies_beside_the_page(run_dir, tmp_path, monkeypatch):
+    sizes = [len(base64.b64decode(sound.split(",")[1])) for sound in _sounds(run_dir, tmp_path / "whole")]
+    monkeypatch.setattr(sounds.Sounds.__init__, "__defaults__", (sizes[0] + sizes[1],))
+    found = _sounds(run_dir, tmp_path / "out")
+    outside = [sound for sound in found if not sound.startswith("data:")]
+    assert len(outside) == 6
+    for sound in outside:
+        assert soundfile.info(tmp_path / "out" / sound).duration == pytest.approx(0.25, abs=0.1)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "the other 6 are in the folder" in page
+
+
+def _sounds(run_dir: Path, out: Path) -> list[str]:
+    write_report(run_dir, out)
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    return [attributes["src"] for attributes in page.named("audio")]
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "code", "expected"),
+    [
+        (
+            "Ist das gut",
+            "Ist es gut",
+            "de",
+            [("Ist", False), (" ", False), ("das", True), (" ", False), ("gut", False)],
+        ),
+        ("第一层", "第二层", "zh", [("第", False), ("一", True), ("层", False)]),
+        ("gleich", "gleich", "de", [("gleich", False)]),
+        ("", "etwas", "de", []),
+        ("neu", "", "de", [("neu", True)]),
+    ],
+)
+def test_words_that_differ_are_marked(text, other, code, expected):
+    assert marked(text, other, code) == expected
+
+
+def test_runs_are_compared(run_dir, tmp_path):
+    """Two runs whose folders are called alike; the second has another student."""
+    second = make_run(tmp_path / "other" / "run")
+    path = second / "evaluations" / "quantized" / "translations.de.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    write(path, [{**line, "hypothesis": "etwas anderes"} for line in lines])
+    merged = write_comparison([run_dir, second], tmp_path / "both")
+    one, other = f"{tmp_path.name}/run", "other/run"
+    assert [model["name"] for model in merged["models"]][4:6] == [f"{one}: quantized", f"{other}: base"]
+    page = Page((tmp_path / "both" / "comparison.html").read_text(encoding="utf-8"))
+    assert len(page.named("audio")) == 8
+    for text in (f"{one}: teacher", f"{other}: quantized", "etwas anderes", "trimlingual comparison"):
         assert text in page.text
+    runs = json.loads((tmp_path / "both" / "comparison.json").read_text(encoding="utf-8"))["runs"]
+    assert list(runs) == [one, other]
+    write_comparison([run_dir, second], tmp_path / "both")  # again: what it made itself may be replaced
+    with pytest.raises(ArtifactError, match="holds what stage 'teacher' made"):
+        write_comparison([run_dir, second], run_dir / "teacher")
+    with pytest.raises(ValueError, match="at least two different run folders"):
+        write_comparison([run_dir, run_dir / "."], tmp_path / "one")
+    result = second / "evaluations" / "base" / "result.json"
+    for name in ("base", "teacher", "pruned", "recovered", "quantized"):
+        result = second / "evaluations" / name / "result.json"
+        write(result, {**json.loads(result.read_text()), "split": {**SPLIT, "hash": "other"}})
+    with pytest.raises(ReportError, match=r"different test splits .*other/run on other"):
+        write_comparison([run_dir, second], tmp_path / "apart")
+    assert not (tmp_path / "apart").exists()
+
+
+def test_published_systems_stand_beside_the_papers_recipe(run_dir, tmp_path):
+    write_report(run_dir, tmp_path / "out")
+    assert "8.65" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    known = reports.figures.published()
+    recipe |= {"model": {"base": known["base"]}, "data": {"train": {"path": known["data"]}}}
+    write(run_dir / "recipe.json", recipe)
+    write_report(run_dir, tmp_path / "out")
+    text = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
+    for system in known["systems"]:
+        assert text.count(f"{system['name']} ") >= 2  # in the key of both languages
+    assert "9,640 MB" in text
+
+
+def test_damaged_weights_are_an_error(run_dir, tmp_path):
+    (run_dir / "quantized" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(ReportError, match=r"quantized are damaged .*make quantized again"):
+        write_report(run_dir, tmp_path / "out")
 
 
 def test_hostile_text_is_escaped(run_dir, tmp_path):
@@ -242,7 +237,7 @@ def test_hostile_text_is_escaped(run_dir, tmp_path):
     write(run_dir / "recipe.json", {**recipe, "name": HOSTILE, "description": HOSTILE})
     write_report(run_dir, tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in html
+    assert html.count("<script") == 1  # ours
     assert HOSTILE in Page(html).text
     assert "<script" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
@@ -360,7 +355,7 @@ def test_what_was_not_run_is_left_out(run_dir, tmp_path):
     assert [stage["stage"] for stage in report["stages"]] == ["data"]
     assert report["plan"] is None
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
-    assert len(page.named("audio")) == 5
+    assert len(page.named("audio")) == 7
     assert "No sound: the audio file is not on this machine" in page.text
     assert "Which layers went" not in page.text
     (run_dir / "data" / "test.jsonl").unlink()

@@ -202,6 +202,19 @@ def report(
     say(f"report: {folder / 'report.html'}")
 
 
+@app.command(epilog="Example: trimlingual compare runs/small runs/smaller --out small-and-smaller")
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Folders of runs that were evaluated on one test split.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the page.")] = Path("comparison"),
+) -> None:
+    """Write the report's page for several runs beside each other, and show the table."""
+    from trimlingual.pipeline import write_comparison
+    from trimlingual.report import result_table
+
+    out.print(result_table(write_comparison(run_dirs, out_dir)))
+    say(f"comparison: {out_dir / 'comparison.html'}")
+
+
 @app.command(epilog="Example: trimlingual translate runs/my/exported talk.mp3 --to de --format srt --out-dir subtitles")
 def translate(
     model: Annotated[str, typer.Argument(help="Model folder, Hub id or builtin:mini.")],

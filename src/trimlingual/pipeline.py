@@ -149,6 +149,45 @@ def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """The same page for several runs, in `out`. Returns their reports, merged. ValueError where there is nothing to compare."""
+    from trimlingual import report
+
+    named = _names(run_dirs)
+    inputs = {
+        f"{name}/{path.relative_to(folder)}": artifact.fingerprint
+        for name, folder in named.items()
+        for path in _stage_folders(folder)
+        if (artifact := find_artifact(path)) and artifact.stage != "report"
+    }
+    report.merge(
+        {name: report.collect(folder) for name, folder in named.items()}
+    )  # says what is missing before anything is made
+    existing = find_artifact(out)
+    if existing and existing.stage != "comparison":
+        raise ArtifactError(f"{out} holds what stage {existing.stage!r} made, not a comparison; choose another folder")
+    merged: dict[str, Any] = {}
+
+    def work(partial: Path) -> dict[str, Any]:
+        merged.update(report.write_comparison(named, partial))
+        return {}
+
+    produce(out, "comparison", {"runs": list(named)}, inputs, work, force=True)
+    return merged
+
+
+def _names(run_dirs: Sequence[Path]) -> dict[str, Path]:
+    """Each run by its folder's name; by as much of its path as tells it from the others where names are equal."""
+    folders = [folder.resolve() for folder in run_dirs]
+    if len(set(folders)) < 2 or len(set(folders)) < len(folders):
+        raise ValueError(f"compare needs at least two different run folders, not {', '.join(map(str, run_dirs))}")
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, run_dirs))
+
+
 def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> list[Step]:
     """The steps of a run, in order. Nothing is run; contents are read (or only looked up in `remembered`) once they are asked for."""
     remembered = remembered or HashCache()

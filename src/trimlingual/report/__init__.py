@@ -1,24 +1,38 @@
-"""The report of a run: report.json for programs, report.md for a repository, report.html to read and listen to.
+"""The report of a run, or of several beside each other: JSON for programs, Markdown for a repository, a page to read and listen to.
 
-The page is one file that loads nothing: style, charts and sound are inside it. Everything in it that came from data is
-escaped.
+The page is one file that loads nothing: style, charts and sound are inside it (sounds.py has the limit, beyond which sound lies beside
+it). Everything in it that came from data is escaped.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from trimlingual.recipe import EXPORT_STAGES
 from trimlingual.recipe.languages import language_name
-from trimlingual.report.charts import heat_maps, panels
-from trimlingual.report.collect import ReportError, collect, examples, languages
+from trimlingual.report.collect import ReportError, collect, languages, merge
+from trimlingual.report.figures import (
+    STACK_LABEL_X,
+    STACK_ROW,
+    STACK_WIDTH,
+    removal_curve,
+    stacks,
+    trades,
+    training_curves,
+)
+from trimlingual.report.heat_map import heat_maps
+from trimlingual.report.listening import listen
+from trimlingual.report.sounds import Sounds
 from trimlingual.report.tables import (
     COST_HEADER,
-    NOTHING,
     OUTCOME_HEADER,
     REHEARSAL,
     baseline,
@@ -29,6 +43,7 @@ from trimlingual.report.tables import (
     number_text,
     outcome_row,
     outcome_text,
+    outcomes,
     parameters_text,
     result_rows,
     result_table,
@@ -38,7 +53,9 @@ from trimlingual.report.tables import (
 )
 from trimlingual.run.artifacts import write_json, write_text
 
-__all__ = ["ReportError", "collect", "result_table", "result_table_markdown", "write_report"]
+__all__ = [
+    "ReportError", "collect", "merge", "result_table", "result_table_markdown", "write_comparison", "write_report",
+]  # fmt: skip
 
 
 def write_report(run_dir: Path, out_dir: Path) -> dict[str, Any]:
@@ -47,14 +64,26 @@ def write_report(run_dir: Path, out_dir: Path) -> dict[str, Any]:
     Raises ReportError if the run holds no evaluation, or models evaluated on different splits.
     """
     report = collect(Path(run_dir))
-    out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    templates = _templates()
-    context = _context(Path(run_dir), report)
-    write_text(out_dir / "report.html", templates.get_template("report.html.j2").render(context))
-    write_text(out_dir / "report.md", templates.get_template("report.md.j2").render(context))
+    context = _context({Path(run_dir).resolve().name: (Path(run_dir), report)}, report, out_dir)
+    write_text(out_dir / "report.html", _templates().get_template("report.html.j2").render(context))
+    write_text(out_dir / "report.md", _templates().get_template("report.md.j2").render(context))
     write_json(out_dir / "report.json", report)
     return report
+
+
+def write_comparison(run_dirs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Write comparison.json and comparison.html about several runs, by name; return their merged report.
+
+    Raises ReportError as `write_report` does, and for runs that were evaluated on different test splits.
+    """
+    reports = {name: collect(folder) for name, folder in run_dirs.items()}
+    merged = merge(reports)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    context = _context({name: (run_dirs[name], report) for name, report in reports.items()}, merged, out_dir)
+    write_text(out_dir / "comparison.html", _templates().get_template("report.html.j2").render(context))
+    write_json(out_dir / "comparison.json", {"runs": reports})
+    return merged
 
 
 def headline(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -108,40 +137,62 @@ def _layers_note(last: dict[str, Any], before: dict[str, Any]) -> str:
     return f"{layers} decoder layers" if layers == whole else f"{layers} of {whole} decoder layers"
 
 
-def _context(run_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """All that the templates use."""
+def _context(runs: Mapping[str, tuple[Path, dict[str, Any]]], report: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    """All that the templates use. `report` is the only run's, or all runs' merged."""
     header, rows = result_rows(report)
+    sounds = Sounds(out_dir)
+    clips = listen(runs, sounds)
+    shown = [_run(f"run-{number}", name, each) for number, (name, (_, each)) in enumerate(runs.items(), 1)]
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return {
         "report": report,
-        "recipe_json": json.dumps(report["recipe"], indent=2, ensure_ascii=False),
+        "runs": shown,
         "rehearsal_text": REHEARSAL,
-        "headline": headline(report),
         "header": header,
         "rows": rows,
         "cost_header": COST_HEADER,
         "cost_rows": cost_rows(report),
         "table_markdown": result_table_markdown(report),
-        "panels": panels(report),
-        "heat_maps": heat_maps(report),
-        "examples": examples(run_dir, report),
-        "signatures": _signatures(report),
+        "trades": trades(report, [] if len(runs) == 1 else list(runs)),
+        "has_plan": any(run["report"]["plan"] for run in shown),
+        "has_training": any(run["training"] for run in shown),
+        "has_parts": any(run["bars"] for run in shown),
+        "exported": any(run["outcomes"] for run in shown),
+        "stack_width": STACK_WIDTH,
+        "stack_label_x": STACK_LABEL_X,
+        "stack_row": STACK_ROW,
+        "clips": clips,
+        "sounds_note": sounds.note,
         "outcome_header": OUTCOME_HEADER,
-        "outcomes": [(outcome_row(outcome), outcome_text(outcome)) for outcome in _outcomes(report)],
-        "stages": [{**stage, "facts": _facts(stage["info"])} for stage in report["stages"]],
-        "total_seconds": sum(stage["seconds"] for stage in report["stages"]),
         "language_name": language_name,
+        "script": Markup(script),  # ours, and nothing of it is data
+        "script_hash": f"sha256-{digest}",
     }
 
 
-def _outcomes(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What ships. An export of an earlier version says only what was proven."""
-    infos = [stage["info"] for stage in report["stages"] if stage["stage"] in EXPORT_STAGES.values()]
-    earlier = {"runtime": "transformers", "format": NOTHING, "disk_bytes": None}
-    return [
-        outcome
-        for info in infos
-        for outcome in info.get("outcomes", [earlier | {"proof": info["proof"]}] if info.get("proof") else [])
-    ]
+def _run(key: str, name: str, report: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of one run; `key` is for its elements' ids."""
+    parts, bars = stacks(report["parts"])
+    folder = shlex.quote(name)
+    return {
+        "name": name,
+        "report": report,
+        "headline": headline(report),
+        "heat_maps": heat_maps(report, key),
+        "removal_curve": removal_curve(report, key),
+        "training": training_curves(report, key),
+        "parts": parts,
+        "bars": bars,
+        "byte_rows": [[bar.label, *bar.cells] for bar in bars],
+        "outcomes": [(outcome_row(outcome), outcome_text(outcome)) for outcome in outcomes(report)],
+        "signatures": _signatures(report),
+        "stages": [{**stage, "facts": _facts(stage["info"])} for stage in report["stages"]],
+        "total_seconds": sum(stage["seconds"] for stage in report["stages"]),
+        "origins": sorted({origin for stage in report["stages"] for origin in stage["origins"].values()}),
+        "recipe_json": json.dumps(report["recipe"], indent=2, ensure_ascii=False),
+        "commands": [f"trimlingual compress recipe.json --run-dir {folder}", f"trimlingual report {folder}"],
+    }
 
 
 def _signatures(report: dict[str, Any]) -> list[tuple[str, str, str]]:

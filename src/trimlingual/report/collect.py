@@ -1,20 +1,21 @@
-"""Reads a run folder into one plain dictionary, report.json, and picks the examples to listen to.
+"""Reads a run folder into one plain dictionary, report.json; merges those of several runs.
 
-Only JSON is read here, and nothing is computed that was not measured: the tables and the page show what stands in
-report.json.
+Only JSON and the headers of weights are read here, and nothing is computed that was not measured: the tables and the page show what
+stands in report.json.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimlingual.recipe import EXPORT_STAGES
-from trimlingual.run.jsonl import JsonlError, read_jsonl
+from trimlingual.report.weights import bytes_by_part
+from trimlingual.run import jsonl
+from trimlingual.run.jsonl import JsonlError
 
 MODELS = ("base", "trimmed", "teacher", "pruned", "recovered", "quantized")  # in the order in which a run makes them
 STAGES = (
@@ -29,40 +30,10 @@ STAGES = (
     *EXPORT_STAGES.values(),
 )
 QUALITY = ("bleu", "chrf", "chrfpp")
-MAX_EXAMPLES = 6
-MAX_AUDIO_BYTES = (
-    4_000_000  # a clip beyond this (two minutes of 16 kHz WAV) is shown without its sound, to keep the page small
-)
-AUDIO_TYPES = {
-    ".wav": "audio/wav", ".ogg": "audio/ogg", ".opus": "audio/ogg", ".flac": "audio/flac", ".mp3": "audio/mpeg",
-    ".m4a": "audio/mp4", ".webm": "audio/webm",
-}  # fmt: skip
 
 
 class ReportError(ValueError):
     """A run folder that cannot be reported on; the message says what is missing."""
-
-
-@dataclass(frozen=True)
-class Translation:
-    """What one model made of a clip; `text` is None where it was not asked."""
-
-    model: str
-    text: str | None
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """A test clip in one target language: what was said, what should be said, what each model said."""
-
-    id: str
-    source: str
-    duration_s: float | None
-    audio: str | None
-    audio_note: str
-    languages: dict[str, str]
-    translations: dict[str, list[Translation]]
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -90,27 +61,37 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "models": models,
         "stages": _stages(run_dir),
         "plan": _plan(run_dir),
+        "parts": _parts(run_dir, models),
         "notes": _notes(models, machines),
     }
 
 
-def examples(run_dir: Path, report: dict[str, Any]) -> list[Example]:
-    """Up to six clips spread evenly over the test split in its own order: chosen by place, not by quality."""
-    run_dir = Path(run_dir)
-    manifest = run_dir / "data" / "test.jsonl"
-    if not manifest.is_file():
-        return []
-    clips = _read_jsonl(manifest)
-    step = max(1, len(clips) / MAX_EXAMPLES)
-    chosen = [clips[int(i * step)] for i in range(min(MAX_EXAMPLES, len(clips)))]
-    names = [model["name"] for model in report["models"]]
-    ids = {clip["id"] for clip in chosen}
-    said = {
-        (name, language): _translations(run_dir / "evaluations" / name / f"translations.{language}.jsonl", ids)
-        for name in names
-        for language in languages(report)
+def merge(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The reports of several runs as one, for tables and charts: models are called `run: model` and know their run.
+
+    Raises ReportError if the runs were not evaluated on the same test split.
+    """
+    hashes = {name: report["split"]["hash"] for name, report in reports.items()}
+    if len(set(hashes.values())) > 1:
+        told = ", ".join(f"{name} on {split}" for name, split in hashes.items())
+        raise ReportError(f"the runs were evaluated on different test splits ({told}): their scores cannot be compared")
+    first = next(iter(reports.values()))
+    codes = dict.fromkeys(code for report in reports.values() for code in languages(report))
+    models = [
+        {**model, "name": f"{name}: {model['name']}", "model": model["name"], "run": name}
+        for name, report in reports.items()
+        for model in report["models"]
+    ]
+    stages = [{**stage, "run": name} for name, report in reports.items() for stage in report["stages"]]
+    machines = [report["machine"] for report in reports.values()]
+    return {
+        **first,
+        "recipe": {**first["recipe"], "name": " · ".join(reports), "task": {"target_languages": list(codes)}},
+        "rehearsal": any(report["rehearsal"] for report in reports.values()),
+        "models": models,
+        "stages": stages,
+        "notes": _notes(models, machines),
     }
-    return [_example(clip, manifest.parent, names, said, languages(report)) for clip in chosen]
 
 
 def languages(report: dict[str, Any]) -> list[str]:
@@ -182,6 +163,10 @@ def _stages(run_dir: Path) -> list[dict[str, Any]]:
                     "seconds": artifact.get("seconds", 0.0),
                     "info": artifact.get("info", {}),
                     "fingerprint": artifact.get("fingerprint"),
+                    "created": artifact.get("created", ""),
+                    "inputs": artifact.get("inputs", {}),
+                    "origins": artifact.get("origins", {}),
+                    "versions": artifact.get("machine", {}).get("versions", {}),
                 }
             )
     return stages
@@ -190,6 +175,20 @@ def _stages(run_dir: Path) -> list[dict[str, Any]]:
 def _plan(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "rank" / "plan.json"
     return _read_json(path, "rank again") if path.is_file() else None
+
+
+def _parts(run_dir: Path, models: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Bytes by part of the models that stand in the run folder (the base does not)."""
+    found = {}
+    for model in models:
+        folder = run_dir / model["name"]
+        try:
+            parts = bytes_by_part(folder, model["disk_bytes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"the weights in {folder} are damaged ({error}); make {model['name']} again") from error
+        if parts:
+            found[model["name"]] = parts
+    return found
 
 
 def _notes(models: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list[str]:
@@ -210,52 +209,6 @@ def _notes(models: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list
     return notes
 
 
-def _example(
-    clip: dict[str, Any],
-    folder: Path,
-    names: list[str],
-    said: dict[tuple[str, str], dict[str, dict[str, Any]]],
-    codes: list[str],
-) -> Example:
-    audio, note = _audio(clip.get("audio"), folder)
-    translations = {}
-    for code in codes:
-        records = [(name, said[name, code].get(clip["id"], {})) for name in names]
-        translations[code] = [
-            Translation(name, record.get("hypothesis"), bool(record.get("truncated"))) for name, record in records
-        ]
-    return Example(
-        id=str(clip["id"]),
-        source=clip.get("source") or "",
-        duration_s=clip.get("duration_s"),
-        audio=audio,
-        audio_note=note,
-        languages={code: clip.get("references", {}).get(code) or "" for code in codes},
-        translations=translations,
-    )
-
-
-def _audio(name: str | None, folder: Path) -> tuple[str | None, str]:
-    """The clip as a data URI, or None and why not."""
-    if not name:
-        return None, "no audio file is named for this clip"
-    path = folder / name  # an absolute name stays absolute
-    media_type = AUDIO_TYPES.get(path.suffix.lower())
-    if media_type is None:
-        return None, f"browsers cannot be relied on to play {path.suffix or 'this kind of'} audio"
-    if not path.is_file():
-        return None, "the audio file is not on this machine"
-    if path.stat().st_size > MAX_AUDIO_BYTES:
-        return None, f"the audio file is larger than {MAX_AUDIO_BYTES / 1e6:.0f} MB"
-    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}", ""
-
-
-def _translations(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    return {record["id"]: record for record in _read_jsonl(path) if record["id"] in ids}
-
-
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
     if not path.is_file():
         raise ReportError(f"{path} is missing: {hint}")
@@ -268,8 +221,9 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
     return value
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of the run; ReportError if one is damaged."""
     try:
-        return read_jsonl(path)
+        return jsonl.read_jsonl(path)
     except JsonlError as error:
         raise ReportError(str(error)) from error

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from trimlingual.recipe import EXPORT_STAGES
 from trimlingual.report.collect import languages
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}
@@ -17,7 +18,10 @@ REHEARSAL = "Rehearsal: the base model has random weights, so no score here says
 
 
 def result_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a model: size, then quality by language, then time."""
+    """Header and one row a model, from the base to what ships: size, then quality by language, then time.
+
+    What ships was scored on the clips of its proof only (OUTCOME_HEADER), so that its quality is a dash here.
+    """
     codes = languages(report)
     header = ["model", "layers", "parameters", "disk (MB)"]
     for code in codes:
@@ -29,7 +33,36 @@ def result_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             else []
         )
         header += [f"{code} kept, % of {baseline(report, code)}"]
-    return [*header, "s/clip"], [_row(report, model, codes) for model in report["models"]]
+    rows = []
+    for run in dict.fromkeys(model.get("run") for model in report["models"]):
+        rows += [_row(report, model, codes) for model in report["models"] if model.get("run") == run]
+        shipped = [
+            outcome for outcome in outcomes(report) if outcome["run"] == run and outcome["disk_bytes"] is not None
+        ]
+        rows += [_shipped_row(outcome, rows[-1], len(header)) for outcome in shipped]
+    return [*header, "s/clip"], rows
+
+
+def _shipped_row(outcome: Mapping[str, Any], last: list[str], num_columns: int) -> list[str]:
+    """The row of what was exported of the model in the row `last`; without its seconds a row has `num_columns`."""
+    runtime = "" if outcome["runtime"] == "transformers" else f" {_runtime(outcome)}"
+    name = f"exported{runtime} {outcome['format']}"
+    size, seconds = outcome["disk_bytes"], (outcome["proof"] or {}).get("seconds_per_clip")
+    unscored = [NOTHING] * (num_columns - 4)
+    whose = f"{outcome['run']}: " if outcome["run"] else ""
+    return [whose + name, *last[1:3], megabytes_text(size), *unscored, number_text(seconds, 3)]
+
+
+def outcomes(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ships, with its run where there are several. An export of an earlier version says only what was proven."""
+    stages = [stage for stage in report["stages"] if stage["stage"] in EXPORT_STAGES.values()]
+    earlier = {"runtime": "transformers", "format": NOTHING, "disk_bytes": None}
+    return [
+        {**outcome, "run": stage.get("run")}
+        for stage in stages
+        for info in (stage["info"],)
+        for outcome in info.get("outcomes", [earlier | {"proof": info["proof"]}] if info.get("proof") else [])
+    ]
 
 
 def cost_rows(report: dict[str, Any]) -> list[list[str]]:

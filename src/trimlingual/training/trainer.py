@@ -177,7 +177,8 @@ def train_(
     selection = best.finish() if best else None
     trained.eval()
     steps = trainer.state.global_step
-    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    kept = ("step", "loss", "learning_rate")
+    losses = [{key: entry[key] for key in kept} for entry in trainer.state.log_history if "loss" in entry]
     info: dict[str, Any] = {
         "num_examples": len(data.examples),
         "num_clips": len(data.clips),

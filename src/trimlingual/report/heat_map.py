@@ -1,7 +1,6 @@
-"""Geometry of the page's two kinds of chart; `charts.svg.j2` draws them. Lengths in SVG user units (about a CSS pixel).
+"""Geometry of the map of layer scores; `heat_map.svg.j2` draws it. Lengths in SVG user units (about a CSS pixel).
 
-Colours carry nothing alone: every bar and cell has its number beside it or in its tooltip, and removed layers have a
-mark.
+Colours carry nothing alone: every cell has its number in its tooltip, and removed layers have a mark.
 """
 
 from __future__ import annotations
@@ -11,39 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from trimlingual.recipe.languages import language_name
-from trimlingual.report.collect import languages
-from trimlingual.report.tables import METRIC_NAMES, megabytes_text, number_text, shown_metric
-
 # Five stops of cividis (Nuñez, Anderton, Renslow 2018), a colour map made to read the same with a colour vision
 # deficiency.
 _CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 174, 108), (254, 232, 56))
 _CELL = 20
-_PANEL_WIDTH, _PANEL_BARS_X, _PANEL_BARS_WIDTH, _PANEL_ROW = 380, 92, 190, 30
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One model's bar in a panel."""
-
-    label: str
-    value: str
-    y: int
-    width: float
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A horizontal bar chart: one quantity, a bar a model. `series` picks the colour."""
-
-    id: str
-    title: str
-    description: str
-    series: int
-    bars: list[Bar]
-    width: int
-    height: int
-    bars_x: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +32,7 @@ class Cell:
 class HeatMap:
     """Candidate scores of one tower: a row a round, a column an original layer."""
 
-    tower: str
+    id: str
     title: str
     description: str
     cells: list[Cell]
@@ -75,28 +45,7 @@ class HeatMap:
     cell: int = _CELL
 
 
-def panels(report: dict[str, Any]) -> list[Panel]:
-    """Bytes on disk, then quality in each language, model by model: what was given up against what was won."""
-    models = report["models"]
-    found = [
-        _panel(
-            "disk", "Disk, MB", 0, [(m["name"], m["disk_bytes"] / 1e6, megabytes_text(m["disk_bytes"])) for m in models]
-        )
-    ]
-    for index, code in enumerate(languages(report), start=1):
-        metric = shown_metric(report, code)
-        rows = []
-        for model in models:
-            scores = model["languages"].get(code, {})
-            value, kept = scores.get(metric), scores.get("retained")
-            share = f" · {100 * kept['ratio']:.1f} %" if kept and kept.get("ratio") is not None else ""
-            rows.append((model["name"], value or 0.0, number_text(value, 1) + share))
-        title = f"{language_name(code) or code}, {METRIC_NAMES[metric]}"
-        found.append(_panel(f"quality-{index}", title, 1 + (index - 1) % 4, rows))
-    return found
-
-
-def heat_maps(report: dict[str, Any]) -> list[HeatMap]:
+def heat_maps(report: dict[str, Any], run: str = "run") -> list[HeatMap]:
     """One map for each tower in which layers were tried; none where the plan was not searched for."""
     plan = report["plan"] or {}
     tried = [c for c in plan.get("candidates", []) if c.get("layer") is not None]
@@ -109,30 +58,13 @@ def heat_maps(report: dict[str, Any]) -> list[HeatMap]:
         num_layers = 1 + max(c["layer"] for c in candidates)
         if tower == "decoder" and layers:
             num_layers = max(num_layers, *layers)
-        maps.append(_heat_map(tower, candidates, removals, num_layers))
+        maps.append(_heat_map(f"{run}-{tower}", tower, candidates, removals, num_layers))
     return maps
 
 
-def _panel(name: str, title: str, series: int, rows: list[tuple[str, float, str]]) -> Panel:
-    most = max((value for _, value, _ in rows), default=0.0) or 1.0
-    bars = [
-        Bar(label, text, 8 + index * _PANEL_ROW, max(1.0, _PANEL_BARS_WIDTH * value / most))
-        for index, (label, value, text) in enumerate(rows)
-    ]
-    description = "; ".join(f"{label} {text}" for label, _, text in rows)
-    return Panel(
-        id=f"panel-{name}",
-        title=title,
-        description=description,
-        series=series,
-        bars=bars,
-        width=_PANEL_WIDTH,
-        height=12 + _PANEL_ROW * len(rows),
-        bars_x=_PANEL_BARS_X,
-    )
-
-
-def _heat_map(tower: str, candidates: list[dict[str, Any]], removals: list[dict[str, Any]], num_layers: int) -> HeatMap:
+def _heat_map(
+    name: str, tower: str, candidates: list[dict[str, Any]], removals: list[dict[str, Any]], num_layers: int
+) -> HeatMap:
     scores = {(c["round"], c["layer"]): c.get("score") for c in candidates}
     taken = {r["layer"]: r["round"] for r in removals}
     rounds = sorted({c["round"] for c in candidates})
@@ -154,7 +86,7 @@ def _heat_map(tower: str, candidates: list[dict[str, Any]], removals: list[dict[
             )
     order = ", ".join(str(r["layer"]) for r in sorted(removals, key=lambda r: r["round"]))
     return HeatMap(
-        tower=tower,
+        id=f"heat-{name}",
         title=f"Score without each {tower} layer, by round",
         description=f"Removed in this order: {order or 'none'}. {len(scores)} candidates were scored.",
         cells=cells,
