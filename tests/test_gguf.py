@@ -107,6 +107,30 @@ def test_the_decoder_reads_back(kind, least_db, folder, tmp_path):
     assert "llama.cpp (xllamacpp" in (tmp_path / "README.md").read_text(encoding="utf-8")  # it loads them
 
 
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not on the PATH")
+@pytest.mark.parametrize("types", ["[q4_k_m]", "[q4_k_m,f16]"])
+def test_llama_quantize_packs_what_we_wrote(types, folder, tmp_path):
+    """Widths that blocks of 256 do not divide get another type of its choice; the f16 file stays only where it is asked for."""
+    written(folder, tmp_path, f"export.gguf.types={types}")
+    expected, found = (
+        matrices(load_model(folder, "bfloat16", torch.device("cpu"))),
+        tensors(tmp_path / "mini-q4_k_m.gguf"),
+    )
+    for name, value in expected.items():
+        assert sqnr_db(value, found[name].view_as(value)) > 20, name
+    kinds = {"q4_k_m", "f16"} if "f16" in types else {"q4_k_m"}
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {f"mini-{kind}.gguf" for kind in kinds} | {
+        "mmproj-f16.gguf"
+    }
+
+
+def test_llama_quantize_is_missed_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(llama_cpp.shutil, "which", lambda name: None)
+    [problem] = problems(recipe("export.gguf.types=[q4_k_m]", "export.gguf.llama_quantize=nowhere"), None, None)
+    assert "there is no nowhere; set export.gguf.llama_quantize" in problem
+    assert not list(problems(recipe("export.gguf.types=[q4_0]"), None, None))
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "int4"])
 def test_packed_weights_are_written_as_what_they_stand_for(scheme, folder, tmp_path):
     processor, cpu = load_processor(folder), torch.device("cpu")

@@ -1,11 +1,12 @@
 """GGUF files for llama.cpp: the decoder with the tokenizer in one, audio tower and projector in another (`mmproj`).
 
-Written through the `gguf` package, one tensor after the other. It packs f16, q8_0 and q4_0; llama.cpp's own `llama-quantize` makes the
-other types from the f16 file.
+Written through the `gguf` package, one tensor after the other. It packs f16, q8_0 and q4_0; llama.cpp's own `llama-quantize` makes
+q4_k_m from the f16 file.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimlingual.exports.gguf_tokenizer import Tokens, tokens_of
-from trimlingual.exports.llama_cpp import MISSING, is_there, prove
+from trimlingual.exports.llama_cpp import MISSING, is_there, prove, quantize, quantize_program
 from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.models.family import Family, family_named, family_of
 from trimlingual.models.folders import is_bitsandbytes
@@ -24,8 +25,9 @@ from trimlingual.models.gguf_form import GgufForm
 from trimlingual.models.loading import load_model, load_processor
 from trimlingual.models.tree import PARTS, audio_tower, lm_head, projector, text_decoder
 from trimlingual.quantization.nf4 import dequantized, is_4bit
-from trimlingual.recipe import GgufType, Recipe
+from trimlingual.recipe import GgufSettings, GgufType, Recipe
 
+K_TYPE: GgufType = "q4_k_m"  # of llama-quantize
 POSITIONS = 1500  # of the audio tower: llama.cpp fills every clip up to 30 s, and stops where there are fewer
 PADDED = (
     "model.audio_padding is not window: llama.cpp has the model hear the silence that it fills every clip up with. A model that never "
@@ -37,12 +39,16 @@ def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None
     """What llama.cpp does not load or would translate into nonsense. Quantised weights are written as what they stand for."""
     if find_spec("gguf") is None:
         yield "export.for gguf: the package gguf is not installed: pip install 'trimlingual[gguf]'"
+    settings = _settings(recipe)
+    if K_TYPE in settings.types and not quantize_program(settings.llama_quantize):
+        named = settings.llama_quantize or "llama-quantize on the PATH"
+        yield f"export.gguf.types: llama.cpp's llama-quantize makes {K_TYPE}, and there is no {named}; set export.gguf.llama_quantize"
     if config is None:
         return
     family = family_named(config.model_type)
     if family.gguf is None:
         yield f"export.for gguf: models of type {config.model_type} are not written as GGUF yet"
-    if not recipe.export or recipe.export.gguf.text_only:
+    if settings.text_only:
         return
     if family.gguf and not family.gguf.projector:
         yield f"export.for gguf: {family.gguf.no_audio}; set export.gguf.text_only: true"
@@ -59,8 +65,7 @@ def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None
 def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     """A text model of each type that the recipe names and, if audio is wanted, `mmproj-f16.gguf`. ExportError where it cannot be."""
     recipe = finished.recipe
-    assert recipe.export is not None
-    settings = recipe.export.gguf
+    settings = _settings(recipe)
     finished.check_padding()
     out_dir.mkdir(parents=True, exist_ok=True)
     texts = {kind: out_dir / f"{recipe.name}-{kind}.gguf" for kind in settings.types}
@@ -84,12 +89,22 @@ def _write_files(finished: Finished, texts: Mapping[GgufType, Path], mmproj: Pat
         _write_audio(mmproj, model, family, name, four_bit)
     tokens = tokens_of(processor, finished.model.path, _form(family))
     for kind, path in texts.items():
-        _write_text(path, model, tokens, family, name, kind, four_bit)
+        if kind != K_TYPE:
+            _write_text(path, model, tokens, family, name, kind, four_bit)
+    if K_TYPE in texts:
+        with tempfile.TemporaryDirectory(dir=texts[K_TYPE].parent) as folder:
+            half = texts.get("f16", Path(folder) / "f16.gguf")
+            if not half.exists():
+                _write_text(half, model, tokens, family, name, "f16", four_bit)
+            quantize(half, texts[K_TYPE], K_TYPE, _settings(finished.recipe).llama_quantize)
+
+
+def _settings(recipe: Recipe) -> GgufSettings:
+    return recipe.export.gguf if recipe.export else GgufSettings()
 
 
 def _why_not_proven(finished: Finished) -> str:
-    assert finished.recipe.export is not None
-    settings = finished.recipe.export.gguf
+    settings = _settings(finished.recipe)
     if finished.is_random:
         return "the base model is random"
     if settings.text_only:

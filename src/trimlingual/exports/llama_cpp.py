@@ -37,7 +37,7 @@ START_S = 600  # that a large model may take to load
 ANSWER_S = 600
 # Share of translations that may differ from the recorded ones, which were made with other roundings. 4 bits make another model: how
 # many are equal is told, and refuses nothing.
-DIFFERING: dict[GgufType, float] = {"f16": 0.1, "q8_0": 0.2, "q4_0": 1.0}
+DIFFERING: dict[GgufType, float] = {"f16": 0.1, "q8_0": 0.2, "q4_0": 1.0, "q4_k_m": 1.0}
 MISSING = "llama-server is not on the PATH, nor the package xllamacpp installed (pip install 'trimlingual[llama]')"
 
 
@@ -74,6 +74,21 @@ class Server:
 def server_program(named: str | None) -> str | None:
     """The `llama-server` to use: the one named, or on the PATH."""
     return shutil.which(named or "llama-server")
+
+
+def quantize_program(named: str | None) -> str | None:
+    """The `llama-quantize` to use: the one named, or on the PATH."""
+    return shutil.which(named or "llama-quantize")
+
+
+def quantize(source: Path, path: Path, kind: GgufType, named: str | None) -> None:
+    """Have llama.cpp pack the f16 file `source` as `kind`; ExportError where it cannot."""
+    program = quantize_program(named)
+    assert program, "problems() says it"
+    done = subprocess.run([program, source, path, kind.upper()], capture_output=True, text=True, errors="replace")
+    if done.returncode or not path.is_file():
+        lines = (done.stderr + done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ExportError(f"{program} does not make {path.name}: {lines[-1]}")
 
 
 def prove(text: Path, mmproj: Path, kind: GgufType, finished: Finished) -> dict[str, Any]:

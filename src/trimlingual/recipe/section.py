@@ -13,7 +13,7 @@ TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 References = Literal["all", "any"]
 AudioPadding = Literal["mask", "window"]
 Runtime = Literal["transformers", "vllm", "gguf"]
-GgufType = Literal["f16", "q8_0", "q4_0"]
+GgufType = Literal["f16", "q8_0", "q4_0", "q4_k_m"]
 # Stage that makes the export for each runtime; its folder in a run has a hyphen for the space.
 EXPORT_STAGES: dict[Runtime, str] = {"transformers": "exported", "vllm": "exported vllm", "gguf": "exported gguf"}
 

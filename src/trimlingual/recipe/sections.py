@@ -307,7 +307,13 @@ class GgufSettings(Section):
     """GGUF files for llama.cpp. It has the model hear padding: `model.audio_padding: window`, or text alone."""
 
     types: Annotated[list[GgufType], Field(min_length=1)] = Field(
-        default=["q8_0"], description="types of the decoder's weights, one file each; q4_0 has table and head in q8_0"
+        default=["q8_0"],
+        description="types of the decoder's weights, one file each; q4_0 has table and head in q8_0, q4_k_m needs llama-quantize",
+    )
+    llama_quantize: str | None = Field(
+        default=None,
+        description="llama.cpp's program llama-quantize, which makes q4_k_m; null: the one on the PATH",
+        json_schema_extra=NO_RESULT,
     )
     llama_server: str | None = Field(
         default=None,
