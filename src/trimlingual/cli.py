@@ -267,6 +267,30 @@ def translate(
     raise typer.Exit(code)
 
 
+@app.command(epilog="Example: trimlingual push runs/my/exported someone/my-model --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repo: Annotated[
+        str, typer.Argument(help="Model repository on the Hub, as owner/name; it is made if it is not there.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; send and ask nothing.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that the repository has already.")] = False,
+) -> None:
+    """Send an exported folder to the Hub."""
+    from trimlingual.app import push as sending
+
+    sending.check_repo(repo)
+    files = sending.files_to_send(folder)
+    table = Table("file", "bytes", title=f"{folder} to {repo}")
+    for file in files:
+        table.add_row(file.name, f"{file.num_bytes:,}")
+    out.print(table)
+    say(f"{len(files)} files, {sum(file.num_bytes for file in files):,} bytes{'; nothing is sent' if dry_run else ''}")
+    if not dry_run:
+        print(json.dumps({"commit": sending.push(folder, repo, private, force, say)}))
+
+
 @app.command(epilog="Example: trimlingual recipes")
 def recipes(
     schema: Annotated[

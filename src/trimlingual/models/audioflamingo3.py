@@ -55,6 +55,9 @@ class AudioFlamingo3(Qwen2Audio):
     config_class = AudioFlamingo3Config
     encoder_type = "audioflamingo3_encoder"
     audio_token_setting = "audio_token_id"
+    licenses: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "nvidia/audio-flamingo-3-hf": {"license": "other", "license_name": "non-commercial-see-base-model"}
+    }
     gguf = None
     # As published, and a model of its form that a CPU runs in seconds.
     shapes: ClassVar[Shapes] = {

@@ -42,6 +42,9 @@ class Family(ABC):
     states_per_s: ClassVar[float]  # F per second of audio
     shapes: ClassVar[Shapes]  # of `random:` bases, by name
     gguf: ClassVar[GgufForm | None] = None  # None: not written
+    licenses: ClassVar[
+        Mapping[str, Mapping[str, str]]
+    ] = {}  # of published weights by Hub id, as a card's metadata has it
 
     @abstractmethod
     def window_s(self, processor: Any) -> float:

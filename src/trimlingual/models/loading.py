@@ -52,7 +52,7 @@ def resolve_base(base: str, revision: str | None = None, download: bool = True, 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+        patterns = ["*.json", "*.txt", "*.jinja", "README.md"] + ["*.safetensors"] * weights
         return Path(
             snapshot_download(
                 base,

@@ -56,6 +56,9 @@ class Qwen2Audio(Family):
     encoder_type = "qwen2_audio_encoder"  # the encoder's model_type
     audio_token_setting = "audio_token_index"  # what the configuration calls the placeholder's id
     chat_reads_audio = False
+    licenses: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "Qwen/Qwen2-Audio-7B-Instruct": {"license": "apache-2.0"}, "Qwen/Qwen2-Audio-7B": {"license": "apache-2.0"},
+    }  # fmt: skip
     gguf: ClassVar[GgufForm | None] = GgufForm(
         "qwen2",
         "qwen2a",

@@ -1,0 +1,148 @@
+"""The model card of what ships: metadata that the Hub's own library reads back, scores as a model-index, and code that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+import trimlingual
+from trimlingual.exports.card import license_of, model_card
+from trimlingual.exports.target import Finished, Outcome
+from trimlingual.models.family import family_of_processor
+from trimlingual.models.loading import load_processor
+from trimlingual.recipe import load_recipe
+from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
+
+from .made_run import scores, write
+
+MINI = Path(trimlingual.__file__).parent / "mini" / "model"
+OUTCOME = Outcome("transformers", "nf4", 8_100_000, unproven="this is a test")
+RECIPE = load_recipe("mini")
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Path:
+    languages = {"de": scores(48.75, 0.975), "zh": scores(29.2, 0.98, main="chrf")}
+    languages["de"]["comet"] = {"Unbabel/wmt22-comet-da": 0.8123}
+    languages["de"]["wrong_language"] = {"count": 1, "share": 0.125}
+    split = {"name": "test", "hash": "0123abcd", "num_clips": 8}
+    record = {"name": "quantized", "params": 5_100_000, "disk_bytes": 9_500_000, "split": split, "languages": languages}
+    write(tmp_path / "evaluation" / "result.json", record)
+    return tmp_path / "evaluation"
+
+
+def lineage(base: str, **values) -> Lineage:
+    layers = {"decoder": [0, 1, 3], "encoder": [0]}
+    return Lineage(base, layers, {"decoder": 4, "encoder": 1}, ["finetune", "prune"], **values)
+
+
+def card(base="builtin:mini", recipe=RECIPE, runtime="transformers", evaluation_dir=None, **values) -> ModelCard:
+    finished = Finished(ModelFolder(MINI, lineage(base, **values)), recipe, evaluation_dir)
+    return ModelCard(model_card(finished, runtime, [OUTCOME]))
+
+
+def test_the_hub_reads_back_what_was_measured(evaluation, tmp_path):
+    """Through a file and the Hub's own parser: every language and metric once, with value, split and signature."""
+    overrides = ["model.base=Qwen/Qwen2-Audio-7B-Instruct", "task.target_languages=[de, zh]", "data.test=8",
+                 "data.train={kind: hub, path: someone/talks, splits: [dev], audio: audio, references: {de: de, zh: zh}}"]  # fmt: skip
+    recipe = load_recipe("mini", overrides)
+    nf4 = {"scheme": "nf4", "method": "bitsandbytes", "parts": ["decoder"]}
+    written = card("Qwen/Qwen2-Audio-7B-Instruct", recipe, evaluation_dir=evaluation, quantization=nf4)
+    written.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "Qwen/Qwen2-Audio-7B-Instruct"
+    assert (data.base_model_relation, data.license, data.library_name) == ("quantized", "apache-2.0", "transformers")
+    assert data.language == ["en", "de", "zh"]
+    assert data.datasets == ["someone/talks"]
+    assert data.metrics == ["bleu", "chrf", "comet"]
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert name == recipe.name
+    found = {(each.dataset_config, each.metric_name): each for each in results}
+    assert len(found) == len(results) == 7
+    assert found["en-de", "chrF++"].metric_value == pytest.approx(48.75)
+    assert found["en-zh", "chrF"].metric_value == pytest.approx(30.2)
+    assert found["en-de", "COMET"].metric_args == {"signature": "Unbabel/wmt22-comet-da"}
+    bleu = found["en-de", "BLEU"]
+    assert bleu.metric_args == {"signature": "nrefs:1|tok:13a|version:2.6.0"}
+    assert (bleu.dataset_type, bleu.dataset_split) == ("someone/talks", "test")
+    assert bleu.dataset_args == {"sha256_prefix": "0123abcd", "num_clips": 8}
+
+
+def test_a_person_reads_results_origin_use_and_limits(evaluation):
+    text = card(evaluation_dir=evaluation).text
+    for expected in (
+        "| de | 24.38 | 49.75 | 48.75 | 97.5 % [95.8, 99.3] | 12.5 % |",
+        "COMET, de: 0.8123",
+        "English speech to German, Chinese text",
+        "Decoder layers removed (numbered as in the base model): 2",
+        "Stages: finetune -> prune",
+        "clips of up to 30 s",
+        "The base model's license (apache-2.0)",
+        "trimlingual translate PATH",
+    ):
+        assert expected in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Results", "## Use in transformers", "## How it was made", "## Limits",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "vllm", "gguf"])
+def test_each_runtime_has_its_use(runtime):
+    written = card(runtime=runtime)
+    assert written.data.library_name == ("gguf" if runtime == "gguf" else "transformers")
+    assert ("## Use in vLLM" in written.text) == (runtime == "vllm")
+    assert ("## Use in llama.cpp" in written.text) == (runtime == "gguf")
+    assert ("## Use in transformers" in written.text) == (runtime != "gguf")
+    assert written.data.eval_results is None
+
+
+def test_what_is_not_known_is_left_out(tmp_path):
+    """A base in a folder of the user's, and a random one: no base_model, no license, and no local path."""
+    folder = shutil.copytree(MINI, tmp_path / "private" / "base")
+    written = card(str(folder))
+    assert {"base_model", "license"}.isdisjoint(written.data.to_dict())
+    assert str(tmp_path) not in str(written)
+    assert "It was not at hand" in written.text
+    written = card("random:qwen2-audio-tiny")
+    assert "Rehearsal" in written.text
+    assert {"base_model", "license", "model-index"}.isdisjoint(written.data.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("readme", "expected"),
+    [
+        ("---\nlicense: other\nlicense_name: acme\n---\n# x", {"license": "other", "license_name": "acme"}),
+        ("---\nlicense: mit\n---\n", {"license": "mit"}),
+        ("no metadata", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("---\n- a list\n---\n", {}),
+    ],
+)  # fmt: skip
+def test_the_license_is_that_of_the_bases_card(tmp_path, readme, expected):
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    assert license_of(str(tmp_path), family_of_processor(load_processor(MINI))) == expected
+
+
+def test_the_code_on_the_card_runs(tmp_path):
+    """As a person would run it, on a built-in clip: a translation, the one that this package gives."""
+    clip = json.loads((MINI.parent / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    samples, rate = soundfile.read(MINI.parent / "data" / clip["audio"])
+    soundfile.write(tmp_path / "clip.wav", samples, rate)
+    model = shutil.copytree(MINI, tmp_path / "PATH")
+    said = trimlingual.translate(model, tmp_path / "clip.wav", "de")[0]["text"]
+    text = model_card(
+        Finished(ModelFolder(MINI, read_lineage(MINI, "builtin:mini")), RECIPE), "transformers", [OUTCOME]
+    )
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == said
