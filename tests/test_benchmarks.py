@@ -54,3 +54,21 @@ def test_runtimes(tmp_path):
     [row] = result.values()
     assert (row["compared"], row["equal"]) == (4, 0)
     assert row["chrf"]["de"]["runtime"] < 20 < row["chrf"]["de"]["ours"]
+
+
+def test_decode(tmp_path, monkeypatch):
+    """int4 is loaded from a folder of random words, and every row is on disk."""
+    pytest.importorskip("compressed_tensors")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    out = tmp_path / "decode.json"
+    asked = ["--size", "tiny", "--formats", "bf16,int4", "--batches", "1,3", "--engines", "ours,generate"]
+    result = benchmark("decode").main([*asked, "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    assert result["errors"] == []
+    rows = {(row["format"], row["layers"], row["engine"], row["batch"]) for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 2 * 2 * 2 * 2
+    assert all(row["prefill_s"] > 0 and row["ms_per_step"] > 0 for row in result["rows"])
+    kernels = {row["format"]: sum(row["kernels"].values()) for row in result["models"]}
+    assert kernels["bf16"] == 0
+    assert kernels["int4"] > 6 * 7

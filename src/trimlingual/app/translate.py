@@ -125,7 +125,7 @@ class App:
         self.usual_s, longest_s = settings.clip_s or (USUAL_S, LONGEST_S)
         self.max_s = min(cutting.max_s or longest_s + 2 * PADDING_S, window)
         self.pause_s = cutting.pause_s
-        model = load_model(model_dir, settings.dtype, pick_device(device))
+        model = load_model(model_dir, settings.dtype, pick_device(device), keep_packed=True)
         self._samples: dict[str, np.ndarray] = {}
         self._translate = Translator(model, processor, task, settings.decode, lambda clip: self._samples[clip.id])
         self._again = SecondTry(model, self._translate.prompter, settings.decode)

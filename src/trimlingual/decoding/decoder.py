@@ -37,7 +37,7 @@ class PackedDecoder:
         self.model, self.family = model, family_of(model)
         self.decoder, self.head = text_decoder(model), lm_head(model)
         self.layers = list(layer_list(model, "decoder"))
-        weight = self.decoder.embed_tokens.weight
+        weight = self.decoder.norm.weight  # a tensor in every model; others may be packed
         self.device, self.dtype = weight.device, weight.dtype
         attention: Any = self.layers[0].self_attn
         self.head_dim = attention.head_dim

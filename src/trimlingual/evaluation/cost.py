@@ -34,7 +34,8 @@ class MeasureError(ValueError):
 
 def count_parameters(model: torch.nn.Module) -> int:
     """Logical weights: tied parameters once, a 4-bit weight as the weights it stands for (two of them share a byte)."""
-    return sum(_logical_size(parameter) for parameter in model.parameters())
+    packed = sum(getattr(module, "num_weights", 0) for module in model.modules())  # which are no parameters
+    return packed + sum(_logical_size(parameter) for parameter in model.parameters())
 
 
 def _logical_size(parameter: torch.nn.Parameter) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from trimlingual.models.errors import ModelError
 from trimlingual.models.family import family_named
 from trimlingual.models.folders import is_bitsandbytes, model_problems, processor_problems, refuse
-from trimlingual.models.packed_weights import alone, unpack_
+from trimlingual.models.packed_weights import alone, keep_packed_, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
 from trimlingual.recipe import AudioPadding, Dtype
@@ -87,10 +87,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any = None) -> Any:
+def load_model(
+    folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any = None, keep_packed: bool = False
+) -> Any:
     """Load a model for inference (eval mode). Safetensors only; code in the folder is never run.
 
-    Packed weights are unpacked, random ones drawn. Raises ModelError when the folder holds no usable model.
+    Packed integers are unpacked: what is loaded is a plain model. With `keep_packed` it computes on the packed ones, where that is no
+    slower, and can only be run. Random weights are drawn. Raises ModelError when the folder holds no usable model.
     """
     if is_random(folder):
         return _load_random(folder, dtype, device, quantization_config)
@@ -108,7 +111,9 @@ def load_model(folder: Path, dtype: Dtype, device: torch.device, quantization_co
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
     if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
-        unpack_(model, DTYPES[dtype])
+        # In float32 no kernel computes on packed weights, and a CPU is several times slower unpacking them again and again.
+        plain = not keep_packed or (device.type == "cpu" and dtype == "float32")
+        (unpack_ if plain else keep_packed_)(model, DTYPES[dtype])
     if is_bitsandbytes(folder):
         # transformers 5.23 casts the biases, and leaves weights that are not 4-bit as they are stored
         for parameter in model.parameters():

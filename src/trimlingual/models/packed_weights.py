@@ -1,12 +1,17 @@
-"""Models whose weights are packed integers (compressed-tensors), made plain when they are loaded."""
+"""Models whose weights are packed integers (compressed-tensors): computed on as they are, or made plain when they are loaded."""
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+
+from trimlingual.models.humming_layers import compile_all
+from trimlingual.models.packed_layers import EightBitEmbedding, head_of, linear_of
+from trimlingual.run.progress import say
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -25,15 +30,54 @@ def unpack_(model: Any, dtype: torch.dtype) -> None:
     for module in model.modules():
         if is_packed(module):
             decompress_module(module, leave_decompressed=False)
+    _forget_packing(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+@torch.no_grad()
+def keep_packed_(model: Any, dtype: torch.dtype) -> None:
+    """Turn a packed model into one that computes in `dtype` on its packed weights, layer by layer, and say how it does.
+
+    Such a model cannot be trained, changed or saved.
+    """
+    for name, module in list(model.named_modules()):
+        if is_packed(module):
+            model.set_submodule(name, _computing(module, dtype))
+    _forget_packing(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(False)
+    compile_all(model.modules())
+    say_kernels(model)
+
+
+def say_kernels(model: nn.Module) -> None:
+    """Say how the model's packed layers are computed."""
+    kinds = Counter(module.kernel for module in model.modules() if hasattr(module, "kernel"))
+    say("  packed weights: " + ", ".join(f"{number} layers {kind}" for kind, number in kinds.items()))
+
+
+def _computing(module: Any, dtype: torch.dtype) -> nn.Module:
+    """What computes on the tensors of a packed module."""
+    scale = module.weight_scale.data.to(dtype)
+    if isinstance(module, nn.Embedding):
+        return EightBitEmbedding(module.weight.data, scale)
+    if module.quantization_scheme.weights.num_bits == 8:
+        return head_of(module.weight.data, scale)
+    bias = None if module.bias is None else module.bias.data.to(dtype)
+    return linear_of(module.weight_packed.data, scale, bias)
+
+
+def _forget_packing(model: Any) -> None:
+    """What transformers would unpack the model by at its first forward."""
     hook = getattr(model, "ct_decompress_hook", None)
     if hook is not None:
         hook.remove()
         del model.ct_decompress_hook
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(parameter.is_floating_point())
 
 
 def alone() -> AbstractContextManager[None]:

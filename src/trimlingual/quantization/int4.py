@@ -2,9 +2,8 @@
 
 bitsandbytes knows one number format a model, so it cannot hold 4-bit layers beside 8-bit embeddings. compressed-tensors (Apache-2.0,
 of the vLLM project) can: 4-bit integers with one scale a group of input weights in the layers, 8-bit integers with one scale a row in
-the embedding table and lm_head. transformers unpacks such a model to its dtype at the first forward, so it takes the memory and the
-time of the unpacked model; vLLM computes on the packed weights. This file and models/packed_weights.py, which reads what is written
-here, alone import compressed_tensors.
+the embedding table and lm_head. Plain transformers unpacks such a model at the first forward; vLLM and models/packed_layers.py compute
+on the packed weights. This file and models/packed_weights.py, which reads what is written here, alone import compressed_tensors.
 """
 
 from __future__ import annotations

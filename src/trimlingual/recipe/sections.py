@@ -232,7 +232,7 @@ class QuantizeSettings(Section):
     )
     scheme: Literal["nf4", "fp4", "int4"] = Field(
         default="nf4",
-        description="format that ships; an adapter for int4 is trained on nf4; transformers unpacks int4 when it runs",
+        description="format that ships; an adapter for int4 is trained on nf4; plain transformers unpacks int4 when it runs",
     )
     double_quantization: bool = Field(default=True, description="the scales of nf4 and fp4 are quantised too")
     group_size: Literal[32, 64, 128] = Field(default=128, description="weights that share a scale, for int4")

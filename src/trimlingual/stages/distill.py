@@ -46,7 +46,7 @@ def distill(
     processes of a distributed run share the clips out; the main one filters and writes, the others return {}.
     """
     rehearsal = read_lineage(teacher_dir).base.startswith(RANDOM)
-    model = load_model(teacher_dir, shared.model.dtype, pick_device(shared.model.device))
+    model = load_model(teacher_dir, shared.model.dtype, pick_device(shared.model.device), keep_packed=True)
     translations = translate_split(
         model,
         load_processor(teacher_dir, shared.model.audio_padding),

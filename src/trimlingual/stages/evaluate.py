@@ -48,7 +48,7 @@ def evaluate(
     lineage, device = folder.lineage, pick_device(shared.model.device)
     check_unseen(lineage, split.name, [(clip.id, clip.audio_sha256) for clip in split.clips])
     with peak_memory(device):  # whose peak so far is in the record of every batch
-        model = load_model(folder.path, shared.model.dtype, device)
+        model = load_model(folder.path, shared.model.dtype, device, keep_packed=True)
         said = translate_split(
             model,
             load_processor(folder.path, shared.model.audio_padding),

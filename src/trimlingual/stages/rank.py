@@ -45,7 +45,8 @@ def rank(
     source, lineage = _latest_round(out_dir) or folder.path, folder.lineage
     if problems := [*ranking_problems(settings, lineage.layers)]:
         raise ValueError("; ".join(problems))
-    model = load_model(source, shared.model.dtype, pick_device(shared.model.device))
+    runs_only = settings.finetune_each_round is None
+    model = load_model(source, shared.model.dtype, pick_device(shared.model.device), keep_packed=runs_only)
     processor = load_processor(folder.path, shared.model.audio_padding)
     scorer = Scorer(model, processor, select, shared, settings, lineage, present=read_lineage(source).layers)
     if settings.strategy == "greedy":

@@ -1,0 +1,104 @@
+"""Computing on packed integers: the same weights as unpacked ones, whichever kernel computes, and nothing unpacked in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.evaluation.cost import count_parameters
+from trimlingual.models.loading import load_model
+from trimlingual.models.packed_layers import EightBitEmbedding, EightBitLinear, PackedLinear, TorchLinear
+from trimlingual.models.packed_weights import keep_packed_
+from trimlingual.quantization.int4 import save_packed
+from trimlingual.recipe import DecodeSettings, QuantizeSettings
+
+pytest.importorskip("compressed_tensors")
+CPU = torch.device("cpu")
+IDS = torch.arange(20, 120).reshape(4, 25)
+
+
+def drawn(rows: int, width: int, group: int, dtype: torch.dtype, bias: bool = True):
+    torch.manual_seed(rows + width)
+    words = torch.randint(-(2**31), 2**31, (rows, width // 8), dtype=torch.int32)
+    scale = 0.05 * torch.randn(rows, width // group)  # of either sign
+    return words, scale.to(dtype), torch.randn(rows).to(dtype) if bias else None
+
+
+@pytest.fixture(scope="module")
+def folder(model_dir, processor, tmp_path_factory):
+    """A small model in 4 and 8 bits, every part of it."""
+    folder = tmp_path_factory.mktemp("packed") / "int4"
+    asked = QuantizeSettings(scheme="int4", group_size=32, eight_bit=["embeddings", "lm_head"])
+    save_packed(load_model(model_dir, "float32", CPU), processor, folder, asked, "bfloat16")
+    return folder
+
+
+def packed(folder, monkeypatch):
+    """The model as it is loaded in float32, but packed."""
+    monkeypatch.setattr("trimlingual.models.loading.unpack_", keep_packed_)
+    model = load_model(folder, "float32", CPU)
+    monkeypatch.undo()
+    return model
+
+
+def test_weights_by_hand():
+    words = torch.tensor([[0x76543210, -0x01234568], [0x08080808, 0x00000000]], dtype=torch.int64).to(torch.int32)
+    layer = PackedLinear(words, torch.tensor([[2.0], [-1.0]]), None)
+    ones = torch.eye(16)
+    expected = [[2.0 * (i - 8) for i in range(16)], [0.0, 8.0] * 4 + [8.0] * 8]
+    assert layer(ones).T.tolist() == expected
+    assert layer.unpacked().tolist() == expected
+
+
+@pytest.mark.parametrize(("rows", "width", "group"), [(64, 64, 32), (192, 320, 64), (128, 1024, 128)])
+def test_pytorchs_layout_is_read_back(rows, width, group):
+    """Whatever layout the kernel has on this machine: the same integers, so the same products but for rounding."""
+    words, scale, bias = drawn(rows, width, group, torch.bfloat16)
+    assert TorchLinear.fits(words, scale)
+    plain, kernel = PackedLinear(words, scale, bias), TorchLinear(words, scale, bias)
+    assert torch.equal(plain.integers(), kernel.integers())
+    assert torch.equal(plain.unpacked(), kernel.unpacked())
+    for num_tokens in (1, 7, 16, 17, 100):  # with the kernel, and unpacked
+        tokens = torch.randn(2, num_tokens, width).bfloat16()
+        difference = (kernel(tokens) - plain(tokens)).float().norm() / plain(tokens).float().norm()
+        assert difference < 0.01
+    assert kernel.num_weights == rows * width + rows
+
+
+def test_pytorchs_kernel_is_left_where_it_does_not_fit():
+    assert not TorchLinear.fits(*drawn(64, 64, 32, torch.float32)[:2])
+    assert not TorchLinear.fits(*drawn(72, 64, 32, torch.bfloat16)[:2])
+
+
+def test_eight_bits_by_hand():
+    integers = torch.tensor([[1, -127], [0, 100]], dtype=torch.int8)
+    scale = torch.tensor([[0.5], [-2.0]])
+    assert EightBitEmbedding(integers, scale)(torch.tensor([[1, 0]])).tolist() == [[[0, -200], [0.5, -63.5]]]
+    assert EightBitLinear(integers, scale)(torch.tensor([[[1.0, 1.0]]])).tolist() == [[[-63.0, -200.0]]]
+
+
+def test_float32_agrees_with_unpacked_weights(folder, processor, split, task, monkeypatch):
+    plain, model = load_model(folder, "float32", CPU, keep_packed=True), packed(folder, monkeypatch)
+    kinds = {type(module) for module in model.modules()}
+    assert {PackedLinear, EightBitLinear, EightBitEmbedding} <= kinds
+    # No kernel computes on packed weights in float32, so a CPU is given plain ones.
+    assert not kinds & {type(module) for module in plain.modules()} & {PackedLinear, EightBitLinear}
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    settings = DecodeSettings(batch_size=3)
+    said = [translate_clips(each, processor, task, split.clips, settings) for each in (plain, model)]
+    assert said[0] == said[1]
+
+
+def test_bfloat16_stays_packed(folder, model_dir):
+    model, plain = load_model(folder, "bfloat16", CPU, keep_packed=True), load_model(folder, "bfloat16", CPU)
+    assert count_parameters(model) == count_parameters(plain) == count_parameters(load_model(model_dir, "float32", CPU))
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear == []
+    num_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert num_bytes < 0.5 * sum(tensor.nbytes for tensor in [*plain.parameters(), *plain.buffers()])
+    with torch.no_grad():
+        ours, theirs = model(input_ids=IDS).logits.float(), plain(input_ids=IDS).logits.float()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
