@@ -13,7 +13,9 @@ from trimlingual.models.layers import drop_layers_
 from trimlingual.models.loading import load_model
 from trimlingual.recipe import RankSettings, TrainSettings
 from trimlingual.run.artifacts import append_jsonl
-from trimlingual.run.lineage import read_lineage
+from trimlingual.run.lineage import Lineage, read_lineage
+from trimlingual.search.allowed import may_go
+from trimlingual.search.one_shot import at_random
 from trimlingual.search.plan import PlanError, check_plan, read_plan
 from trimlingual.stages.prune import prune
 from trimlingual.stages.rank import JOURNAL_FILE, rank
@@ -110,6 +112,16 @@ def test_encoder_and_both_towers(search, tmp_path):
 
 def test_middle(search, tmp_path):
     assert search(tmp_path, RankSettings(strategy="middle", num_layers_to_remove=2)).layers_of("decoder") == [2, 3]
+
+
+def test_random_layers_follow_the_seed(search, tmp_path):
+    settings = RankSettings(strategy="random", num_layers_to_remove=3, towers="both", protect_first=0, protect_last=0)
+    lineage = Lineage("x", {"decoder": list(range(6)), "encoder": [0, 1]}, {"decoder": 6, "encoder": 2})
+    plans = [at_random(settings, lineage, seed).removals for seed in range(40)]
+    assert plans[0] == at_random(settings, lineage, 0).removals
+    assert {(each.tower, each.layer) for plan in plans for each in plan} == {*may_go(settings, lineage.layers)}
+    assert all(len({*map(str, plan)}) == 3 and sum(each.tower == "encoder" for each in plan) <= 1 for plan in plans)
+    assert len(search(tmp_path, RankSettings(strategy="random", num_layers_to_remove=2)).layers_of("decoder")) == 2
 
 
 def test_block_influence_finds_the_layer_that_does_nothing(

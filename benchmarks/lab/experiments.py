@@ -70,6 +70,7 @@ LAYERS = {
     "by-loss": [*SHORT, "rank.metric=loss"],
     "middle": [*SHORT, "rank.strategy=middle"],
     "block-influence": [*SHORT, "rank.strategy=block-influence"],
+    "random": [*SHORT, "rank.strategy=random"],
     "both-towers": [*SHORT, "rank.towers=both"],
     "remove-4": [*SHORT, "rank.num_layers_to_remove=4"],
     "remove-10": [*SHORT, "rank.num_layers_to_remove=10"],

@@ -141,9 +141,10 @@ class DecodeSettings(Section):
 class RankSettings(Section):
     """Layer importance. `greedy` is the published search by real translation score."""
 
-    strategy: Literal["greedy", "middle", "block-influence"] = Field(
+    strategy: Literal["greedy", "middle", "block-influence", "random"] = Field(
         default="greedy",
-        description="greedy: the published search; middle: the middle block; block-influence: layers that change their input least",
+        description="greedy: the published search; middle: the middle block; block-influence: layers that change their input least; "
+        "random: drawn by the recipe's seed, a baseline",
     )
     num_layers_to_remove: Annotated[int, Field(ge=1)] = Field(default=8, description="the maximum, with min_retained")
     min_retained: Annotated[float, Field(gt=0, le=1)] | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from trimlingual.models.inputs import Collator, Example
 from trimlingual.models.tree import layer_list
 from trimlingual.recipe import RankSettings, Tower
 from trimlingual.run.lineage import Lineage
-from trimlingual.search.allowed import middle_block
+from trimlingual.search.allowed import may_go, middle_block
 from trimlingual.search.plan import PrunePlan, Removal
 from trimlingual.search.scorer import Scorer
 from trimlingual.training.loss import answer_forward
@@ -22,6 +23,18 @@ def middle(settings: RankSettings, lineage: Lineage) -> PrunePlan:
     """The block around the middle. What is wrong with it was said before (`ranking_problems`)."""
     block = middle_block(settings, lineage.layers)
     return PrunePlan(removals=[Removal(tower=tower, layer=layer) for tower, layer in block])
+
+
+def at_random(settings: RankSettings, lineage: Lineage, seed: int) -> PrunePlan:
+    """Layers drawn from those that may go: what any choice has to be better than. A tower keeps its last layer."""
+    left: dict[str, list[int]] = dict(lineage.layers)
+    removals: list[Removal] = []
+    drawn = random.Random(seed).sample(allowed := may_go(settings, left), len(allowed))
+    for tower, layer in drawn:
+        if len(removals) < settings.num_layers_to_remove and len(left[tower]) > 1:
+            left[tower] = [other for other in left[tower] if other != layer]
+            removals.append(Removal(tower=tower, layer=layer))
+    return PrunePlan(removals=removals)
 
 
 @torch.inference_mode()

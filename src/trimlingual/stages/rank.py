@@ -1,7 +1,8 @@
 """Layer importance: which layers can go.
 
-`greedy` is the published iterative search (search/search.py); `middle` and `block-influence` are the cheap strategies it is compared
-with (search/one_shot.py). The result is a PrunePlan, which is data: it can be read, edited and applied without searching.
+`greedy` is the published iterative search (search/search.py). It is compared with the strategies that do not search, `middle`,
+`block-influence` and `random` (search/one_shot.py). The result is a PrunePlan, which is data: it can be read, edited and applied
+without searching.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.search.allowed import ranking_problems
-from trimlingual.search.one_shot import block_influence, middle
+from trimlingual.search.one_shot import at_random, block_influence, middle
 from trimlingual.search.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
 from trimlingual.search.scorer import Scorer
 from trimlingual.search.search import JOURNAL_FILE, Search
@@ -53,6 +54,8 @@ def rank(
         plan = _greedy_search(scorer, training, shared, out_dir)
     elif settings.strategy == "middle":
         plan = middle(settings, lineage)
+    elif settings.strategy == "random":
+        plan = at_random(settings, lineage, shared.seed)
     else:
         plan = block_influence(scorer)
     plan = plan.model_copy(
