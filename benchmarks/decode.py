@@ -6,10 +6,10 @@
 
 The int4 folder (linear layers in groups of 128, embeddings and head in 8 bits) is written with random words and loaded as any other.
 Each row is one format, number of layers, engine and batch: seconds of encoding, of prefill, and of the decode steps alone, each
-measured again once libraries, kernels and graphs are set up. `memory` rows have the peak of the allocator while loading and after it,
-for one clip, with the allocator held to a limit (--limit). Engines: `ours`; `generate` of transformers; `compiled`, which is `generate`
-with a static cache and torch.compile. The JSON document (--out) is written again after every row, and nothing new is begun after
---budget seconds.
+measured again once libraries, kernels and graphs are set up. Engines: `ours`; `generate` of transformers; `compiled`, which is
+`generate` with a static cache and torch.compile. `memory` rows (--limit) have the peak of the allocator while loading and after it, for
+one clip; for int4 the allocator is held to the limit. The JSON document (--out) is written again after every row, and nothing new is
+begun after --budget seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,8 @@ class Bench:
 
     def config(self, num_layers: int) -> Any:
         shape = FAMILY.shapes[self.shape["base"]]
-        return FAMILY.random_config(shape, self.processor, num_hidden_layers=num_layers)
+        rows = self.shape["rows"] or shape["text"]["vocab_size"]
+        return FAMILY.random_config(shape, self.processor, num_hidden_layers=num_layers, vocab_size=rows)
 
     def model(self, form: str, num_layers: int) -> Any:
         """A model on the device."""
@@ -165,11 +167,13 @@ class Bench:
         return self.generate(model, batch, cache_implementation="static")
 
     def memory(self, form: str, num_layers: int, limits: tuple[float, float]) -> dict[str, Any]:
-        """Peaks of PyTorch's allocator while loading, and for one clip after it, held to limits in bytes (loading, after)."""
+        """Peaks of PyTorch's allocator while loading, and for one clip after it; int4 held to limits in bytes (loading, after)."""
         if self.device.type != "cuda":
             return {"skipped": "needs a GPU"}
         if form == "int4":
             self.int4_folder(num_layers)
+        else:
+            limits = (math.inf, math.inf)
         free()
         total = torch.cuda.get_device_properties(self.device).total_memory
         try:
@@ -186,7 +190,7 @@ class Bench:
             self.ours(model, 1)
             row["running_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
             row["running_peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-            return row | {"limit_bytes": list(limits)}
+            return row | ({"limit_bytes": list(limits)} if form == "int4" else {})
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
@@ -223,6 +227,8 @@ def measure(bench: Bench, run: Run, args: argparse.Namespace) -> None:
         made: dict[str, Any] = {}
 
         def make(form: str = form, made: dict[str, Any] = made) -> dict[str, Any]:
+            if form == "int4":
+                bench.int4_folder(depths[0])
             with Stopwatch(bench.device) as watch:
                 made["model"] = bench.model(form, depths[0])
             kinds = Counter(module.kernel for module in made["model"].modules() if hasattr(module, "kernel"))
@@ -248,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batches", default="1,8,32,64")
     parser.add_argument("--engines", default="ours,generate,compiled")
     parser.add_argument("--tokens", type=int, help="of an answer (default: 128)")
+    parser.add_argument("--rows", type=int, help="of the vocabulary (default: all)")
     parser.add_argument(
         "--limit", help="GB that the allocator may take while loading and after it, as 6.0,5.0: measures memory"
     )
@@ -255,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--commit", default="", help="default: git's")
     parser.add_argument("--out", type=Path, help="JSON file, written again after every row")
     args = parser.parse_args(arguments)
-    shape = SHAPES[args.size] | ({"tokens": args.tokens} if args.tokens else {})
+    shape = SHAPES[args.size] | ({"tokens": args.tokens} if args.tokens else {}) | {"rows": args.rows}
     args.layers = args.layers or shape["layers"]
     args.limit = tuple(float(number) * 1e9 for number in args.limit.split(",")) if args.limit else None
     git = ["git", "rev-parse", "--short", "HEAD"]
