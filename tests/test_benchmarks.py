@@ -72,3 +72,14 @@ def test_decode(tmp_path, monkeypatch):
     kernels = {row["format"]: sum(row["kernels"].values()) for row in result["models"]}
     assert kernels["bf16"] == 0
     assert kernels["int4"] > 6 * 7
+
+
+def test_packed(tmp_path):
+    """Every format is timed, and packed int4 is compared with unpacked."""
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "packed.json"
+    result = benchmark("packed").main(["--clips", "2", "--rounds", "1", "--batches", "2", "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    assert len({row["format"] for row in result["rows"]}) == len(result["rows"]) >= 6
+    assert all(row["seconds_per_clip"] > 0 for row in result["rows"])
+    assert [row["compared"] for row in result["rows"] if "compared" in row] == [4] * (len(result["rows"]) - 5)
