@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
-# A kernel for up to so many tokens each. The library's own list has four times as many, which take minutes to compile.
-MOST_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1 << 30)
+# A kernel for up to so many tokens each, one clip's prompt among them. The library's own list has three times as many.
+MOST_TOKENS = (8, 16, 32, 64, 128, 192, 288, 352, 512, 1 << 30)
 ROWS, WIDTH = 128, 64  # the smallest tile that the kernels have; N is filled up to it
 PROBE = 256  # N and K of the layer that shows whether anything can be compiled here
 
