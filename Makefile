@@ -14,10 +14,14 @@ LOWEST_TORCH ?= 2.13.0
 # test-voxtral: an environment of its own as well, because mistral-common wants an older NumPy than constraints.txt names.
 VENV_VOXTRAL ?= .venv-voxtral
 
+# test-ui: an environment of its own, because Gradio wants an older tomlkit than constraints.txt names. The tests in a browser need
+# Chromium as well (on Debian: apt-get install chromium fonts-noto-cjk).
+VENV_UI ?= .venv-ui
+
 # test-vllm: an environment of its own, which vLLM's requirements fill.
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: compress test test-slow test-lowest test-voxtral test-vllm test-llama test-gpu lint format bench dist clean
+.PHONY: compress test test-slow test-lowest test-voxtral test-ui test-vllm test-llama test-gpu lint format bench dist clean
 
 compress: $(VENV)/.ready
 	$(BIN)/trimlingual compress $(RECIPE) $(ARGS)
@@ -71,6 +75,16 @@ $(VENV_VOXTRAL)/.ready: pyproject.toml constraints.txt
 	$(VENV_VOXTRAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_VOXTRAL)/constraints.txt --editable '.[dev,voxtral]'
 	touch $@
 
+test-ui: $(VENV_UI)/.ready
+	$(VENV_UI)/bin/python -m pytest tests/test_ui.py tests/test_report_page.py $(ARGS)
+
+$(VENV_UI)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_UI)
+	grep -v '^tomlkit==' constraints.txt > $(VENV_UI)/constraints.txt
+	$(VENV_UI)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_UI)/constraints.txt torch
+	$(VENV_UI)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_UI)/constraints.txt --editable '.[dev,ui]'
+	touch $@
+
 # every test clip of the built-in speech by the runtimes that exports are for; minutes. test-llama trains a model that hears padding first
 test-vllm: $(VENV)/.ready $(VENV_VLLM)/.ready
 	$(BIN)/python benchmarks/runtimes.py --vllm $(VENV_VLLM)/bin/python $(ARGS)
@@ -87,4 +101,4 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/mini_compress.py
 
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) $(VENV_VLLM) dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) $(VENV_UI) $(VENV_VLLM) dist runs .pytest_cache .mypy_cache .ruff_cache

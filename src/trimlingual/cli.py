@@ -267,6 +267,24 @@ def translate(
     raise typer.Exit(code)
 
 
+@app.command(epilog="Example: trimlingual ui runs/my/teacher runs/my/exported")
+def ui(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Model folders, Hub ids or builtin:mini; two stand side by side. Default: the built-in one."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Show a page on this machine: record or upload, compare two models, download subtitles."""
+    from trimlingual.app.page import serve
+
+    serve(models or [], device, port, open_browser)
+
+
 @app.command(epilog="Example: trimlingual push runs/my/exported someone/my-model --dry-run")
 def push(
     folder: Annotated[Path, typer.Argument(help="An exported folder.")],

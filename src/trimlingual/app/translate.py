@@ -103,8 +103,13 @@ def translate_files(
         yield from app.translate(given, Path(scratch))
 
 
+def made_for(model_name: str | Path, device: str = "auto") -> list[str]:
+    """The languages that a model was made to translate into. Raises ModelError for what is no usable model."""
+    return list(_settings(resolve_base(str(model_name)), None, pick_device(device)).task.target_languages)
+
+
 class App:
-    """A loaded model with all that translating recordings takes."""
+    """A loaded model with all that translating recordings takes; `languages` may be changed to some of those it began with."""
 
     def __init__(
         self, model_name: str | Path, languages: Sequence[str], recipe: Recipe | None, device: str, cutting: Cutting
@@ -126,6 +131,7 @@ class App:
         self.max_s = min(cutting.max_s or longest_s + 2 * PADDING_S, window)
         self.pause_s = cutting.pause_s
         model = load_model(model_dir, settings.dtype, pick_device(device), keep_packed=True)
+        self.weight_bytes = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
         self._samples: dict[str, np.ndarray] = {}
         self._translate = Translator(model, processor, task, settings.decode, lambda clip: self._samples[clip.id])
         self._again = SecondTry(model, self._translate.prompter, settings.decode)
@@ -183,7 +189,8 @@ class App:
                 heard.warning = "not translated: no speech was found"
             left = [span for span in heard.spans if any(_key(name, span, code) not in said for code in self.languages)]
             for span, samples in zip(left, samples_of(stream_audio(path), left), strict=True):
-                clip = Clip(f"{name}\n{span.start}", path, {}, None, span.duration_s, "")
+                asked = dict.fromkeys(self.languages, "")
+                clip = Clip(f"{name}\n{span.start}", path, asked, None, span.duration_s, "")
                 yield _Piece(heard, span, samples, clip)
         except DataError as error:
             heard.error = str(error)
