@@ -8,7 +8,13 @@ import torch
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.loading import load_model
-from trimlingual.models.packed_layers import EightBitEmbedding, EightBitLinear, PackedLinear, TorchLinear
+from trimlingual.models.packed_layers import (
+    EightBitEmbedding,
+    EightBitLinear,
+    PackedLinear,
+    TorchLinear,
+    no_slower_packed,
+)
 from trimlingual.models.packed_weights import keep_packed_
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import DecodeSettings, QuantizeSettings
@@ -51,6 +57,10 @@ def test_weights_by_hand():
     assert layer.unpacked().tolist() == expected
 
 
+vectorised = pytest.mark.skipif(not no_slower_packed(CPU, torch.bfloat16), reason="a CPU without AVX2")
+
+
+@vectorised
 @pytest.mark.parametrize(("rows", "width", "group"), [(64, 64, 32), (192, 320, 64), (128, 1024, 128)])
 def test_pytorchs_layout_is_read_back(rows, width, group):
     """Whatever layout the kernel has on this machine: the same integers, so the same products but for rounding."""
@@ -59,7 +69,7 @@ def test_pytorchs_layout_is_read_back(rows, width, group):
     plain, kernel = PackedLinear(words, scale, bias), TorchLinear(words, scale, bias)
     assert torch.equal(plain.integers(), kernel.integers())
     assert torch.equal(plain.unpacked(), kernel.unpacked())
-    for num_tokens in (1, 7, 16, 17, 100):  # with the kernel, and unpacked
+    for num_tokens in (1, 7, 128, 129, 200):  # with the kernel, and unpacked
         tokens = torch.randn(2, num_tokens, width).bfloat16()
         difference = (kernel(tokens) - plain(tokens)).float().norm() / plain(tokens).float().norm()
         assert difference < 0.01
@@ -91,6 +101,7 @@ def test_float32_agrees_with_unpacked_weights(folder, processor, split, task, mo
     assert said[0] == said[1]
 
 
+@vectorised
 def test_bfloat16_stays_packed(folder, model_dir):
     model, plain = load_model(folder, "bfloat16", CPU, keep_packed=True), load_model(folder, "bfloat16", CPU)
     assert count_parameters(model) == count_parameters(plain) == count_parameters(load_model(model_dir, "float32", CPU))
@@ -98,7 +109,8 @@ def test_bfloat16_stays_packed(folder, model_dir):
     assert linear == []
     num_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert num_bytes < 0.5 * sum(tensor.nbytes for tensor in [*plain.parameters(), *plain.buffers()])
+    exact = load_model(folder, "float32", CPU)
     with torch.no_grad():
-        ours, theirs = model(input_ids=IDS).logits.float(), plain(input_ids=IDS).logits.float()
-    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        ours, theirs, right = (each(input_ids=IDS).logits.float() for each in (model, plain, exact))
+    assert (ours - right).norm() < 1.3 * (theirs - right).norm() < 0.1 * right.norm()
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from trimlingual.models.errors import ModelError
 from trimlingual.models.family import family_named
 from trimlingual.models.folders import is_bitsandbytes, model_problems, processor_problems, refuse
+from trimlingual.models.packed_layers import no_slower_packed
 from trimlingual.models.packed_weights import alone, keep_packed_, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
@@ -111,9 +112,8 @@ def load_model(
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
     if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
-        # In float32 no kernel computes on packed weights, and a CPU is several times slower unpacking them again and again.
-        plain = not keep_packed or (device.type == "cpu" and dtype == "float32")
-        (unpack_ if plain else keep_packed_)(model, DTYPES[dtype])
+        stays = keep_packed and no_slower_packed(device, DTYPES[dtype])
+        (keep_packed_ if stays else unpack_)(model, DTYPES[dtype])
     if is_bitsandbytes(folder):
         # transformers 5.23 casts the biases, and leaves weights that are not 4-bit as they are stored
         for parameter in model.parameters():

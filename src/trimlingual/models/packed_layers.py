@@ -21,7 +21,8 @@ from trimlingual.models import humming_layers
 HEAD_ROWS = 16_384  # of an output head are unpacked at once: 134 MB at a width of 4096
 # For more tokens than these PyTorch's kernels are slower than unpacking first: measured on a CPU with AVX-512; for a GPU reckoned from
 # the kernel's time (22 ms for 24 layers of a 7B model and 64 tokens on an H100) and the bytes that unpacking moves.
-KERNEL_TOKENS = {"cpu": 16, "cuda": 64}
+KERNEL_TOKENS = {"cpu": 256, "cuda": 64}
+VECTORISED = ("AVX2", "AVX512")  # elsewhere PyTorch's kernel for CPUs goes weight by weight, as it does in float32
 TILE_ROWS = {"cpu": 64, "cuda": 8}  # rows whose integers PyTorch's layouts keep together
 
 
@@ -85,7 +86,7 @@ class TorchLinear(PackedLinear):
         """Whether the kernel takes weights of this shape and device in the scales' dtype."""
         rows, width = len(words), words.shape[1] * 8
         if words.device.type == "cpu":
-            return scale.dtype in (torch.bfloat16, torch.float16) and rows % TILE_ROWS["cpu"] == 0
+            return no_slower_packed(words.device, scale.dtype) and rows % TILE_ROWS["cpu"] == 0
         return words.device.type == "cuda" and scale.dtype == torch.bfloat16 and rows % 8 == 0 and width % 128 == 0
 
     def pack(self, words: Tensor, scale: Tensor) -> None:
@@ -163,6 +164,13 @@ class EightBitEmbedding(nn.Module):
     def num_weights(self) -> int:
         """Logical weights."""
         return self.integers.numel()
+
+
+def no_slower_packed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model whose weights stay packed is no slower than one that is unpacked once."""
+    if device.type != "cpu":
+        return True
+    return dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() in VECTORISED
 
 
 def linear_of(words: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
