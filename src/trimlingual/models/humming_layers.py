@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trimlingual.models.errors import ModelError
+
 logger = logging.getLogger(__name__)
 # A kernel for up to so many tokens each, one clip's prompt among them. The library's own list has three times as many.
 MOST_TOKENS = (8, 16, 32, 64, 128, 192, 288, 352, 512, 1 << 30)
@@ -101,11 +103,17 @@ def fits(rows: int, width: int, scale: Tensor) -> bool:
 
 
 def compile_all(modules: Iterable[nn.Module]) -> None:
-    """Compile what these modules need, in parallel, so that no later call waits for it."""
+    """Compile what these modules need, in parallel, so that no later call waits for it. ModelError where a shape has no kernel."""
     layers = [module for module in modules if isinstance(module, HummingLinear)]
     first_of = {layer.config: layer for layer in layers}
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(HummingLinear.compile, first_of.values()))
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(HummingLinear.compile, first_of.values()))
+    except Exception as error:
+        raise ModelError(
+            f"humming-kernels has no kernel for a layer of this model on this GPU ({type(error).__name__}: {error}); "
+            "without it (pip uninstall humming-kernels) the model runs on PyTorch's"
+        ) from error
     for layer in layers:
         layer.compile()
 
