@@ -19,6 +19,7 @@ from trimlingual import report as reports
 from trimlingual.pipeline import write_comparison
 from trimlingual.report import ReportError, result_table, result_table_markdown, sounds, write_report
 from trimlingual.report.listening import marked
+from trimlingual.report.plots import Point, Series, plot
 from trimlingual.run.artifacts import ArtifactError
 
 from .made_run import HOSTILE, MACHINE, PROOF, SPLIT, make_run, write
@@ -224,6 +225,22 @@ def test_published_systems_stand_beside_the_papers_recipe(run_dir, tmp_path):
     for system in known["systems"]:
         assert text.count(f"{system['name']} ") >= 2  # in the key of both languages
     assert "9,640 MB" in text
+
+
+@pytest.mark.parametrize(
+    "values", [[2e-4, 0.0], [1e-3, 1e-5], [0.15, 0.06], [98.1, 102.5], [16.79, 5.4], [7.0], [0.0, 0.0], [-3.0, 2.0]]
+)
+def test_axes_span_their_points_and_label_every_tick_otherwise(values):
+    points = [Point(float(number), value, "") for number, value in enumerate(values)]
+    chart = plot("x", "x", "x", "y", [Series("x", points)])
+    for place, ticks in (("x", chart.x_ticks), ("y", chart.y_ticks)):
+        labels = [label for _, label in ticks]
+        assert len(labels) == len(set(labels)) <= 9
+        assert place == "x" or len(labels) >= 2
+    (drawn,) = chart.series
+    assert all(chart.left <= dot.x <= chart.right and chart.top <= dot.y <= chart.bottom for dot in drawn.dots)
+    order = sorted(range(len(values)), key=lambda index: drawn.dots[index].y, reverse=True)
+    assert [values[index] for index in order] == sorted(values)
 
 
 def test_damaged_weights_are_an_error(run_dir, tmp_path):

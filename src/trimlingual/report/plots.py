@@ -140,7 +140,8 @@ def _ticks(values: Sequence[float], most: int = 6) -> list[float]:
 def _label(value: float, ticks: Sequence[float]) -> str:
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     if ticks and max(map(abs, ticks)) < 1e-2:  # learning rates
-        return f"{value:.0e}".replace("e-0", "e-") if value else "0"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
