@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.loading import load_model
@@ -17,7 +20,11 @@ from trimlingual.models.packed_layers import (
 )
 from trimlingual.models.packed_weights import keep_packed_
 from trimlingual.quantization.int4 import save_packed
-from trimlingual.recipe import DecodeSettings, QuantizeSettings
+from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings
+from trimlingual.run.lineage import ModelFolder
+from trimlingual.search.plan import read_plan
+from trimlingual.stages.evaluate import evaluate
+from trimlingual.stages.rank import rank
 
 pytest.importorskip("compressed_tensors")
 CPU = torch.device("cpu")
@@ -114,3 +121,22 @@ def test_bfloat16_stays_packed(folder, model_dir):
         ours, theirs, right = (each(input_ids=IDS).logits.float() for each in (model, plain, exact))
     assert (ours - right).norm() < 1.3 * (theirs - right).norm() < 0.1 * right.norm()
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@vectorised
+@pytest.mark.parametrize("asked", [{"metric": "chrf"}, {"metric": "loss"}, {"strategy": "block-influence"}])
+def test_layers_are_searched_on_packed_weights(folder, lineage, split, shared, tmp_path, monkeypatch, asked):
+    """In every way of scoring. Nothing is unpacked."""
+    shared = replace(shared, model=shared.model.model_copy(update={"dtype": "bfloat16"}))
+    monkeypatch.setattr("trimlingual.models.loading.unpack_", None)
+    rank(ModelFolder(folder, lineage), split, shared, RankSettings(num_layers_to_remove=1, **asked), None, tmp_path)
+    assert len(read_plan(tmp_path).layers_of("decoder")) == 1
+
+
+@vectorised
+def test_packed_weights_are_evaluated(folder, lineage, split, shared, tmp_path, monkeypatch):
+    shared = replace(shared, model=shared.model.model_copy(update={"dtype": "bfloat16"}))
+    monkeypatch.setattr("trimlingual.models.loading.unpack_", None)
+    test = Split("test", split.clips)
+    evaluate("int4", ModelFolder(folder, lineage), test, shared, EvaluateSettings(), None, tmp_path)
+    assert (tmp_path / "result.json").is_file()
