@@ -95,7 +95,7 @@ def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatc
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monkeypatch):
     out, batches = tmp_path / "out", []
-    translated = App._translated
+    translated = App.translated
 
     def stops(self, ahead):
         if batches and len(batches) == stop_at:
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monke
         return translated(self, ahead)
 
     stop_at = 2
-    monkeypatch.setattr(App, "_translated", stops)
+    monkeypatch.setattr(App, "translated", stops)
     monkeypatch.setattr("trimlingual.app.translate.READ_AHEAD", 1)
     monkeypatch.setattr("trimlingual.decoding.translate_clips.CPU_BATCH", 1)
     translate(talks, "--format", "srt", "--out-dir", out)

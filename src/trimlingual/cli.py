@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from trimlingual import cli_use
+from trimlingual.cli_use import alone
 from trimlingual.recipe import EXPORT_STAGES, Recipe, list_recipes, load_recipe
 from trimlingual.run import interruptions, processes
 from trimlingual.run.processes import is_main_process, num_processes, process_index
@@ -81,7 +83,7 @@ def compress(
     started = time.perf_counter()
     settings, folder = _load(recipe, run_dir, _tuned(overrides, tune))
     if dry_run:
-        if _alone("--dry-run"):
+        if alone("--dry-run"):
             _show_plan(settings, folder)
         return
     from trimlingual.pipeline import compress as run
@@ -259,7 +261,7 @@ def translate(
     from trimlingual.app.outputs import translate_to
     from trimlingual.app.segments import Cutting
 
-    if not _alone("translate"):
+    if not alone("translate"):
         return
     settings = load_recipe(recipe) if recipe else None
     cutting = Cutting(max_seconds, pause)
@@ -307,6 +309,9 @@ def push(
     say(f"{len(files)} files, {sum(file.num_bytes for file in files):,} bytes{'; nothing is sent' if dry_run else ''}")
     if not dry_run:
         print(json.dumps({"commit": sending.push(folder, repo, private, force, say)}))
+
+
+app.add_typer(cli_use.app)
 
 
 @app.command(epilog="Example: trimlingual recipes")
@@ -433,10 +438,3 @@ def _fail(error: Exception) -> NoReturn:
     else:
         Console(stderr=True).print(f"error{who}: {error}", markup=False, highlight=False, soft_wrap=True)
     processes.end(1)
-
-
-def _alone(verb: str) -> bool:
-    """Whether this process is to do what one process does; says so where there are more."""
-    if is_main_process() and num_processes() > 1:
-        say(f"{verb}: the main process works; the other {num_processes() - 1} have nothing to do")
-    return is_main_process()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from trimlingual.data.audio import SAMPLE_RATE, DataError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 THROUGH_FFMPEG = (".mp4", ".m4a", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".aac", ".wma", ".3gp")
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,aac,asf"  # ffmpeg's names of the formats of such files
 STANDARD_INPUT = "-"
 
 
@@ -65,9 +67,10 @@ def _inside(name: str) -> list[Path]:
     return [path]
 
 
-def readable(given: Given, scratch: Path) -> Path:
+def readable(given: Given, scratch: Path, longest_s: float = math.inf) -> Path:
     """A file that libsndfile reads: the recording's own or, of a video, its sound as ffmpeg decodes it into `scratch`.
 
+    Of a video that is longer than `longest_s` seconds a little more than that is decoded, so that it still counts as too long.
     Raises DataError where ffmpeg is needed and missing, or fails.
     """
     if given.path.suffix.lower() not in THROUGH_FFMPEG or not given.path.is_file():
@@ -78,7 +81,25 @@ def readable(given: Given, scratch: Path) -> Path:
             f"{given.name} needs ffmpeg, which is not installed here: install it, or convert the sound to WAV or FLAC"
         )
     sound = scratch / "sound.wav"
-    words = [ffmpeg, "-nostdin", "-v", "error", "-y", "-i", str(given.path), "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE)]
+    # A playlist that is named as a video would have ffmpeg open other files and addresses.
+    only = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
+    words = [
+        ffmpeg,
+        "-nostdin",
+        "-v",
+        "error",
+        "-y",
+        *only,
+        "-i",
+        str(given.path),
+        "-vn",
+        "-ac",
+        "1",
+        "-ar",
+        str(SAMPLE_RATE),
+    ]
+    if math.isfinite(longest_s):
+        words += ["-t", str(longest_s + 1)]
     done = subprocess.run([*words, "-c:a", "pcm_s16le", str(sound)], capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -7,11 +7,13 @@ grow with their length.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,10 @@ USUAL_S, LONGEST_S = 8.0, 30.0  # of a segment, where nothing is known of the cl
 READ_AHEAD = 4  # batches of segments in memory, so that those of similar length go together
 
 
+Key = tuple[str, str, str]
+"""Recording, time, language: what a segment is known by."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """What was said between two moments, in one language. `second_try` says why there was one, `fault` what is still wrong."""
@@ -54,28 +60,30 @@ class Segment:
 
 
 @dataclass
-class _Heard:
-    """A recording under way."""
+class Heard:
+    """A recording under way, into which languages it is translated, and what was found out about it."""
 
     given: Given
+    languages: Sequence[str]
     duration_s: float = 0.0
     warning: str | None = None
-    error: str | None = None
+    error: DataError | None = None
     spans: list[Span] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A segment that is to be translated."""
 
-    heard: _Heard
+    heard: Heard
     span: Span
     samples: np.ndarray
     clip: Clip
 
-
-Key = tuple[str, str, str]
-"""Recording, time, language: what a segment is known by."""
+    @property
+    def keys(self) -> list[Key]:
+        """What its translations are known by."""
+        return [_key(self.heard.given.name, self.span, code) for code in self.heard.languages]
 
 
 def translate_files(
@@ -109,14 +117,26 @@ def made_for(model_name: str | Path, device: str = "auto") -> list[str]:
 
 
 class App:
-    """A loaded model with all that translating recordings takes; `languages` may be changed to some of those it began with."""
+    """A loaded model with all that translating recordings takes.
+
+    Its `languages` are by default those that the model was made for; they may be changed to some of those it began with.
+    A recording of more than `longest_s` seconds is an error.
+    `pieces` may be called in several threads at once, `translated` in one.
+    """
 
     def __init__(
-        self, model_name: str | Path, languages: Sequence[str], recipe: Recipe | None, device: str, cutting: Cutting
+        self,
+        model_name: str | Path,
+        languages: Sequence[str] | None,
+        recipe: Recipe | None,
+        device: str,
+        cutting: Cutting,
+        longest_s: float = math.inf,
     ) -> None:
         model_dir = resolve_base(str(model_name))
         check_folder(model_dir, "translate")
         settings = _settings(model_dir, recipe, pick_device(device))
+        languages = settings.task.target_languages if languages is None else languages
         if other := [code for code in languages if code not in settings.task.target_languages]:
             say(
                 f"note: this model was made for {', '.join(settings.task.target_languages)}, not for {', '.join(other)}"
@@ -127,16 +147,18 @@ class App:
         self.languages = list(languages)
         processor = load_processor(model_dir)
         window = family_of_processor(processor).window_s(processor)
-        self.usual_s, longest_s = settings.clip_s or (USUAL_S, LONGEST_S)
-        self.max_s = min(cutting.max_s or longest_s + 2 * PADDING_S, window)
-        self.pause_s = cutting.pause_s
+        self.usual_s, long_s = settings.clip_s or (USUAL_S, LONGEST_S)
+        self.max_s = min(cutting.max_s or long_s + 2 * PADDING_S, window)
+        self.pause_s, self.longest_s = cutting.pause_s, longest_s
         model = load_model(model_dir, settings.dtype, pick_device(device), keep_packed=True)
         self.weight_bytes = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
         self._samples: dict[str, np.ndarray] = {}
         self._translate = Translator(model, processor, task, settings.decode, lambda clip: self._samples[clip.id])
+        self.batch_size = self._translate.batch_size
         self._again = SecondTry(model, self._translate.prompter, settings.decode)
         self._speech: SpeechProbabilities | None = None
         self._no_vad = False
+        self._cutting = Lock()  # one recording at a time: silero-vad keeps a state
 
     def translate(
         self,
@@ -146,19 +168,19 @@ class App:
         remember: Callable[[Key, Segment], None] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The records of `translate_files`. Segments that are `known` are not translated again, each new one is told to `remember`."""
-        waiting: list[_Heard] = []
+        waiting: list[Heard] = []
         said: dict[Key, Segment] = dict(known or {})
 
-        def pieces() -> Iterator[_Piece]:
+        def pieces() -> Iterator[Piece]:
             for each in given:
-                heard = _Heard(each)
+                heard = Heard(each, self.languages)
                 waiting.append(heard)
-                yield from self._pieces(heard, scratch, said)
+                yield from self.pieces(heard, scratch, said)
 
         stream = pieces()
         with progress("translating, recording", len(given)) as advance:
-            while ahead := list(islice(stream, READ_AHEAD * self._translate.batch_size)):
-                new = self._translated(ahead)
+            while ahead := list(islice(stream, READ_AHEAD * self.batch_size)):
+                new = self.translated(ahead)
                 said |= new
                 if remember:
                     for key, segment in new.items():
@@ -166,34 +188,35 @@ class App:
                 # All but the last recording that was begun are whole.
                 while len(waiting) > 1:
                     advance(1)
-                    yield from self._records(waiting.pop(0), said)
+                    yield from self.records(waiting.pop(0), said)
                 last = ahead[-1]
                 advance(0, f"{last.heard.given.name}, {last.span.end:.0f} of {last.heard.duration_s:.0f} s")
             while waiting:
-                yield from self._records(waiting.pop(0), said)
+                yield from self.records(waiting.pop(0), said)
                 advance(1)
 
-    def _pieces(self, heard: _Heard, scratch: Path, said: Mapping[Key, Segment]) -> Iterator[_Piece]:
+    def pieces(self, heard: Heard, scratch: Path, said: Mapping[Key, Segment]) -> Iterator[Piece]:
         """The segments of a recording that are to be translated; what is wrong with it is noted in `heard`."""
         name = heard.given.name
         try:
-            path = readable(heard.given, scratch)
-            found = describe_audio(path)
+            path = readable(heard.given, scratch, self.longest_s)
+            found = describe_audio(path, self.longest_s)
             heard.duration_s = found.duration_s
             if found.unusable:
                 heard.warning = f"not translated: the recording {found.unusable}"
                 return
             heard.warning = found.suspicious and f"the recording {found.suspicious}"
-            heard.spans = self._spans(path, found.duration_s)
+            with self._cutting:
+                heard.spans = self._spans(path, found.duration_s)
             if not heard.spans:
                 heard.warning = "not translated: no speech was found"
-            left = [span for span in heard.spans if any(_key(name, span, code) not in said for code in self.languages)]
+            wanted = dict.fromkeys(heard.languages, "")  # a clip is translated into the languages of its references
+            left = [span for span in heard.spans if any(_key(name, span, code) not in said for code in heard.languages)]
             for span, samples in zip(left, samples_of(stream_audio(path), left), strict=True):
-                asked = dict.fromkeys(self.languages, "")
-                clip = Clip(f"{name}\n{span.start}", path, asked, None, span.duration_s, "")
-                yield _Piece(heard, span, samples, clip)
+                clip = Clip(f"{name}\n{span.start}", path, wanted, None, span.duration_s, "")
+                yield Piece(heard, span, samples, clip)
         except DataError as error:
-            heard.error = str(error)
+            heard.error = error
 
     def _spans(self, path: Path, duration_s: float) -> list[Span]:
         if duration_s <= self.max_s:
@@ -211,11 +234,12 @@ class App:
             return windows(duration_s, self.max_s)
         return cut_at_pauses(list(self._speech(stream_audio(path))), self.max_s, self.pause_s, self.usual_s)
 
-    def _translated(self, ahead: Iterable[_Piece]) -> dict[Key, Segment]:
+    def translated(self, ahead: Iterable[Piece]) -> dict[Key, Segment]:
+        """The translations of segments, of any recordings and into each one's languages."""
         pieces = {piece.clip.id: piece for piece in ahead}
         self._samples = {name: piece.samples for name, piece in pieces.items()}
         said: dict[Key, Segment] = {}
-        for batch in longest_first([piece.clip for piece in pieces.values()], self._translate.batch_size):
+        for batch in longest_first([piece.clip for piece in pieces.values()], self.batch_size):
             for translation in self._translate(batch):
                 piece = pieces[translation.id]
                 name = piece.heard.given.name
@@ -223,19 +247,20 @@ class App:
         self._samples = {}
         return said
 
-    def _segment(self, first: Translation, piece: _Piece) -> Segment:
+    def _segment(self, first: Translation, piece: Piece) -> Segment:
         wrong, left, answer = fault(first), None, first
         if wrong:
             answer, left = self._again(first, piece.samples, piece.span.duration_s)
         start, end = round(piece.span.start, 3), round(piece.span.end, 3)
         return Segment(start, end, answer.hypothesis, answer.truncated, wrong, left)
 
-    def _records(self, heard: _Heard, said: Mapping[Key, Segment]) -> Iterator[dict[str, Any]]:
+    def records(self, heard: Heard, said: Mapping[Key, Segment]) -> Iterator[dict[str, Any]]:
+        """The records of a recording, once all its segments are `said`."""
         name = heard.given.name
-        for code in self.languages:
+        for code in heard.languages:
             record: dict[str, Any] = {"audio": name, "language": code}
             if heard.error:
-                yield record | {"text": "", "error": heard.error}
+                yield record | {"text": "", "error": str(heard.error)}
                 continue
             segments = [said[_key(name, span, code)] for span in heard.spans]
             between = " " if language(code).spaced else ""

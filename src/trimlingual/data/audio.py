@@ -23,6 +23,7 @@ from scipy.signal import resample_poly
 from trimlingual.data.same_recording import FINGERPRINT_S, fingerprint
 
 SAMPLE_RATE = 16_000  # Hz; what Whisper's feature extractors expect
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # Hz; the filter that resamples grows with the rate
 READ_FRAMES = 1 << 20  # decoded at a time while checking, so that hours of audio do not fill the memory
 UNKNOWN_SIZE = 0x7FFFF000  # bytes; recorders that cannot seek back leave a placeholder from here up in the header
 INTEGER_SCALE = 10.0  # float samples are within -1..1, with mastering overs a little beyond; integers reach thousands
@@ -36,6 +37,10 @@ CLIPPED = 1e-3  # share of the samples; a few flat tops are not heard
 
 class DataError(ValueError):
     """Data that cannot be used as it is; the message names the file or line and what to do."""
+
+
+class TooLongError(DataError):
+    """A recording that is longer than the caller takes."""
 
 
 def load_audio(path: Path) -> np.ndarray:
@@ -121,13 +126,19 @@ def _decode(path: Path) -> Iterator[tuple[int, np.ndarray]]:
         raise DataError(f"{path} is not audio libsndfile can read ({reason}); convert it to WAV or FLAC") from error
     num_frames = 0
     with file:
+        if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+            raise DataError(
+                f"{path} says that it has {file.samplerate:,} samples per second; from {LOWEST_RATE:,} to {HIGHEST_RATE:,} are read, "
+                "so its header is damaged; convert it again"
+            )
+        num_at_once = max(1, 2 * READ_FRAMES // max(2, file.channels))  # many channels fill no more memory than two
         # libsndfile repairs a RIFF, AIFF or AU header that promises more than there is, and tells only its log.
         repaired = r"^\s*(?:data|SSND|Data Size)\s*:\s*(\d+) \(should be (\d+)\)"
         for promised, there in re.findall(repaired, file.extra_info, re.MULTILINE):
             if int(there) < int(promised) < UNKNOWN_SIZE:
                 raise DataError(f"{path} is cut short ({there} bytes of audio, its header promises {promised}); {fix}")
         try:
-            while len(block := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
+            while len(block := file.read(num_at_once, dtype="float32", always_2d=True)):
                 if not np.isfinite(block).all():
                     raise DataError(f"{path} has NaN or infinite samples; export it again or take it out of the data")
                 if (peak := float(np.abs(block).max())) > INTEGER_SCALE:
@@ -171,8 +182,11 @@ class Recording:
     fingerprint: np.ndarray
 
 
-def describe_audio(path: Path) -> Recording:
-    """Decode a file to its end, in pieces, and say what it holds. DataError as for `load_audio`."""
+def describe_audio(path: Path, longest_s: float = math.inf) -> Recording:
+    """Decode a file to its end, in pieces, and say what it holds. DataError as for `load_audio`.
+
+    TooLongError, without decoding the rest, where it holds more than `longest_s` seconds.
+    """
     levels, samples = _Levels(), _SamplesHash()
     start: list[np.ndarray] = []  # for the fingerprint, which needs no more
     num_frames = rate = 0
@@ -183,6 +197,8 @@ def describe_audio(path: Path) -> Recording:
         if num_frames < FINGERPRINT_S * rate:
             start.append(mono)
         num_frames += len(block)
+        if num_frames > longest_s * rate:
+            raise TooLongError(f"{path} is longer than {longest_s:g} s, the most that is taken here; cut it into parts")
     duration_s = num_frames / rate
     return Recording(
         duration_s,

@@ -1,0 +1,86 @@
+"""Segments of many requests, translated together as they come.
+
+One thread owns the model. Whatever waits when a batch is done goes into the next one, first come first served: a new request joins at
+the next batch, not inside the one that is being decoded.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from trimlingual.app.metrics import Metrics
+from trimlingual.app.translate import App, Key, Piece, Segment
+
+Said = dict[Key, Segment]
+
+
+class Batcher:
+    """The thread that translates."""
+
+    def __init__(self, app: App, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._waiting: deque[tuple[Piece, Future[Said]]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    def submit(self, piece: Piece) -> Future[Said]:
+        """The translations of a segment, when they are there. A future that is cancelled before its batch begins costs nothing."""
+        future: Future[Said] = Future()
+        with self._changed:
+            self._waiting.append((piece, future))
+            self._changed.notify()
+        return future
+
+    @property
+    def num_waiting(self) -> int:
+        """Segments that no batch has taken yet."""
+        return len(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread works; it ends with `stop` alone."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the thread once nothing waits."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self._translate(batch)
+
+    def _next(self) -> list[tuple[Piece, Future[Said]]]:
+        """What goes into the next batch; nothing at the end."""
+        batch: list[tuple[Piece, Future[Said]]] = []
+        with self._changed:
+            while not batch:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if not self._waiting:
+                    return []
+                while self._waiting and len(batch) < self._app.batch_size:
+                    piece, future = self._waiting.popleft()
+                    if future.set_running_or_notify_cancel():
+                        batch.append((piece, future))
+        return batch
+
+    def _translate(self, batch: Sequence[tuple[Piece, Future[Said]]]) -> None:
+        try:
+            said = self._app.translated([piece for piece, _ in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+                return
+            for each in batch:  # one request's trouble is not to be another's
+                self._translate([each])
+            return
+        self._metrics.count_batch(list(said.values()), len(batch))
+        for piece, future in batch:
+            future.set_result({key: said[key] for key in piece.keys})

@@ -1,0 +1,40 @@
+"""Libraries that only some of the work needs: which extra installs them, and what is said where they are missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+# Extra -> the modules that it brings; tests/test_extras.py compares the names with pyproject.toml.
+EXTRAS = {
+    "flash": ("flashoptim",),
+    "int4": ("compressed_tensors",),
+    "int4-gpu": ("compressed_tensors", "humming"),
+    "gguf": ("gguf",),
+    "llama": ("xllamacpp",),
+    "voxtral": ("mistral_common",),
+    "vad": ("silero_vad",),
+    "ui": ("gradio",),
+    "serve": ("starlette", "uvicorn", "python_multipart"),
+}
+
+
+class MissingExtra(RuntimeError):
+    """Work that needs an extra which is not installed."""
+
+
+def missing(extra: str) -> list[str]:
+    """The modules of an extra that are not installed."""
+    return [module for module in EXTRAS[extra] if find_spec(module) is None]
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an extra."""
+    assert extra in EXTRAS, extra
+    return f"pip install 'trimlingual[{extra}]'"
+
+
+def need(extra: str, what: str) -> None:
+    """MissingExtra with the line that installs it, where `what` cannot be done without it."""
+    if modules := missing(extra):
+        names = ", ".join(module.replace("_", "-") for module in modules)
+        raise MissingExtra(f"{what} needs {names}, not installed here: {install_line(extra)}")
