@@ -7,21 +7,27 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import trimlingual
+from trimlingual.data.audio import load_audio
+from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.exports.card import license_of, model_card
 from trimlingual.exports.target import Finished, Outcome
 from trimlingual.models.family import family_of_processor
-from trimlingual.models.loading import load_processor
-from trimlingual.recipe import load_recipe
+from trimlingual.models.loading import load_model, load_processor
+from trimlingual.models.saving import finish_saved
+from trimlingual.recipe import DecodeSettings, load_recipe
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 
+from .conftest import EVERY_FAMILY
 from .made_run import scores, write
 
 MINI = Path(trimlingual.__file__).parent / "mini" / "model"
@@ -132,17 +138,35 @@ def test_the_license_is_that_of_the_bases_card(tmp_path, readme, expected):
     assert license_of(str(tmp_path), family_of_processor(load_processor(MINI))) == expected
 
 
-def test_the_code_on_the_card_runs(tmp_path):
-    """As a person would run it, on a built-in clip: a translation, the one that this package gives."""
-    clip = json.loads((MINI.parent / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    samples, rate = soundfile.read(MINI.parent / "data" / clip["audio"])
-    soundfile.write(tmp_path / "clip.wav", samples, rate)
-    model = shutil.copytree(MINI, tmp_path / "PATH")
-    said = trimlingual.translate(model, tmp_path / "clip.wav", "de")[0]["text"]
-    text = model_card(
-        Finished(ModelFolder(MINI, read_lineage(MINI, "builtin:mini")), RECIPE), "transformers", [OUTCOME]
-    )
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+def code_says(folder: Path, recipe, samples, cwd: Path) -> str:
+    """What the Python code on the card of a model folder prints, run as a person would, in a process of its own."""
+    (cwd / "PATH").symlink_to(folder)
+    soundfile.write(cwd / "clip.wav", samples, 16_000, subtype="FLOAT")
+    finished = Finished(ModelFolder(folder, read_lineage(folder, "builtin:mini")), recipe)
+    code = re.search(r"```python\n(.*?)```", model_card(finished, "transformers", [OUTCOME]), re.DOTALL)[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == said
+    return ran.stdout.strip()
+
+
+def test_the_code_on_the_card_translates(tmp_path):
+    """A built-in clip, by the built-in model: what this package says."""
+    clip = json.loads((MINI.parent / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    audio = MINI.parent / "data" / clip["audio"]
+    said = trimlingual.translate(MINI, audio, "de")[0]["text"]
+    assert code_says(MINI, RECIPE, soundfile.read(audio, dtype="float32")[0], tmp_path) == said
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("padding", ["mask", "window"])
+def test_it_does_for_every_family(padding, model_dir, split, tmp_path):
+    """Random models, of both ways to hear padding."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    load_processor(folder, padding).save_pretrained(folder)
+    finish_saved(folder, 6)
+    recipe = load_recipe("mini", ["model.dtype=float32", "task.target_languages=[de]"])
+    model, processor = load_model(folder, "float32", torch.device("cpu")), load_processor(folder)
+    settings = DecodeSettings(batch_size=4, max_new_tokens=6, min_new_tokens=6)
+    clip = split.clips[0]
+    (said,) = translate_clips(model, processor, recipe.task, [replace(clip, references={})], settings)
+    assert code_says(folder, recipe, load_audio(clip.audio), tmp_path) == said.hypothesis
