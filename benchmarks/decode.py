@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     run = Run(args.out or RESULTS / f"decode_{args.size}.json", args.budget, head)
     with tempfile.TemporaryDirectory() as folder:
-        measure(Bench(shape, torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)), run, args)
+        measure(Bench(shape, torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), Path(folder)), run, args)
     print(json.dumps(run.result))
     return run.result
 

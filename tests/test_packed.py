@@ -18,7 +18,6 @@ from trimlingual.models.packed_layers import (
     TorchLinear,
     no_slower_packed,
 )
-from trimlingual.models.packed_weights import keep_packed_
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings
 from trimlingual.run.lineage import ModelFolder
@@ -49,8 +48,8 @@ def folder(model_dir, processor, tmp_path_factory):
 
 def packed(folder, monkeypatch):
     """The model as it is loaded in float32, but packed."""
-    monkeypatch.setattr("trimlingual.models.loading.unpack_", keep_packed_)
-    model = load_model(folder, "float32", CPU)
+    monkeypatch.setattr("trimlingual.models.loading.no_slower_packed", lambda device, dtype: True)
+    model = load_model(folder, "float32", CPU, keep_packed=True)
     monkeypatch.undo()
     return model
 

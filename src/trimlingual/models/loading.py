@@ -101,19 +101,21 @@ def load_model(
     refuse(model_problems(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
+        stays_packed = keep_packed and is_packed_folder(config) and no_slower_packed(device, DTYPES[dtype])
         with _packed_loading(config):
             model = family_named(config.model_type).transformers_class.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
-                device_map={"": device},
+                device_map={"": torch.device("cpu") if stays_packed else device},
                 use_safetensors=True,
                 quantization_config=quantization_config,
             )
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
-    if hasattr(model, "ct_decompress_hook"):  # packed by compressed-tensors
-        stays = keep_packed and no_slower_packed(device, DTYPES[dtype])
-        (keep_packed_ if stays else unpack_)(model, DTYPES[dtype])
+    if stays_packed:
+        keep_packed_(model, DTYPES[dtype], device)
+    elif is_packed_folder(config):
+        unpack_(model, DTYPES[dtype])
     if is_bitsandbytes(folder):
         # transformers 5.23 casts the biases, and leaves weights that are not 4-bit as they are stored
         for parameter in model.parameters():
@@ -122,12 +124,14 @@ def load_model(
     return model.eval()
 
 
+def is_packed_folder(config: Any) -> bool:
+    """Whether a folder with this configuration holds weights packed by compressed-tensors."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
+
+
 def _packed_loading(config: Any) -> AbstractContextManager[None]:
     """In which a model is loaded; one of compressed-tensors by each process for itself, not in shares that would be waited for."""
-    stored = getattr(config, "quantization_config", None) or {}
-    if stored.get("quant_method") != "compressed-tensors":
-        return nullcontext()
-    return alone()
+    return alone() if is_packed_folder(config) else nullcontext()
 
 
 def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any) -> Any:

@@ -37,20 +37,25 @@ def unpack_(model: Any, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def keep_packed_(model: Any, dtype: torch.dtype) -> None:
-    """Turn a packed model into one that computes in `dtype` on its packed weights, layer by layer, and say how it does.
+def keep_packed_(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Turn a packed model on the CPU into one on `device` that computes in `dtype` on its packed weights, and say how it does.
 
-    Such a model cannot be trained, changed or saved.
+    The largest layer comes first, while the device is empty: arranging a layer takes a few times its own memory for a moment. Such a
+    model cannot be trained, changed or saved.
     """
-    for name, module in list(model.named_modules()):
-        if is_packed(module):
-            model.set_submodule(name, _computing(module, dtype))
+    sizes = {name: _num_bytes(module) for name, module in model.named_modules() if is_packed(module)}
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        model.set_submodule(name, _computing(model.get_submodule(name).to(device), dtype))
     _forget_packing(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.requires_grad_(False)
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device).requires_grad_(False)
     compile_all(model.modules())
     say_kernels(model)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def say_kernels(model: nn.Module) -> None:
