@@ -83,3 +83,16 @@ def test_packed(tmp_path):
     assert len({row["format"] for row in result["rows"]}) == len(result["rows"]) >= 6
     assert all(row["seconds_per_clip"] > 0 for row in result["rows"])
     assert [row["compared"] for row in result["rows"] if "compared" in row] == [4] * (len(result["rows"]) - 5)
+
+
+@pytest.mark.parametrize("model", [["--model", "builtin:mini"], ["--random", "qwen2-audio-tiny"]])
+def test_serve(tmp_path, monkeypatch, model):
+    """No request is lost and none is mixed up, also with packed weights; timings take place."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pytest.importorskip("uvicorn")
+    few = ["--requests", "40", "--clients", "12", "--clips", "5", "--timed", "8", "--repeats", "1", "--many", "4"]
+    result = benchmark("serve").main([*model, *few, "--device", "cpu", "--out", str(tmp_path / "serve.json")])
+    assert json.loads((tmp_path / "serve.json").read_text(encoding="utf-8")) == result
+    assert (result["lost"], result["mixed_up"], result["own"] + result["different"]) == (0, 0, 40)
+    assert result["own"] == 40 or model[0] == "--random"
+    assert result["gain_of_many"] > 0

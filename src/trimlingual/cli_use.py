@@ -35,6 +35,13 @@ def serve(
         int, typer.Option("--at-once", min=1, help="Translations under way at a time; more are told to wait.")
     ] = 100,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a translation may take.")] = 600.0,
+    second_tries: Annotated[
+        bool,
+        typer.Option(
+            "--second-tries/--no-second-tries",
+            help="Decode faulty answers again, while others wait; or mark them only.",
+        ),
+    ] = True,
     recipe: Annotated[
         str | None,
         typer.Option(help="Recipe whose prompt and decoding settings are used; default: those of the folder."),
@@ -55,7 +62,7 @@ def serve(
     token = serving.read_token(token_file)
     limits = Limits(int(max_mb * 1e6), max_minutes * 60, at_once, timeout)
     settings = load_recipe(recipe) if recipe else None
-    serving.serve(model, to, settings, device, (host, port), limits, token)
+    serving.serve(model, to, settings, device, (host, port), limits, token, second_tries)
 
 
 def alone(verb: str) -> bool:

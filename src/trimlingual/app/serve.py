@@ -65,6 +65,7 @@ def serve(
     address: tuple[str, int],
     limits: Limits,
     token: str | None,
+    second_tries: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT; what was begun is finished first. Prints one line of JSON with the address once it listens.
 
@@ -74,7 +75,7 @@ def serve(
     check_host(host, token)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048) as listening:
-        app = App(model, languages, recipe, device, Cutting(), limits.longest_s)
+        app = App(model, languages, recipe, device, Cutting(), limits.longest_s, second_tries)
         server = Server(app, Path(model).name if Path(model).is_dir() else model, limits, Access(token))
         config = uvicorn.Config(
             server.asgi, log_level="warning", access_log=False, lifespan="off", server_header=False,

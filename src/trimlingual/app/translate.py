@@ -121,6 +121,7 @@ class App:
 
     Its `languages` are by default those that the model was made for; they may be changed to some of those it began with.
     A recording of more than `longest_s` seconds is an error.
+    Without `second_tries` faulty answers are marked alone.
     `pieces` may be called in several threads at once, `translated` in one.
     """
 
@@ -132,6 +133,7 @@ class App:
         device: str,
         cutting: Cutting,
         longest_s: float = math.inf,
+        second_tries: bool = True,
     ) -> None:
         model_dir = resolve_base(str(model_name))
         check_folder(model_dir, "translate")
@@ -155,7 +157,7 @@ class App:
         self._samples: dict[str, np.ndarray] = {}
         self._translate = Translator(model, processor, task, settings.decode, lambda clip: self._samples[clip.id])
         self.batch_size = self._translate.batch_size
-        self._again = SecondTry(model, self._translate.prompter, settings.decode)
+        self._again = SecondTry(model, self._translate.prompter, settings.decode) if second_tries else None
         self._speech: SpeechProbabilities | None = None
         self._no_vad = False
         self._cutting = Lock()  # one recording at a time: silero-vad keeps a state
@@ -249,7 +251,9 @@ class App:
 
     def _segment(self, first: Translation, piece: Piece) -> Segment:
         wrong, left, answer = fault(first), None, first
-        if wrong:
+        if self._again is None:
+            wrong, left = None, wrong
+        elif wrong:
             answer, left = self._again(first, piece.samples, piece.span.duration_s)
         start, end = round(piece.span.start, 3), round(piece.span.end, 3)
         return Segment(start, end, answer.hypothesis, answer.truncated, wrong, left)
