@@ -21,7 +21,11 @@ VERBS = [
     "evaluate",
     "export",
     "report",
+    "compare",
     "translate",
+    "serve",
+    "ui",
+    "push",
     "recipes",
 ]
 run = CliRunner().invoke
@@ -42,6 +46,16 @@ def test_every_verb_has_help_with_an_example(verb):
     done = run(app, [verb, "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
     assert f"Example: trimlingual {verb}" in done.stdout
+
+
+def test_help_groups_the_verbs():
+    shown = run(app, ["--help"], env={"COLUMNS": "120"}).stdout
+    found = [line.split()[1] for line in shown.splitlines() if line.startswith(("╭─", "│ ")) and len(line.split()) > 2]
+    compress, use, look = (shown.index(panel) for panel in ("Compress a model", "Use a model", "Look at what there is"))
+    assert shown.index("distill") in range(compress, use)
+    assert all(shown.index(f"│ {verb} ") in range(use, look) for verb in ("translate", "ui", "serve", "push"))
+    assert shown.index("│ report ") > look
+    assert set(VERBS) <= set(found)  # none is left out
 
 
 def test_recipes_lists_all():

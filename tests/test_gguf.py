@@ -289,5 +289,5 @@ def test_what_llama_would_translate_into_nonsense_is_refused(folder, tmp_path, m
     load_processor(masked, "mask").save_pretrained(masked)
     with pytest.raises(ExportError, match="was made with mask"):
         written(masked, tmp_path / "out")
-    monkeypatch.setattr("trimlingual.exports.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("trimlingual.run.extras.find_spec", lambda name: None)
     assert "pip install 'trimlingual[gguf]'" in next(problems(recipe(), None, None))

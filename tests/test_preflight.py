@@ -158,6 +158,7 @@ def test_flash_adamw_needs_a_gpu(tmp_path):
 
 def test_missing_libraries_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "find_spec", lambda name: None)
+    monkeypatch.setattr("trimlingual.run.extras.find_spec", lambda name: None)
     found = problems(tmp_path, "quantize.scheme=int4", "quantize.group_size=64", "finetune.report_to=[wandb]",
                      "finetune.optimizer=flash_adamw")  # fmt: skip
     for part in ("bitsandbytes is not installed", "trimlingual[int4]", "pip install wandb", "trimlingual[flash]"):

@@ -22,8 +22,9 @@ from pathlib import Path
 import pytest
 
 import trimlingual
-from trimlingual.app.page import Answer, MissingExtra, Models, build, said, subtitles
+from trimlingual.app.page import Answer, Models, build, said, subtitles
 from trimlingual.models.errors import ModelError
+from trimlingual.run.extras import MissingExtra
 
 from .browser import DESK, PHONE, chromium, opened
 

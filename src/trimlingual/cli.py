@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimlingual import cli_use
-from trimlingual.cli_use import alone
+from trimlingual.cli_use import COMPRESS, LOOK, alone, out
 from trimlingual.recipe import EXPORT_STAGES, Recipe, list_recipes, load_recipe
 from trimlingual.run import interruptions, processes
 from trimlingual.run.processes import is_main_process, num_processes, process_index
@@ -30,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
 
 RecipeArg = Annotated[
     str, typer.Argument(help="Name of a shipped recipe (see `trimlingual recipes`) or path of a YAML file.")
@@ -69,7 +68,8 @@ def _common(
 
 
 @app.command(
-    epilog="Example: trimlingual compress qwen2-audio-en-de --run-dir runs/de --set rank.num_layers_to_remove=10"
+    rich_help_panel=COMPRESS,
+    epilog="Example: trimlingual compress qwen2-audio-en-de --run-dir runs/de --set rank.num_layers_to_remove=10",
 )
 def compress(
     recipe: RecipeArg = "mini",
@@ -102,7 +102,9 @@ def compress(
     print(json.dumps(last))
 
 
-@app.command(epilog="Example: trimlingual finetune my.yaml --run-dir runs/my --set finetune.epochs=5")
+@app.command(
+    rich_help_panel=COMPRESS, epilog="Example: trimlingual finetune my.yaml --run-dir runs/my --set finetune.epochs=5"
+)
 def finetune(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -114,7 +116,10 @@ def finetune(
     _stage(recipe, run_dir, _tuned(overrides, tune, section), force, stage, out_dir, model=model)
 
 
-@app.command(epilog="Example: trimlingual rank my.yaml --model runs/my/teacher --set rank.strategy=block-influence")
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog="Example: trimlingual rank my.yaml --model runs/my/teacher --set rank.strategy=block-influence",
+)
 def rank(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -123,7 +128,10 @@ def rank(
     _stage(recipe, run_dir, overrides, force, "rank", out_dir, model=model)
 
 
-@app.command(epilog="Example: trimlingual prune my.yaml --model runs/my/teacher --plan plan.json --out pruned")
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog="Example: trimlingual prune my.yaml --model runs/my/teacher --plan plan.json --out pruned",
+)
 def prune(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -133,7 +141,7 @@ def prune(
     _stage(recipe, run_dir, overrides, force, "pruned", out_dir, model=model, plan=plan)
 
 
-@app.command(epilog="Example: trimlingual distill my.yaml --run-dir runs/my")
+@app.command(rich_help_panel=COMPRESS, epilog="Example: trimlingual distill my.yaml --run-dir runs/my")
 def distill(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -142,7 +150,9 @@ def distill(
     _stage(recipe, run_dir, overrides, force, "distilled", out_dir, teacher=model)
 
 
-@app.command(epilog="Example: trimlingual quantize my.yaml --model runs/my/recovered --out small")
+@app.command(
+    rich_help_panel=COMPRESS, epilog="Example: trimlingual quantize my.yaml --model runs/my/recovered --out small"
+)
 def quantize(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -152,7 +162,9 @@ def quantize(
 
 
 @app.command(
-    "trim-vocab", epilog="Example: trimlingual trim-vocab my.yaml --model runs/my/quantized --text de.txt --out small"
+    "trim-vocab",
+    rich_help_panel=COMPRESS,
+    epilog="Example: trimlingual trim-vocab my.yaml --model runs/my/quantized --text de.txt --out small",
 )
 def trim_vocab(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
@@ -164,7 +176,9 @@ def trim_vocab(
     _stage(recipe, run_dir, [*(overrides or ()), *files], force, "trimmed", out_dir, model=model)
 
 
-@app.command(epilog="Example: trimlingual evaluate my.yaml --model runs/my/pruned --out pruned-scores")
+@app.command(
+    rich_help_panel=COMPRESS, epilog="Example: trimlingual evaluate my.yaml --model runs/my/pruned --out pruned-scores"
+)
 def evaluate(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -174,7 +188,9 @@ def evaluate(
     _stage(recipe, run_dir, overrides, force, f"evaluate {name}", out_dir, model=model)
 
 
-@app.command(epilog="Example: trimlingual export my.yaml --model runs/my/quantized --out to-ship")
+@app.command(
+    rich_help_panel=COMPRESS, epilog="Example: trimlingual export my.yaml --model runs/my/quantized --out to-ship"
+)
 def export(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
@@ -190,7 +206,10 @@ def export(
         _stage(recipe, run_dir, overrides, force, name, folder, model=model)
 
 
-@app.command(epilog="Example: trimlingual report runs/mini")
+app.registered_commands += cli_use.app.registered_commands
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: trimlingual report runs/mini")
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Default: <run>/report.")] = None,
@@ -204,7 +223,9 @@ def report(
     say(f"report: {folder / 'report.html'}")
 
 
-@app.command(epilog="Example: trimlingual compare runs/small runs/smaller --out small-and-smaller")
+@app.command(
+    rich_help_panel=LOOK, epilog="Example: trimlingual compare runs/small runs/smaller --out small-and-smaller"
+)
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(help="Folders of runs that were evaluated on one test split.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the page.")] = Path("comparison"),
@@ -217,104 +238,7 @@ def compare(
     say(f"comparison: {out_dir / 'comparison.html'}")
 
 
-@app.command(epilog="Example: trimlingual translate runs/my/exported talk.mp3 --to de --format srt --out-dir subtitles")
-def translate(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub id or builtin:mini.")],
-    audio: Annotated[
-        list[str], typer.Argument(help="Recordings of any length: files, folders, patterns, or - for standard input.")
-    ],
-    to: Annotated[list[str], typer.Option("--to", help="Target language; can be repeated.")],
-    form: Annotated[
-        str, typer.Option("--format", help="json (a line for each recording and language), text, srt or vtt.")
-    ] = "json",
-    out_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--out-dir",
-            help="Write NAME.LANGUAGE.ENDING there; a run that is stopped goes on. Default: standard output.",
-        ),
-    ] = None,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--max-seconds", min=1.0, help="Longest segment. Default: as the clips that the model was trained on."
-        ),
-    ] = None,
-    pause: Annotated[
-        float, typer.Option("--pause", min=0.05, help="Seconds of silence at which a long recording is cut.")
-    ] = 0.3,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Recipe whose prompt and decoding settings are used; default: those of the folder."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    force: Annotated[
-        bool, typer.Option("--force", help="Make files in --out-dir again that this command made from other input.")
-    ] = False,
-) -> None:
-    """Translate recordings of any length: text, JSON with times, or subtitles.
-
-    Exit code 0: all were translated; 3: some could not be read; 1: none could, or nothing could be done.
-    \f
-    So many parameters because they are the command's options.
-    """
-    from trimlingual.app.outputs import translate_to
-    from trimlingual.app.segments import Cutting
-
-    if not alone("translate"):
-        return
-    settings = load_recipe(recipe) if recipe else None
-    cutting = Cutting(max_seconds, pause)
-    code = translate_to(model, audio, to, settings, device, cutting, form, out_dir, force)
-    raise typer.Exit(code)
-
-
-@app.command(epilog="Example: trimlingual ui runs/my/teacher runs/my/exported")
-def ui(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Model folders, Hub ids or builtin:mini; two stand side by side. Default: the built-in one."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 7860,
-    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
-) -> None:
-    """Show a page on this machine: record or upload, compare two models, download subtitles."""
-    from trimlingual.app.page import serve
-
-    serve(models or [], device, port, open_browser)
-
-
-@app.command(epilog="Example: trimlingual push runs/my/exported someone/my-model --dry-run")
-def push(
-    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
-    repo: Annotated[
-        str, typer.Argument(help="Model repository on the Hub, as owner/name; it is made if it is not there.")
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; send and ask nothing.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that the repository has already.")] = False,
-) -> None:
-    """Send an exported folder to the Hub."""
-    from trimlingual.app import push as sending
-
-    sending.check_repo(repo)
-    files = sending.files_to_send(folder)
-    table = Table("file", "bytes", title=f"{folder} to {repo}")
-    for file in files:
-        table.add_row(file.name, f"{file.num_bytes:,}")
-    out.print(table)
-    say(f"{len(files)} files, {sum(file.num_bytes for file in files):,} bytes{'; nothing is sent' if dry_run else ''}")
-    if not dry_run:
-        print(json.dumps({"commit": sending.push(folder, repo, private, force, say)}))
-
-
-app.add_typer(cli_use.app)
-
-
-@app.command(epilog="Example: trimlingual recipes")
+@app.command(rich_help_panel=LOOK, epilog="Example: trimlingual recipes")
 def recipes(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of a recipe instead, for editors.")

@@ -14,6 +14,7 @@ from typing import Any
 
 from trimlingual.estimate import Estimate, disk_peak, gb, training_sections
 from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.run.extras import install_line, missing
 from trimlingual.run.processes import num_processes
 
 # Libraries of the trackers that transformers can report to, where they differ from the tracker's name.
@@ -52,8 +53,8 @@ def training_problems(recipe: Recipe, names: Sequence[str], config: Any) -> Iter
 
 def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:
     if train.optimizer == FLASH_ADAMW:
-        if find_spec("flashoptim") is None:
-            yield "optimizer: flash_adamw needs FlashOptim: pip install 'trimlingual[flash]'; or set adamw_bnb_8bit"
+        if missing("flash"):
+            yield f"optimizer: flash_adamw needs FlashOptim: {install_line('flash')}; or set adamw_bnb_8bit"
         elif _device_kind(recipe) != "cuda":
             yield "optimizer: flash_adamw needs a CUDA GPU, and none is used; set adamw_torch"
     else:
@@ -109,8 +110,8 @@ def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> 
     by_bitsandbytes = settings.scheme != "int4" or (settings.train is not None and settings.train.method == "lora")
     if by_bitsandbytes and find_spec("bitsandbytes") is None:
         yield "quantize: bitsandbytes is not installed; pip install bitsandbytes"
-    if settings.scheme == "int4" and find_spec("compressed_tensors") is None:
-        yield "quantize.scheme int4 needs compressed-tensors: pip install 'trimlingual[int4]'"
+    if settings.scheme == "int4" and missing("int4"):
+        yield f"quantize.scheme int4 needs compressed-tensors: {install_line('int4')}"
     if config is not None:
         on_cpu = by_bitsandbytes and _device_kind(recipe) == "cpu"
         yield from _group_problems(settings, _linear_shapes(config), on_cpu)

@@ -25,6 +25,7 @@ from trimlingual.models.loading import pick_device, resolve_base
 from trimlingual.recipe.languages import language_name
 from trimlingual.report.listening import marked
 from trimlingual.run import interruptions
+from trimlingual.run.extras import need
 from trimlingual.run.lineage import public_name
 from trimlingual.run.progress import say
 
@@ -37,10 +38,6 @@ CSS = """
 .facts { font-size: .9rem; opacity: .8; }
 .warning { font-weight: 600; }
 """
-
-
-class MissingExtra(ValueError):
-    """Gradio is not installed."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +219,7 @@ def serve(names: Sequence[str], device: str, port: int, open_browser: bool) -> N
 
 
 def _gradio() -> Any:
-    try:
-        import gradio
-    except ImportError as error:
-        raise MissingExtra(f"the page needs Gradio ({error}): pip install 'trimlingual[ui]'") from error
+    need("ui", "the page")
+    import gradio
+
     return gradio

@@ -32,6 +32,7 @@ from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.recipe.languages import language
+from trimlingual.run.extras import install_line
 from trimlingual.run.jsonl import read_jsonl
 from trimlingual.run.progress import progress, say
 
@@ -230,7 +231,7 @@ class App:
                 self._no_vad = True
                 say(
                     f"note: silero-vad is not installed, so long recordings are cut every {self.max_s:g} s, through words too; "
-                    "pip install 'trimlingual[vad]' cuts them at pauses"
+                    f"{install_line('vad')} cuts them at pauses"
                 )
         if self._speech is None:
             return windows(duration_s, self.max_s)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from trimlingual.models.loading import load_model, load_processor
 from trimlingual.models.tree import PARTS, audio_tower, lm_head, projector, text_decoder
 from trimlingual.quantization.nf4 import dequantized, is_4bit
 from trimlingual.recipe import GgufSettings, GgufType, Recipe
+from trimlingual.run.extras import install_line, missing
 
 K_TYPE: GgufType = "q4_k_m"  # of llama-quantize
 POSITIONS = 1500  # of the audio tower: llama.cpp fills every clip up to 30 s, and stops where there are fewer
@@ -37,8 +37,8 @@ PADDED = (
 
 def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None) -> Iterator[str]:
     """What llama.cpp does not load or would translate into nonsense. Quantised weights are written as what they stand for."""
-    if find_spec("gguf") is None:
-        yield "export.for gguf: the package gguf is not installed: pip install 'trimlingual[gguf]'"
+    if missing("gguf"):
+        yield f"export.for gguf: the package gguf is not installed: {install_line('gguf')}"
     settings = _settings(recipe)
     if K_TYPE in settings.types and not quantize_program(settings.llama_quantize):
         named = settings.llama_quantize or "llama-quantize on the PATH"

@@ -32,13 +32,14 @@ from trimlingual.data.sources import Clip
 from trimlingual.exports.proof import compare, recorded_translations
 from trimlingual.exports.target import ExportError, Finished
 from trimlingual.recipe import GgufType, TaskSettings
+from trimlingual.run.extras import install_line
 
 START_S = 600  # that a large model may take to load
 ANSWER_S = 600
 # Share of translations that may differ from the recorded ones, which were made with other roundings. 4 bits make another model: how
 # many are equal is told, and refuses nothing.
 DIFFERING: dict[GgufType, float] = {"f16": 0.1, "q8_0": 0.2, "q4_0": 1.0, "q4_k_m": 1.0}
-MISSING = "llama-server is not on the PATH, nor the package xllamacpp installed (pip install 'trimlingual[llama]')"
+MISSING = f"llama-server is not on the PATH, nor the package xllamacpp installed ({install_line('llama')})"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from trimlingual.models.errors import ModelError
+from trimlingual.run.extras import install_line, library_names, missing
 from trimlingual.run.fingerprint import read_object
 
 # Stages that need the weights themselves, which 4-bit words of bitsandbytes are not.
@@ -18,8 +18,8 @@ FAMILIES = {
     "voxtral": ("tekken.json",),
     "audioflamingo3": ("tokenizer.json", "vocab.json"),
 }
-# A library that reads this tokenizer and is no dependency of the package: its module, and the extra that installs it.
-NEEDED = {"tekken.json": ("mistral_common", "voxtral")}
+# The extra with the library that reads this tokenizer, where that is no dependency of the package.
+NEEDED = {"tekken.json": "voxtral"}
 EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -90,12 +90,12 @@ def processor_problems(folder: Path) -> list[str]:
 
 def library_problem(tokenizer_file: str) -> str | None:
     """What to install where the library that reads this tokenizer file is not there."""
-    module, extra = NEEDED.get(tokenizer_file, (None, None))
-    if module is None or find_spec(module):
+    extra = NEEDED.get(tokenizer_file)
+    if extra is None or not missing(extra):
         return None
     return (
-        f"{tokenizer_file} is read by the library {module.replace('_', '-')}, which is not installed: "
-        f"pip install 'trimlingual[{extra}]'. On Python 3.12 and older it wants numpy < 2.4"
+        f"{tokenizer_file} is read by the library {library_names(missing(extra))}, which is not installed: "
+        f"{install_line(extra)}. On Python 3.12 and older it wants numpy < 2.4"
     )
 
 

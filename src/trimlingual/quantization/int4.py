@@ -19,6 +19,7 @@ from trimlingual.models.packed_weights import alone, is_packed, unpack_
 from trimlingual.models.saving import DTYPES, explained_disk_full, finish_saved, round_weights_
 from trimlingual.models.tree import EMBEDDINGS, PARTS, PATTERNS, part_of
 from trimlingual.recipe import Dtype, QuantizeSettings
+from trimlingual.run.extras import install_line
 
 # Scales tried for each group, as fractions of the one that puts its largest weight on the last step. Clipping the largest weight a
 # little is better for the sum of squares: with 128 normal weights a group 20.3 dB instead of 19.7 (nf4 with blocks of 64: 20.7).
@@ -176,6 +177,6 @@ def _compressor() -> Any:
         from compressed_tensors.compressors import ModelCompressor
     except ImportError as error:
         raise PackingError(
-            "quantize.scheme int4 needs the compressed-tensors library: pip install 'trimlingual[int4]'"
+            f"quantize.scheme int4 needs the compressed-tensors library: {install_line('int4')}"
         ) from error
     return ModelCompressor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 # Extra -> the modules that it brings; tests/test_extras.py compares the names with pyproject.toml.
@@ -33,8 +34,12 @@ def install_line(extra: str) -> str:
     return f"pip install 'trimlingual[{extra}]'"
 
 
+def library_names(modules: Iterable[str]) -> str:
+    """Modules under the names that they are installed by."""
+    return ", ".join(module.replace("_", "-") for module in modules)
+
+
 def need(extra: str, what: str) -> None:
     """MissingExtra with the line that installs it, where `what` cannot be done without it."""
     if modules := missing(extra):
-        names = ", ".join(module.replace("_", "-") for module in modules)
-        raise MissingExtra(f"{what} needs {names}, not installed here: {install_line(extra)}")
+        raise MissingExtra(f"{what} needs {library_names(modules)}, not installed here: {install_line(extra)}")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trimlingual.recipe import TrainSettings
+from trimlingual.run.extras import install_line
 
 LARGEST_GRADIENT = 2.0**15  # after scaling; float16 ends at 65504
 EPSILON = 1e-8
@@ -35,7 +36,7 @@ def flash_adamw(model: Any, settings: TrainSettings) -> tuple[type, dict[str, An
         from flashoptim import FlashAdamW
     except ImportError:
         raise TrainingError(
-            "optimizer: flash_adamw needs FlashOptim: pip install 'trimlingual[flash]'; or set optimizer: adamw_bnb_8bit"
+            f"optimizer: flash_adamw needs FlashOptim: {install_line('flash')}; or set optimizer: adamw_bnb_8bit"
         ) from None
     # A power of two changes no significant bit.
     scale = 2.0 ** math.floor(math.log2(LARGEST_GRADIENT / settings.max_grad_norm))
