@@ -22,6 +22,7 @@ VERBS = [
     "export",
     "report",
     "compare",
+    "doctor",
     "translate",
     "serve",
     "ui",

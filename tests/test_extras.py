@@ -19,6 +19,7 @@ PROJECT = ROOT.parents[1] / "pyproject.toml"
 def test_the_extras_are_the_declared_ones():
     declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(extras.EXTRAS) == set(declared) - {"dev"}
+    assert set(extras.GIVES) == set(extras.EXTRAS)
     for extra, modules in extras.EXTRAS.items():
         assert len(modules) == len(declared[extra])
 

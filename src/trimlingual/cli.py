@@ -238,6 +238,17 @@ def compare(
     say(f"comparison: {out_dir / 'comparison.html'}")
 
 
+@app.command(rich_help_panel=LOOK, epilog="Example: trimlingual doctor --json")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts as one JSON object.")] = False,
+) -> None:
+    """Say what this machine can do, which recipes fit it, and what to install for more."""
+    from trimlingual.app.doctor import examine, lines
+
+    facts = examine()
+    print(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(lines(facts)))
+
+
 @app.command(rich_help_panel=LOOK, epilog="Example: trimlingual recipes")
 def recipes(
     schema: Annotated[

@@ -17,6 +17,19 @@ EXTRAS = {
     "ui": ("gradio",),
     "serve": ("starlette", "uvicorn", "python_multipart"),
 }
+# What each is good for, as words after its install line.
+GIVES = {
+    "flash": "full fine-tuning of 7B models in 80 GB",
+    "int4": "writing and reading int4 models",
+    "int4-gpu": "faster int4 models on a GPU",
+    "gguf": "exports for llama.cpp",
+    "llama": "proving exports for llama.cpp, where that is not installed",
+    "voxtral": "Mistral's audio models",
+    "vad": "long recordings cut at pauses",
+    "ui": "the page of `trimlingual ui`",
+    "serve": "the server of `trimlingual serve`",
+}
+FOR_GPUS = ("flash", "int4-gpu")
 
 
 class MissingExtra(RuntimeError):
