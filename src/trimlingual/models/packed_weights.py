@@ -40,12 +40,13 @@ def unpack_(model: Any, dtype: torch.dtype) -> None:
 def keep_packed_(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Turn a packed model on the CPU into one on `device` that computes in `dtype` on its packed weights, and say how it does.
 
-    The largest layer comes first, while the device is empty: arranging a layer takes a few times its own memory for a moment. Such a
-    model cannot be trained, changed or saved.
+    The largest layer comes first, while the device is empty: arranging a layer takes a few times its own memory for a moment. What was
+    there before stays on the CPU: its modules refer to each other in circles, and would keep the device's memory. Such a model cannot
+    be trained, changed or saved.
     """
     sizes = {name: _num_bytes(module) for name, module in model.named_modules() if is_packed(module)}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        model.set_submodule(name, _computing(model.get_submodule(name).to(device), dtype))
+        model.set_submodule(name, _computing(model.get_submodule(name), dtype, device))
     _forget_packing(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
@@ -64,15 +65,15 @@ def say_kernels(model: nn.Module) -> None:
     say("  packed weights: " + ", ".join(f"{number} layers {kind}" for kind, number in kinds.items()))
 
 
-def _computing(module: Any, dtype: torch.dtype) -> nn.Module:
-    """What computes on the tensors of a packed module."""
-    scale = module.weight_scale.data.to(dtype)
+def _computing(module: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """What computes on `device` on the tensors of a packed module."""
+    scale = module.weight_scale.data.to(device, dtype)
     if isinstance(module, nn.Embedding):
-        return EightBitEmbedding(module.weight.data, scale)
+        return EightBitEmbedding(module.weight.data.to(device), scale)
     if module.quantization_scheme.weights.num_bits == 8:
-        return head_of(module.weight.data, scale)
-    bias = None if module.bias is None else module.bias.data.to(dtype)
-    return linear_of(module.weight_packed.data, scale, bias)
+        return head_of(module.weight.data.to(device), scale)
+    bias = None if module.bias is None else module.bias.data.to(device, dtype)
+    return linear_of(module.weight_packed.data.to(device), scale, bias)
 
 
 def _forget_packing(model: Any) -> None:
