@@ -17,7 +17,7 @@ from trimlingual.app.outputs import JOURNAL_FILE, MADE_FILE, OutputFolder, rende
 from trimlingual.app.recordings import Given, readable, recordings
 from trimlingual.app.translate import App
 from trimlingual.cli import app
-from trimlingual.data.audio import DataError
+from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.rows import MINI_DATA
 from trimlingual.run.jsonl import read_jsonl
 
@@ -174,6 +174,23 @@ def test_a_video_is_decoded_by_ffmpeg(talks, tmp_path):
     assert json.loads(translate(video).stdout)["text"] == GERMAN[0]
     video.write_bytes(video.read_bytes()[:64])
     assert "ffmpeg cannot decode" in json.loads(translate(video).stdout)["error"]
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+@pytest.mark.parametrize("ending", ["mp4", "m4a", "mov", "mkv", "webm", "avi", "aac", "wma", "3gp"])
+def test_ffmpeg_opens_these_and_no_playlist(talks, tmp_path, ending):
+    """A playlist under the name of a video would have it open other files."""
+    import subprocess
+
+    video = tmp_path / f"talk.{ending}"
+    codec = ["-c:a", "libopus"] if ending == "webm" else ["-c:a", "wmav2"] if ending == "wma" else ["-c:a", "aac"]
+    subprocess.run(["ffmpeg", "-v", "error", "-i", talks / "0.ogg", *codec, video], check=True)
+    assert readable(Given(str(video), video), tmp_path).stat().st_size > 10_000
+    assert describe_audio(readable(Given(str(video), video), tmp_path, 0.5)).duration_s == pytest.approx(1.5, abs=0.1)
+    shutil.copy(talks / "0.ogg", tmp_path / "other.ogg")
+    video.write_text("ffconcat version 1.0\nfile other.ogg\n", encoding="utf-8")
+    with pytest.raises(DataError, match="ffmpeg cannot decode"):
+        readable(Given(str(video), video), tmp_path)
 
 
 def test_a_folder_knows_what_it_made(talks, tmp_path):

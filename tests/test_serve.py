@@ -311,6 +311,21 @@ def test_too_many_and_too_slow(started):
     assert server.post(CLIPS[0], language="de").status == 200
 
 
+def test_who_hangs_up_is_not_translated_for(server):
+    def metrics() -> str:
+        return server.ask("GET", "/metrics").body.decode()
+
+    body = form(CLIPS[0].read_bytes(), "a.ogg", {"language": "de"})
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    head += f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n\r\n"
+    for sent in (len(body), len(body) // 2):  # after the upload, and within it
+        with socket.create_connection(("127.0.0.1", server.port)) as gone:
+            gone.sendall(head.encode() + body[:sent])
+        number = f'{ROUTE}",status="499"}} {1 + (sent < len(body))}'
+        server.command.until(lambda number=number: number in metrics(), 20)
+    server.command.until(lambda: "trimlingual_translations_in_flight 0" in metrics(), 20)
+
+
 def test_what_was_begun_is_finished_when_asked_to_stop(started, expected):
     server = started()
     answers = []
