@@ -2,7 +2,8 @@
 
     python benchmarks/serve.py                                  # the built-in model, 10,000 requests from 64 clients
     python benchmarks/serve.py --requests 1000                  # a shorter one
-    python benchmarks/serve.py --random qwen2-audio-7b --requests 640 --name serve_7b   # random packed int4 at the true shapes, one GPU
+    # random packed int4 at the true shapes, on one GPU
+    python benchmarks/serve.py --random qwen2-audio-7b --clips 16 --requests 320 --timed 96 --name serve_7b
 
 A client asks again as soon as it has its answer. What a clip's own translation is, one client has found out before, with nobody beside
 it. `lost` are requests without an answer; `mixed_up` those that got another clip's; `different` those that got neither their own nor
