@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import signal
 import statistics
@@ -61,9 +62,15 @@ def write_model(shape: str, folder: Path) -> None:
 
 @contextmanager
 def server(model: str, device: str, at_once: int, options: Sequence[str]) -> Iterator[tuple[int, psutil.Process]]:
-    """A server in a process of its own: its port and the process. It has to end cleanly."""
+    """A server in a process of its own: its port and the process. It has to end cleanly, and when this program is told to."""
     words = ["serve", model, "--port", "0", "--device", device, "--at-once", str(at_once), *options]
     process = subprocess.Popen([sys.executable, "-m", "trimlingual", *words], stdout=subprocess.PIPE, text=True)
+
+    def end(*_: object) -> None:
+        process.terminate()
+        os._exit(143)  # clients' threads would be waited for
+
+    signal.signal(signal.SIGTERM, end)
     try:
         assert process.stdout
         yield int(json.loads(process.stdout.readline())["url"].rpartition(":")[2]), psutil.Process(process.pid)
@@ -179,5 +186,4 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     main()
