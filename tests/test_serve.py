@@ -311,6 +311,41 @@ def test_too_many_and_too_slow(started):
     assert server.post(CLIPS[0], language="de").status == 200
 
 
+def talk(minutes: int, channels: int, level: float) -> bytes:
+    buffer = io.BytesIO()
+    minute = np.random.default_rng(0).normal(0, level, (60 * SAMPLE_RATE, channels))
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, channels, format="FLAC") as file:
+        for _ in range(minutes):
+            file.write(minute)
+    return buffer.getvalue()
+
+
+def test_clips_do_not_wait_for_talks(started):
+    """More talks than there are readers are searched for pauses, which takes seconds, and a clip gets through."""
+    pytest.importorskip("silero_vad")
+    server = started()
+    audio = talk(6, 1, 0.1)
+    with ThreadPoolExecutor(6) as threads:
+        asked = [threads.submit(server.post, audio, "talk.flac", language="de") for _ in range(6)]
+        server.command.until(lambda: b"in_flight 6" in server.ask("GET", "/metrics").body)
+        time.sleep(0.5)  # their uploads are written
+        assert server.post(CLIPS[0], language="de").status == 200
+        assert not any(each.done() for each in asked)
+        server.command.kill()
+    assert all(each.exception() for each in asked)
+
+
+def test_reading_ends_with_the_time(started):
+    """Long silence is a small upload; its decoding is not to go on once the time is over, nor keep the server from stopping."""
+    server = started("--timeout", "1")
+    audio = talk(100, 8, 0.0)
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda _: server.post(audio, "talk.flac", language="de"), range(6)))
+    assert {(answer.status, answer.code) for answer in answers} == {(504, "timeout")}
+    server.command.send_signal(signal.SIGTERM)
+    assert server.command.wait(10) == 0
+
+
 def test_who_hangs_up_is_not_translated_for(server):
     def metrics() -> str:
         return server.ask("GET", "/metrics").body.decode()

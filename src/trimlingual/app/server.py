@@ -1,7 +1,8 @@
 """The HTTP server's routes, over a loaded model.
 
 The routes and fields of a translation are those of the well-known speech API, so that its clients work here: a multipart upload in, the
-translation out. Reading an upload is done in a few threads, translating in one (batching.py).
+translation out. Reading an upload is done in a few threads, translating in one (batching.py). One talk at a time is searched for its
+pauses, in a thread beside those, so that clips do not wait for talks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trimlingual.app.recordings import Given
 from trimlingual.app.refusals import Refusal
 from trimlingual.app.requests import Asked, answer, checked
 from trimlingual.app.translate import App, Heard, Key, Segment
-from trimlingual.data.audio import TooLongError
+from trimlingual.data.audio import TooLongError, stated_s
 
 TRANSLATE = ("/v1/audio/translations", "/v1/audio/transcriptions")
 READERS = 4  # uploads that are decoded at the same time
@@ -61,7 +62,7 @@ class Server:
         self.batcher = Batcher(app, self.metrics)
         self.in_flight = 0
         self._created, self._numbers = int(time.time()), itertools.count(1)
-        self._readers = anyio.CapacityLimiter(READERS)
+        self._readers, self._cutters = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(1)
         routes = [
             *(Route(path, self._translate, methods=["POST"]) for path in TRANSLATE),
             Route("/v1/models", self._models),
@@ -110,15 +111,22 @@ class Server:
             asked = checked(form, self.model, self.app.languages)
             with tempfile.TemporaryDirectory(prefix="trimlingual-") as scratch:
                 path = Path(scratch) / f"upload{asked.suffix}"
-                await self._reading(lambda: _write(asked, path))
-                return answer(await self._record(request, asked, path), asked.form)
+                duration_s = await self._reading(lambda: _write(asked, path), self._readers)
+                heard = Heard(Given(f"request {next(self._numbers)}", path), [asked.language])
+                try:
+                    record = await self._record(request, asked, heard, duration_s <= self.app.max_s)
+                finally:
+                    heard.given_up = True  # a thread that still reads it, because the time is over, ends
+                return answer(record, asked.form)
 
-    async def _record(self, request: Request, asked: Asked, path: Path) -> dict[str, Any]:
-        heard = Heard(Given(f"request {next(self._numbers)}", path), [asked.language])
+    async def _record(self, request: Request, asked: Asked, heard: Heard, is_clip: bool) -> dict[str, Any]:
         said: dict[Key, Segment] = {}
+        path = heard.given.path
         stream = self.app.pieces(heard, path.parent, said)
+        limiter = self._readers if is_clip else self._cutters
         # So many at a time: a long talk holds little memory, and others are served between its parts.
-        while pieces := await self._reading(lambda: list(itertools.islice(stream, self.app.batch_size))):
+        while pieces := await self._reading(lambda: list(itertools.islice(stream, self.app.batch_size)), limiter):
+            limiter = self._readers  # a talk is cut before its first segment
             if await request.is_disconnected():
                 raise _gone()
             for found in await asyncio.gather(*(asyncio.wrap_future(self.batcher.submit(piece)) for piece in pieces)):
@@ -132,8 +140,8 @@ class Server:
         (record,) = self.app.records(heard, said)
         return record
 
-    async def _reading(self, work: Callable[[], Value]) -> Value:
-        return await anyio.to_thread.run_sync(work, limiter=self._readers)
+    async def _reading(self, work: Callable[[], Value], limiter: anyio.CapacityLimiter) -> Value:
+        return await anyio.to_thread.run_sync(work, limiter=limiter)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -171,9 +179,11 @@ def _declared_length(request: Request) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-def _write(asked: Asked, path: Path) -> None:
+def _write(asked: Asked, path: Path) -> float:
+    """The upload as a file; returns the seconds that it says it has."""
     with path.open("wb") as file:
         shutil.copyfileobj(asked.file.file, file)
+    return stated_s(path)
 
 
 def _gone() -> Refusal:

@@ -70,6 +70,12 @@ class Heard:
     warning: str | None = None
     error: DataError | None = None
     spans: list[Span] = field(default_factory=list)
+    given_up: bool = False
+
+    def check(self) -> None:
+        """DataError once nobody waits for it any more, so that reading it ends."""
+        if self.given_up:
+            raise DataError(f"{self.given.name} was given up")
 
 
 @dataclass(frozen=True)
@@ -203,14 +209,13 @@ class App:
         name = heard.given.name
         try:
             path = readable(heard.given, scratch, self.longest_s)
-            found = describe_audio(path, self.longest_s)
+            found = describe_audio(path, self.longest_s, heard.check)
             heard.duration_s = found.duration_s
             if found.unusable:
                 heard.warning = f"not translated: the recording {found.unusable}"
                 return
             heard.warning = found.suspicious and f"the recording {found.suspicious}"
-            with self._cutting:
-                heard.spans = self._spans(path, found.duration_s)
+            heard.spans = self._spans(heard, path)
             if not heard.spans:
                 heard.warning = "not translated: no speech was found"
             wanted = dict.fromkeys(heard.languages, "")  # a clip is translated into the languages of its references
@@ -221,9 +226,13 @@ class App:
         except DataError as error:
             heard.error = error
 
-    def _spans(self, path: Path, duration_s: float) -> list[Span]:
-        if duration_s <= self.max_s:
-            return [Span(0.0, duration_s)]
+    def _spans(self, heard: Heard, path: Path) -> list[Span]:
+        if heard.duration_s <= self.max_s:
+            return [Span(0.0, heard.duration_s)]
+        with self._cutting:
+            return self._cut(heard, path)
+
+    def _cut(self, heard: Heard, path: Path) -> list[Span]:
         if self._speech is None and not self._no_vad:
             try:
                 self._speech = SpeechProbabilities()
@@ -234,8 +243,12 @@ class App:
                     f"{install_line('vad')} cuts them at pauses"
                 )
         if self._speech is None:
-            return windows(duration_s, self.max_s)
-        return cut_at_pauses(list(self._speech(stream_audio(path))), self.max_s, self.pause_s, self.usual_s)
+            return windows(heard.duration_s, self.max_s)
+        probabilities = []
+        for probability in self._speech(stream_audio(path)):
+            heard.check()
+            probabilities.append(probability)
+        return cut_at_pauses(probabilities, self.max_s, self.pause_s, self.usual_s)
 
     def translated(self, ahead: Iterable[Piece]) -> dict[Key, Segment]:
         """The translations of segments, of any recordings and into each one's languages."""

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,14 @@ def _resampled(mono: np.ndarray, up: int, down: int, begins: bool, until: int) -
     skip = 0 if begins else _margin(up, down) * up // down
     ends = None if until == len(mono) else until * up // down
     return resample_poly(mono, up, down)[skip:ends].astype(np.float32)
+
+
+def stated_s(path: Path) -> float:
+    """Seconds that a recording's header states, before anything is decoded; infinite where libsndfile reads no header."""
+    try:
+        return float(sf.info(path).duration)
+    except (sf.SoundFileError, TypeError):  # TypeError: headerless .raw
+        return math.inf
 
 
 def is_file(path: Path) -> bool:
@@ -182,15 +190,17 @@ class Recording:
     fingerprint: np.ndarray
 
 
-def describe_audio(path: Path, longest_s: float = math.inf) -> Recording:
+def describe_audio(path: Path, longest_s: float = math.inf, each: Callable[[], None] = lambda: None) -> Recording:
     """Decode a file to its end, in pieces, and say what it holds. DataError as for `load_audio`.
 
-    TooLongError, without decoding the rest, where it holds more than `longest_s` seconds.
+    TooLongError, without decoding the rest, where it holds more than `longest_s` seconds. `each` is called for every piece; what it
+    raises ends the work.
     """
     levels, samples = _Levels(), _SamplesHash()
     start: list[np.ndarray] = []  # for the fingerprint, which needs no more
     num_frames = rate = 0
     for rate, block in _decode(path):
+        each()
         mono = block.mean(axis=1)
         levels.add(block, mono)
         samples.add(mono)
