@@ -166,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if args.heard:
             heard = Bench(args.heard, args.clips, scratch)
             ours = heard.ours(args.heard, "float32")
-            rows |= {f"llama.cpp, {kind}": lambda kind=kind: heard.llama(args.heard, kind, ours) for kind in
-                     ("f16", "q8_0", "q4_0")}  # fmt: skip
+            kinds = ["f16", "q8_0", "q4_0", *(["q4_k_m"] if llama_cpp.quantize_program(None) else [])]
+            rows |= {f"llama.cpp, {kind}": lambda kind=kind: heard.llama(args.heard, kind, ours) for kind in kinds}
         if args.unheard:
             deaf = Bench(builtin, args.clips, scratch)
             rows["llama.cpp, f16, padding never heard"] = lambda: deaf.llama(
