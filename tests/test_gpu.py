@@ -187,9 +187,8 @@ def test_packed_layers_on_every_kernel(group):
         assert (head(tokens).double() - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_packed_weights_translate_as_unpacked_ones(mini, tmp_path, dtype):
-    """With graphs: all of them in float32, nearly all in bfloat16, where sums are rounded elsewhere."""
+def test_packed_weights_translate_as_unpacked_ones(mini, tmp_path):
+    """With graphs: nearly all of them, because sums are rounded elsewhere."""
     pytest.importorskip("compressed_tensors")
     recipe, folder, clips = mini
     processor, gpu = load_processor(folder), torch.device("cuda")
@@ -197,10 +196,10 @@ def test_packed_weights_translate_as_unpacked_ones(mini, tmp_path, dtype):
     save_packed(load_model(folder, "float32", torch.device("cpu")), processor, tmp_path, asked, "bfloat16")
     said = [
         translate_clips(
-            load_model(tmp_path, dtype, gpu, keep_packed=kept), processor, recipe.task, clips, recipe.decode
+            load_model(tmp_path, "bfloat16", gpu, keep_packed=kept), processor, recipe.task, clips, recipe.decode
         )
         for kept in (True, False)
     ]
     equal = sum(a == b for a, b in zip(*said))
-    print(f"{dtype}: {equal} of {len(said[0])} translations equal")
-    assert equal >= (0.98 if dtype == "float32" else 0.8) * len(said[0])
+    print(f"{equal} of {len(said[0])} translations equal")
+    assert equal >= 0.8 * len(said[0])

@@ -11,7 +11,7 @@ import pytest
 import soundfile as sf
 import torch
 from hypothesis import given as cases
-from hypothesis import settings as setup
+from hypothesis import settings as tried
 from hypothesis import strategies as st
 
 from trimlingual.app.second_try import SecondTry, _completing, fault
@@ -71,7 +71,7 @@ def test_a_stream_is_never_held_whole():
     assert len(next(found)) == 1.5 * SAMPLE_RATE
 
 
-@setup(max_examples=200, deadline=None)
+@tried(max_examples=200, deadline=None)
 @cases(
     st.lists(st.tuples(st.integers(1, 300), st.sampled_from([0.0, 0.2, 0.4, 0.6, 1.0])), max_size=20),
     st.floats(3.0, 30.0),

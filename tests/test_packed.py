@@ -42,7 +42,7 @@ def folder(model_dir, processor, tmp_path_factory):
     """A small model in 4 and 8 bits, every part of it."""
     folder = tmp_path_factory.mktemp("packed") / "int4"
     asked = QuantizeSettings(scheme="int4", group_size=32, eight_bit=["embeddings", "lm_head"])
-    save_packed(load_model(model_dir, "float32", CPU), processor, folder, asked, "bfloat16")
+    save_packed(load_model(model_dir, "float32", CPU), processor, folder, asked, "float32")
     return folder
 
 

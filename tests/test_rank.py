@@ -130,7 +130,7 @@ def test_block_influence_finds_the_layer_that_does_nothing(
     """A layer whose output projections are zero passes its input through: influence 0, so it goes first."""
     from trimlingual.stages import rank as module
 
-    def load(folder, dtype, device):
+    def load(folder, dtype, device, keep_packed):
         model = load_model(folder, dtype, device)
         idle = model.model.language_model.layers[3]
         with torch.no_grad():

@@ -307,7 +307,7 @@ def test_samples_that_cannot_be_audio_are_named(tmp_path):
         "audio": [
             {"array": [], "sampling_rate": 8_000},
             {"array": [0.1], "sampling_rate": 0},
-            {"array": [2000.0] * 9, "sampling_rate": 8},
+            {"array": [2000.0] * 2000, "sampling_rate": 1_000},
         ],
         "text_de": ["Ja"] * 3,
     }

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import given as cases
-from hypothesis import settings as setup
+from hypothesis import settings as tried
 from hypothesis import strategies as st
 
 from trimlingual.app.subtitles import GAP_S, LINES, LONGEST_S, cues, limits_of, to_srt, to_vtt
@@ -52,7 +52,7 @@ def test_the_files_are_as_the_formats_want_them():
 WORDS = st.lists(st.text(alphabet="abcdefghij.,;äöü", min_size=1, max_size=30), min_size=1, max_size=60)
 
 
-@setup(max_examples=200, deadline=None)
+@tried(max_examples=200, deadline=None)
 @cases(st.lists(st.tuples(st.floats(0.0, 3.0), st.floats(0.1, 20.0), WORDS), min_size=1, max_size=6))
 def test_no_word_is_lost_and_no_two_are_on_the_screen_at_once(segments):
     now, given, words = 0.0, [], []
