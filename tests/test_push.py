@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,11 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(exported,
     with pytest.raises(PushError, match=r"someone/model could not be reached.*hf auth login") as caught:
         push(exported, "someone/model", private=False, force=False, say=print)
     assert isinstance(caught.value.__cause__, OfflineModeIsEnabled)
+
+
+def test_no_network_is_an_error_that_says_what_to_do(exported):
+    """A port that nothing listens at, in a process of its own: the address is read once."""
+    code = "import sys, pathlib; from trimlingual.app.push import push; push(pathlib.Path(sys.argv[1]), 'me/x', False, False, print)"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, exported], env=environment, capture_output=True, text=True)
+    assert "PushError: me/x could not be reached" in done.stderr.splitlines()[-1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -99,12 +100,18 @@ def push(folder: Path, repo: str, private: bool, force: bool, say: Callable[[str
         say(f"sending {len(files)} files to {repo}")
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file.path)) for file in files]
         sent = api.create_commit(repo, operations, commit_message="Model exported by trimlingual", parent_commit=commit)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, _network_error()) as error:
         raise PushError(
             f"{repo} could not be reached or did not take the files ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Log in with `hf auth login` with a token that may write, and check the network"
         ) from error
     return str(sent.commit_url)
+
+
+def _network_error() -> type[Exception]:
+    """What the HTTP library that huggingface_hub uses raises without a network: httpx2 or httpx, and requests in older versions."""
+    library = import_module(type(get_session()).__module__.partition(".")[0])
+    return cast(type[Exception], library.HTTPError)
 
 
 def _there(api: HfApi, repo: str) -> tuple[list[str], str | None]:
