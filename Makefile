@@ -61,6 +61,15 @@ $(VENV_LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(VENV_LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt --editable '.[dev]'
 	touch $@
 
+# $(1): an extra that wants an older version of the package $(2) than constraints.txt names
+define environment
+	$(PYTHON) -m venv $(@D)
+	grep -v '^$(2)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable '.[dev,$(1)]'
+	touch $@
+endef
+
 # sdist and wheel; the wheel is installed in a fresh environment outside the checkout, and the built-in recipe runs there
 dist:
 	tools/dist.sh $(PYTHON)
@@ -69,21 +78,13 @@ test-voxtral: $(VENV_VOXTRAL)/.ready
 	$(VENV_VOXTRAL)/bin/python -m pytest -k 'voxtral or tekken' $(ARGS)
 
 $(VENV_VOXTRAL)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV_VOXTRAL)
-	grep -v '^numpy==' constraints.txt > $(VENV_VOXTRAL)/constraints.txt
-	$(VENV_VOXTRAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_VOXTRAL)/constraints.txt torch
-	$(VENV_VOXTRAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_VOXTRAL)/constraints.txt --editable '.[dev,voxtral]'
-	touch $@
+	$(call environment,voxtral,numpy)
 
 test-ui: $(VENV_UI)/.ready
 	$(VENV_UI)/bin/python -m pytest tests/test_ui.py tests/test_report_page.py $(ARGS)
 
 $(VENV_UI)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV_UI)
-	grep -v '^tomlkit==' constraints.txt > $(VENV_UI)/constraints.txt
-	$(VENV_UI)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_UI)/constraints.txt torch
-	$(VENV_UI)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV_UI)/constraints.txt --editable '.[dev,ui]'
-	touch $@
+	$(call environment,ui,tomlkit)
 
 # every test clip of the built-in speech by the runtimes that exports are for; minutes. test-llama trains a model that hears padding first
 test-vllm: $(VENV)/.ready $(VENV_VLLM)/.ready

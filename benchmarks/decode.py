@@ -19,7 +19,6 @@ import gc
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from commit import commit
 from random_int4 import write_random_int4
 from torch import Tensor
 from true_size import quantize_
@@ -272,10 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     shape = SHAPES[args.size] | ({"tokens": args.tokens} if args.tokens else {}) | {"rows": args.rows}
     args.layers = args.layers or shape["layers"]
     args.limit = tuple(float(number) * 1e9 for number in args.limit.split(",")) if args.limit else None
-    git = ["git", "rev-parse", "--short", "HEAD"]
     head = {
         "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "commit": args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(args.commit),
         "machine": machine(),
         "size": args.size,
     }

@@ -15,7 +15,6 @@ import gc
 import json
 import math
 import shutil
-import subprocess
 import tempfile
 import time
 import traceback
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from commit import commit
 from torch import Tensor
 from transformers import Qwen2AudioForConditionalGeneration
 
@@ -295,9 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--commit", default="", help="default: git's")
     parser.add_argument("--out", type=Path, help="JSON file, written again after every part")
     args = parser.parse_args(arguments)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    run = Run(args.out or RESULTS / f"formats_{args.size}.json", args.size, commit)
+    run = Run(args.out or RESULTS / f"formats_{args.size}.json", args.size, commit(args.commit))
     with tempfile.TemporaryDirectory() as folder:
         Bench(run, SHAPES[args.size], Path(folder)).all()
     print(json.dumps(run.result))

@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import shutil
-import subprocess
 import tempfile
 import time
 import traceback
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commit import commit
 from true_size import make_data
 
 from trimlingual.evaluation.cost import MeasureError, disk_bytes, peak_memory
@@ -234,12 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     size = args.base.rpartition("-")[2]
     out = args.out or RESULTS / f"full_size_{size}.json"
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     earlier = json.loads(out.read_text(encoding="utf-8")) if args.parts and out.is_file() else {}
     result: dict[str, Any] = {
         "command": "python benchmarks/full_size.py" + ("" if args.base.endswith("7b") else f" --base {args.base}"),
-        "commit": commit,
+        "commit": commit(args.commit),
         "machine": machine(),
         "base": args.base,
         "note": NOTE,

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from commit import commit
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE_S = 90  # for a run that got SIGTERM to save and end
@@ -111,7 +113,7 @@ class Benchmark:
         compared = sum(run["kills"] for run in self.runs)
         return {
             "command": "python " + " ".join(["benchmarks/kills.py", *sys.argv[1:]]),
-            "commit": self.args.commit or commit(),
+            "commit": commit(self.args.commit),
             "kills": len(self.kills),
             "compared_kills": compared,
             "different": len(different),
@@ -143,14 +145,6 @@ def machine() -> dict[str, Any]:
     from trimlingual.run.artifacts import machine as described
 
     return described()
-
-
-def commit() -> str:
-    try:
-        words = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def write(path: Path, value: Any) -> None:

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from commit import commit
+
 from trimlingual.report import result_table_markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,9 +41,12 @@ def main() -> None:
         seconds, again = timed(run), timed(run)
         report = json.loads((Path(folder) / "report" / "report.json").read_text(encoding="utf-8"))
     print(result_table_markdown(report))
-    described = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(described, capture_output=True, text=True).stdout.strip()
-    result = {"command": " ".join(command), "commit": commit, "seconds": seconds, "seconds_second_run": again}
+    result = {
+        "command": " ".join(command),
+        "commit": commit(args.commit),
+        "seconds": seconds,
+        "seconds_second_run": again,
+    }
     result |= {key: report[key] for key in KEPT}
     for stage in result["stages"]:
         stage.pop("info", None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commit import commit
 
 from trimlingual.data.sources import read_source
 from trimlingual.decoding.translate_clips import translate_clips
@@ -86,10 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 if row["batch"] == batch and (other := PAIRS.get(row["format"])):
                     pairs = [*zip(said[row["format"]], said[other])]
                     row |= {"compared": len(pairs), "different": sum(a != b for a, b in pairs)}
-    git = ["git", "rev-parse", "--short", "HEAD"]
     result = {
         "command": "python benchmarks/packed.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "commit": args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(args.commit),
         "machine": machine(),
         "rows": rows,
     }

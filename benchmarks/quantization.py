@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commit import commit
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip, read_source
@@ -224,11 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formats(bench)
         on_its_steps(bench, args.steps, args.rate)
         training = merges(bench, args.steps, args.rate)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     given = arguments if arguments is not None else sys.argv[1:]
     result = {
         "command": " ".join(["python", "benchmarks/quantization.py", *given]),
-        "commit": commit,
+        "commit": commit(),
         "machine": machine(),
         "seconds": round(time.perf_counter() - started, 1),
         "num_clips": len(bench.test),

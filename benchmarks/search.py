@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
+from commit import commit
 from published_search import Case, clock, generate_embedded, prompts_of, published_candidate
 from search_levers import Levers
 from transformers import WhisperFeatureExtractor
@@ -276,11 +276,9 @@ class Record:
 
     def __init__(self, args: argparse.Namespace, case: Case):
         self.case, self.path = case, args.out or RESULTS / f"search_{args.model}.json"
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
         seconds = [clip.duration_s for clip in case.split.clips]
         self.result: dict[str, Any] = {
-            "command": args.command, "commit": commit, "machine": machine(), "model": args.model,
+            "command": args.command, "commit": commit(args.commit), "machine": machine(), "model": args.model,
             "dtype": str(case.model.dtype), "device": case.device.type, "clips": {"count": len(seconds), "seconds": _spread(seconds)},
         }  # fmt: skip
         if case.num_tokens:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from commit import commit
 
 from trimlingual.pipeline import run_stage
 from trimlingual.recipe import Recipe, load_recipe
@@ -68,11 +69,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="given")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     flags = "".join(f" --set {value}" for value in args.given)
     result: dict[str, Any] = {
         "command": f"python benchmarks/search_modes.py{flags}",
-        "commit": commit,
+        "commit": commit(),
         "machine": machine(),
         "modes": {},
     }

@@ -21,7 +21,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from commit import commit
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, WhisperFeatureExtractor
 from true_size import build, make_data, quantize_
@@ -336,11 +336,6 @@ def run_full(bench: Bench) -> None:
     bench.ratio("full_frozen_tower", "full_ours_frozen_tower", "full_published")
 
 
-def current_commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["7b", "small"], default="7b")
@@ -348,10 +343,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--blocks", type=int, default=3, help="parts of the epoch timed apart")
     parser.add_argument("--workers", type=int, default=4, help="loading processes of ours, as in the recipes")
     parser.add_argument("--parts", nargs="+", choices=["qlora", "full"], default=["qlora", "full"])
-    parser.add_argument("--commit", default=None, help="default: git's")
+    parser.add_argument("--commit", default="", help="default: git's")
     parser.add_argument("--out", default=None, help="JSON file, written after every part")
     args = parser.parse_args(argv)
-    args.commit = args.commit or current_commit()
+    args.commit = commit(args.commit)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))

@@ -12,6 +12,12 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def own_folder_on_the_path(monkeypatch):
+    """As Python puts a script's folder there."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
 def benchmark(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -60,7 +66,6 @@ def test_decode(tmp_path, monkeypatch):
     """int4 is loaded from a folder of random words, and every row is on disk."""
     pytest.importorskip("compressed_tensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     out = tmp_path / "decode.json"
     asked = ["--size", "tiny", "--formats", "bf16,int4", "--batches", "1,3", "--engines", "ours,generate"]
     result = benchmark("decode").main([*asked, "--out", str(out)])
@@ -86,9 +91,8 @@ def test_packed(tmp_path):
 
 
 @pytest.mark.parametrize("model", [["--model", "builtin:mini"], ["--random", "qwen2-audio-tiny"]])
-def test_serve(tmp_path, monkeypatch, model):
+def test_serve(tmp_path, model):
     """No request is lost and none is mixed up, also with packed weights; timings take place."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     pytest.importorskip("uvicorn")
     few = ["--requests", "40", "--clients", "12", "--clips", "5", "--timed", "8", "--repeats", "1", "--many", "4"]
     result = benchmark("serve").main([*model, *few, "--device", "cpu", "--out", str(tmp_path / "serve.json")])

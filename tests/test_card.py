@@ -66,7 +66,12 @@ def test_the_hub_reads_back_what_was_measured(evaluation, tmp_path):
     written.save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == "Qwen/Qwen2-Audio-7B-Instruct"
-    assert (data.base_model_relation, data.license, data.library_name) == ("quantized", "apache-2.0", "transformers")
+    named = data.to_dict()
+    assert [named[key] for key in ("base_model_relation", "license", "library_name")] == [
+        "quantized",
+        "apache-2.0",
+        "transformers",
+    ]
     assert data.language == ["en", "de", "zh"]
     assert data.datasets == ["someone/talks"]
     assert data.metrics == ["bleu", "chrf", "comet"]
@@ -104,7 +109,7 @@ def test_a_person_reads_results_origin_use_and_limits(evaluation):
 @pytest.mark.parametrize("runtime", ["transformers", "vllm", "gguf"])
 def test_each_runtime_has_its_use(runtime):
     written = card(runtime=runtime)
-    assert written.data.library_name == ("gguf" if runtime == "gguf" else "transformers")
+    assert written.data.to_dict()["library_name"] == ("gguf" if runtime == "gguf" else "transformers")
     assert ("## Use in vLLM" in written.text) == (runtime == "vllm")
     assert ("## Use in llama.cpp" in written.text) == (runtime == "gguf")
     assert ("## Use in transformers" in written.text) == (runtime != "gguf")
