@@ -36,7 +36,7 @@ NF4 = ["quantize.scheme=nf4", "quantize.eight_bit=[]", "quantize.rounding=neares
 UNPRUNED = ["rank=null", "recover=null", "quantize.start=teacher"]
 NO_BITS = ["quantize=null"]
 # A comparison of recoveries at equal cost: half as many steps as the system, and no 4 bits behind it.
-SHORT = [*NO_BITS, "recover.max_steps=600", "recover.selection_checks=1"]
+SHORT = [*NO_BITS, "recover.max_steps=300", "recover.selection_checks=1"]
 NO_TOKENS = "recover.token_distillation=null"
 TAUGHT = "distill.out_of_domain=true"
 
@@ -80,7 +80,7 @@ LAYERS = {
     "only-zh": [*SHORT, "task.target_languages=[zh]", "rank.metric=chrf"],
     "each-round": [
         *SHORT,
-        "rank.finetune_each_round={max_steps: 75, batch_size: 64, learning_rate: 1.0e-4, data: {gold: 1, out_of_domain: 1}, "
+        "rank.finetune_each_round={max_steps: 40, batch_size: 128, learning_rate: 1.5e-4, data: {gold: 1, out_of_domain: 1}, "
         "freeze: [audio_tower], optimizer: flash_adamw, num_workers: 4}",
     ],
 }
@@ -95,7 +95,7 @@ RECOVERY = {
     "general-5000": [*SHORT, _set_of("out_of_domain", "general-5000")],
     "general-10000": [*SHORT, _set_of("out_of_domain", "general-10000")],
     "general-40000": [*SHORT, _set_of("out_of_domain", "general-40000")],
-    "longer": [*NO_BITS, "recover.max_steps=3000"],
+    "longer": [*NO_BITS, "recover.max_steps=1500"],
 }
 EXPERIMENTS: dict[str, list[str]] = {**SYSTEMS, **BITS, **LAYERS, **RECOVERY}
 VOICES = {"all": None, "heard": True, "unheard": False}

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimlingual.decoding.translate_clips import split_on_oom
 from trimlingual.models.inputs import Collator, Example
 from trimlingual.models.loading import free_memory
 from trimlingual.recipe import TokenDistillation
@@ -25,7 +26,7 @@ from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.run.progress import progress
 from trimlingual.training.loss import answer_forward
 
-BATCH = 32  # examples the teacher reads at once
+BATCH = 128  # examples the teacher reads at once; fewer where the GPU's memory is not enough
 
 
 TeacherTokens = tuple[Tensor, Tensor]
@@ -57,19 +58,23 @@ def read_examples(
 ) -> list[TeacherTokens]:
     """The teacher's distributions for every example, in order."""
     forward, device = answer_forward(teacher), next(teacher.parameters()).device
+
+    def read(chosen: Sequence[int]) -> list[TeacherTokens]:
+        batch = collator([examples[i] for i in chosen])
+        batch.pop("ids")
+        counts = (batch["labels"][:, 1:] >= 0).sum(1).tolist()
+        logits = forward(**{name: tensor.to(device) for name, tensor in batch.items()})["logits"]
+        log_probs, ids = (logits / temperature).log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+        rows = zip(ids.int().cpu().split(counts), log_probs.half().cpu().split(counts))
+        return [(id_rows.clone(), probability_rows.clone()) for id_rows, probability_rows in rows]
+
     order = sorted(range(len(examples)), key=lambda i: (examples[i].clip, i))  # a clip's examples together
     found: list[TeacherTokens | None] = [None] * len(examples)
     with progress("the teacher reads the training examples", len(examples)) as advance:
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            batch = collator([examples[i] for i in chosen])
-            batch.pop("ids")
-            counts = (batch["labels"][:, 1:] >= 0).sum(1).tolist()
-            logits = forward(**{name: tensor.to(device) for name, tensor in batch.items()})["logits"]
-            log_probs, ids = (logits / temperature).log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
-            rows = zip(ids.int().cpu().split(counts), log_probs.half().cpu().split(counts))
-            for i, (id_rows, probability_rows) in zip(chosen, rows):
-                found[i] = (id_rows.clone(), probability_rows.clone())
+            for i, tokens in zip(chosen, split_on_oom(read, chosen)):
+                found[i] = tokens
             advance(len(chosen))
     return [tokens for tokens in found if tokens is not None]
 
