@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_session
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from trimlingual.run.artifacts import ARTIFACT_FILE, WORK_FILE
+from trimlingual.run.hub_errors import hub_errors
 from trimlingual.run.lineage import LINEAGE_FILE, read_lineage
 from trimlingual.run.progress import LOG_FILE
 
@@ -100,18 +100,13 @@ def push(folder: Path, repo: str, private: bool, force: bool, say: Callable[[str
         say(f"sending {len(files)} files to {repo}")
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file.path)) for file in files]
         sent = api.create_commit(repo, operations, commit_message="Model exported by trimlingual", parent_commit=commit)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, _network_error()) as error:
+    except hub_errors() as error:
+        reason = (str(error).splitlines() or ["no message"])[0]
         raise PushError(
-            f"{repo} could not be reached or did not take the files ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{repo} could not be reached or did not take the files ({type(error).__name__}: {reason}). "
             "Log in with `hf auth login` with a token that may write, and check the network"
         ) from error
     return str(sent.commit_url)
-
-
-def _network_error() -> type[Exception]:
-    """What the HTTP library that huggingface_hub uses raises without a network: httpx2 or httpx, and requests in older versions."""
-    library = import_module(type(get_session()).__module__.partition(".")[0])
-    return cast(type[Exception], library.HTTPError)
 
 
 def _there(api: HfApi, repo: str) -> tuple[list[str], str | None]:

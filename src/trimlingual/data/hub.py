@@ -19,6 +19,7 @@ from scipy.io import wavfile
 from trimlingual.data.audio import DataError
 from trimlingual.data.rows import Rows, absolute, cell, columns_of, id_of
 from trimlingual.recipe import HubSource
+from trimlingual.run.hub_errors import hub_errors
 
 PATIENCE_S = 20.0  # for the Hub's answer to which commit a branch stands at
 COMMIT_FILE = "commit.txt"  # beside the audio of a Hub set: the commit that it came from
@@ -73,7 +74,7 @@ def _load_split(source: HubSource, split: str) -> Any:
                 raise ValueError(f"it is a single split ({loaded.split or 'unnamed'})")
         else:
             loaded = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, *hub_errors(), datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"split {split!r} of {source.path} (name {source.name}, revision {source.revision}) cannot be loaded: "
             f"{error}; correct path, name, splits or revision in the recipe, or check the network"

@@ -20,6 +20,7 @@ from trimlingual.models.packed_weights import alone, keep_packed_, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
 from trimlingual.recipe import AudioPadding, Dtype
+from trimlingual.run.hub_errors import hub_errors
 
 BUILTIN = "builtin:"
 OTHER_FORMATS = ["consolidated*"]  # the same weights once more, for another library
@@ -50,7 +51,6 @@ def resolve_base(base: str, revision: str | None = None, download: bool = True, 
     if not is_on_hub(base):
         raise ModelError(f"model folder {base} does not exist")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.txt", "*.jinja", "README.md"] + ["*.safetensors"] * weights
@@ -63,7 +63,7 @@ def resolve_base(base: str, revision: str | None = None, download: bool = True, 
                 local_files_only=not download,
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         raise ModelError(
             f"model {base!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}). "
             "Check the name and the network, log in with `hf auth login` if it is gated, or give a local folder."
