@@ -14,7 +14,7 @@ from hypothesis import given as cases
 from hypothesis import settings as tried
 from hypothesis import strategies as st
 
-from trimlingual.app.second_try import SecondTry, _completing, fault
+from trimlingual.app.second_try import SecondTry, _completing, _may_be_in, fault
 from trimlingual.app.segments import FRAME_S, Cutting, Span, SpeechProbabilities, cut_at_pauses, samples_of, windows
 from trimlingual.app.translate import translate_files
 from trimlingual.data import audio as audio_module
@@ -124,12 +124,16 @@ def test_a_talk_is_cut_between_its_sentences(talk):
         assert abs(ours.end - theirs.end) < 0.5
 
 
-def test_a_talk_is_translated_as_its_clips_are(talk, monkeypatch):
+def test_a_talk_is_translated_as_its_clips_are(talk, tmp_path, monkeypatch):
     pytest.importorskip("silero_vad")
     (record,) = translate_files("builtin:mini", [talk[0]], ["de"], cutting=Cutting(max_s=6.0))
     assert [segment["text"] for segment in record["segments"]] == [clip["references"]["de"] for clip in CLIPS]
     assert record["text"] == " ".join(clip["references"]["de"] for clip in CLIPS)
     assert record["duration_s"] == pytest.approx(talk[1][-1].end + 0.7, abs=0.01)
+    sound = tmp_path / "ends-in-speech.wav"
+    sf.write(sound, load_audio(talk[0])[: round((talk[1][-1].end - 0.3) * SAMPLE_RATE)], SAMPLE_RATE)
+    (record,) = translate_files("builtin:mini", [sound], ["de"], cutting=Cutting(max_s=6.0))
+    assert record["segments"][-1]["end"] == record["duration_s"]
     monkeypatch.setitem(__import__("sys").modules, "silero_vad", None)  # as where it is not installed
     (record,) = translate_files("builtin:mini", [talk[0]], ["de"], cutting=Cutting(max_s=6.0))
     assert [segment["end"] - segment["start"] <= 6.0 for segment in record["segments"]]
@@ -176,6 +180,23 @@ def test_tokens_of_other_scripts_are_banned_and_no_others(again):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert (not banned & set(ids)) == allowed, text
     assert set(count_scripts("".join(tokenizer.decode([i]) for i in banned))) == {"LATIN"}
+    assert again._foreign("xx") == []
+
+
+def test_a_language_in_latin_letters_is_not_tried_in_chinese(again, monkeypatch):
+    """Asked for a language that it was not made for, the built-in model says something Chinese."""
+    tried, decode = [], again._decode
+    monkeypatch.setattr(again, "_decode", lambda *how: tried.append(decode(*how)) or tried[-1])
+    samples = load_audio(MINI_DATA / CLIPS[0]["audio"])
+    first = Translation("x", "fr", CLIPS[0]["references"]["zh"], 12, truncated=False)
+    again(first, samples, len(samples) / SAMPLE_RATE)
+    texts = [again.prompter.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in tried]
+    assert all(set(count_scripts(text)) == {"LATIN"} for text in texts), texts
+
+
+def test_a_second_answer_in_another_script_is_none_however_short():
+    assert [_may_be_in("ru", text) for text in (",亮。", "Да.", "3.", "BERT, да.")] == [False, True, True, True]
+    assert _may_be_in("xx", "什么")  # nothing is known of that language
 
 
 def test_what_would_repeat_four_tokens_is_found():

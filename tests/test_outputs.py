@@ -49,6 +49,19 @@ def test_one_broken_recording_stops_no_other(talks):
     assert translate(talks / "1.ogg").exit_code == 1
 
 
+def test_an_answer_that_stayed_wrong_shows_in_the_exit_code(talks, tmp_path):
+    """The built-in model was not made for French. What an earlier run left counts too."""
+    words = ["translate", "builtin:mini", str(talks / "0.ogg"), "--to", "fr", "--device", "cpu"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 4
+    assert json.loads(done.stdout)["segments"][0]["fault"] == "wrong language"
+    assert "0.ogg (fr) stayed wrong at 0.0 s (wrong language)" in done.stderr
+    into = [*words, "--format", "srt", "--out-dir", str(tmp_path / "out")]
+    assert [CliRunner().invoke(app, into).exit_code for _ in range(2)] == [4, 4]
+    (talks / "1.ogg").write_bytes(b"OggS, or so it says")
+    assert CliRunner().invoke(app, [*words[:3], str(talks / "1.ogg"), *words[3:]]).exit_code == 3
+
+
 def test_files_of_ones_own_are_never_overwritten(talks, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -120,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monke
 
 def test_formats():
     segments = [{"start": 0.0, "end": 2.0, "text": "Hallo."}, {"start": 2.5, "end": 3.0, "text": ""}]
-    record = {"audio": "a.wav", "language": "de", "text": "Hallo.", "segments": segments}
+    record = {"audio": "a.wav", "language": "de", "text": "Hallo.", "duration_s": 3.0, "segments": segments}
     assert rendered(record, "text") == "Hallo.\n"
     assert json.loads(rendered(record, "json")) == record
     assert rendered(record, "srt") == "1\n00:00:00,000 --> 00:00:02,000\nHallo.\n\n"

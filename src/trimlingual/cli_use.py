@@ -63,7 +63,8 @@ def translate(
 ) -> None:
     """Translate recordings of any length: text, JSON with times, or subtitles.
 
-    Exit code 0: all were translated; 3: some could not be read; 1: none could, or nothing could be done.
+    Exit code 0: all were translated; 1: no recording could be read, or nothing could be done; 3: some could not be read;
+    4: all could, and an answer stayed in another language, or turned in a circle.
     \f
     So many parameters because they are the command's options.
     """

@@ -30,6 +30,7 @@ ENDING: dict[Format, str] = {"json": "json", "text": "txt", "srt": "srt", "vtt":
 MADE_FILE = "translations.json"
 MADE_BY = "made by trimlingual translate"
 JOURNAL_FILE = "translations.partial.jsonl"
+SHOWN = 5  # places that stayed wrong, of a recording
 
 
 def rendered(record: dict[str, Any], form: Format) -> str:
@@ -39,7 +40,7 @@ def rendered(record: dict[str, Any], form: Format) -> str:
     if form == "text":
         return record["text"] + "\n"
     segments = [(each["start"], each["end"], each["text"]) for each in record.get("segments", []) if each["text"]]
-    found = cues(segments, record["language"])
+    found = cues(segments, record["language"], record["duration_s"])
     return to_srt(found) if form == "srt" else to_vtt(found)
 
 
@@ -98,9 +99,15 @@ class OutputFolder:
         path = self._path(given, record["language"])
         text = rendered(record, self.form)
         write_text(path, text)
-        self.made[path.name] = {"sha256": _digest(text.encode()), "of": self._of(given)}
+        made = {"sha256": _digest(text.encode()), "of": self._of(given), "faults": len(_faults(record))}
+        self.made[path.name] = made
         write_json(self.folder / MADE_FILE, {MADE_BY: self.made})
         return path
+
+    def faults(self, done: Sequence[Given]) -> int:
+        """Answers that stayed wrong in the files of recordings that are done."""
+        names = [self._path(each, code).name for each in done for code in self.languages]
+        return sum(self.made[name].get("faults", 0) for name in names)
 
     def finish(self) -> None:
         """All is done: the segments are not needed any more."""
@@ -195,7 +202,7 @@ def translate_to(
             raise DataError(
                 f"--format {form} of {len(given)} recordings in {len(languages)} language(s) needs --out-dir"
             )
-        folder = None
+        folder, count = None, Counts()
         if out_dir:
             decide = {
                 "model": model,
@@ -205,10 +212,10 @@ def translate_to(
             }
             folder = OutputFolder(out_dir, chosen, languages, decide, force)
             todo = folder.left(given)
-            if done := len(given) - len(todo):
-                say(f"  {done} of {len(given)} recordings are done already")
+            if done := [each for each in given if each not in todo]:
+                say(f"  {len(done)} of {len(given)} recordings are done already")
+                count.left += folder.faults(done)
             given = todo
-        count = Counts()
         if given:
             app = App(model, languages, recipe, device, cutting)
             known, remember = (folder.known(given), folder.remember) if folder else ({}, None)
@@ -219,6 +226,10 @@ def translate_to(
                     say(f"error: {record['error']}")
                 elif folder:
                     say(f"  {folder.write(by_name[record['audio']], record)}")
+                if wrong := _faults(record):
+                    more = f" and at {len(wrong) - SHOWN} other places" if len(wrong) > SHOWN else ""
+                    places = ", ".join(f"{each['start']:.1f} s ({each['fault']})" for each in wrong[:SHOWN])
+                    say(f"note: {record['audio']} ({record['language']}) stayed wrong at {places}{more}")
                 if not folder:
                     _print(record, chosen, several=len(given) * len(languages) > 1)
             if folder:
@@ -243,7 +254,7 @@ class Counts:
         segments = record.get("segments", [])
         self.segments += len(segments)
         self.second_tries.update(segment["second_try"] for segment in segments if "second_try" in segment)
-        self.left += sum("fault" in segment for segment in segments)
+        self.left += len(_faults(record))
 
     def summary(self) -> str:
         """In a line."""
@@ -252,12 +263,21 @@ class Counts:
             text += f"; {len(self.failed)} could not be read"
         if self.second_tries:
             tries = ", ".join(f"{count} for {reason}" for reason, count in self.second_tries.items())
-            text += f"; second tries: {tries}; {self.left} still wrong, and marked"
+            text += f"; second tries: {tries}"
+        if self.left:
+            text += f"; {self.left} answer(s) stayed wrong"
         return text
 
     def exit_code(self) -> int:
-        """0: all well; 3: some could not be read; 1: none could."""
-        return 0 if not self.failed else 3 if self.recordings else 1
+        """0: all well; 1: no recording could be read; 3: some could not; 4: all could, and an answer stayed wrong."""
+        if self.failed:
+            return 3 if self.recordings else 1
+        return 4 if self.left else 0
+
+
+def _faults(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The segments of a record whose answer stayed wrong."""
+    return [segment for segment in record.get("segments", []) if "fault" in segment]
 
 
 def _print(record: dict[str, Any], form: Format, several: bool) -> None:

@@ -1,8 +1,8 @@
 """A second, constrained try for an answer that cannot be right: in the wrong language, or one that turns in a circle.
 
 It is decoded again by the plain model, one token after the other, greedily among the tokens that are allowed. No sequence of four
-tokens comes twice. In a language with a script of its own, no token has a letter of another; otherwise the answer must not begin as
-the first one did. What is no better than the first answer is not taken.
+tokens comes twice, and no token has a letter of a script that the language is not written in. Where the script does not tell the
+languages apart, the answer must not begin as the first one did either. What is no better than the first answer is not taken.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trimlingual.models.family import family_of
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.tree import embed, lm_head, text_decoder
 from trimlingual.recipe import DecodeSettings
-from trimlingual.recipe.languages import LATIN, language, script_of
+from trimlingual.recipe.languages import LANGUAGES, LATIN, count_scripts, language, primary, script_of
 
 NGRAM = 4  # tokens; a sequence of so many comes once
 MAX_REPEATS = 4  # as in the filters of distillation
@@ -50,12 +50,12 @@ class SecondTry:
         prompt = embed_prompt(self.model, self.prompter, states, first.language)
         limit = max_new_tokens(duration_s, self.settings)
         own_script = LATIN not in language(first.language).scripts
-        banned = self._foreign(first.language) if own_script else []
+        banned = self._foreign(first.language)
         firsts: list[int] = [] if own_script or fault(first) == "runaway" else self._beginning(first)
         for _ in range(BEGINNINGS if firsts else 1):
             ids = self._decode(prompt, limit, [*banned], firsts)
             found = to_translation(self.prompter, first.id, first.language, ids, self.ends)
-            if found.hypothesis and fault(found) is None:
+            if found.hypothesis and fault(found) is None and _may_be_in(first.language, found.hypothesis):
                 return found, None
             firsts.append(ids[0])
         return first, fault(first)
@@ -79,12 +79,21 @@ class SecondTry:
         return ids
 
     def _tokens_of_other_scripts(self, code: str) -> list[int]:
-        """Tokens with a letter of a script that the language is not written in."""
+        """Tokens with a letter of a script that the language is not written in; none where that is not known."""
+        if primary(code) not in LANGUAGES:
+            return []
         own, tokenizer = set(language(code).scripts), self.prompter.processor.tokenizer
         special = set(tokenizer.all_special_ids)
         rows = text_decoder(self.model).embed_tokens.num_embeddings
         texts = ((i, tokenizer.decode([i])) for i in range(min(len(tokenizer), rows)) if i not in special)
         return [i for i, text in texts if any(script not in own for script in map(script_of, text) if script)]
+
+
+def _may_be_in(code: str, text: str) -> bool:
+    """False for letters that are all of other scripts, even where they are too few to be called another language: a token may hold a
+    part of a letter, which no ban sees."""
+    counts = count_scripts(text)
+    return not counts or primary(code) not in LANGUAGES or any(counts[script] for script in language(code).scripts)
 
 
 def _completing(ids: Sequence[int], n: int) -> list[int]:

@@ -2,8 +2,11 @@
 
 The limits are those that broadcasters and streaming services nearly agree on: two lines, 42 characters per line (16 where words are
 not spaced), 17 characters per second (9), between 1 and 7 seconds on the screen. A segment whose text does not fit one subtitle
-becomes several, which share its time by their length. Where a speaker is faster than anyone reads, a subtitle stays on the screen into
-the pause that follows, and no longer: the text is never cut.
+becomes several, which share its time by their length.
+
+A subtitle that its time is too short for gets more, in this order: it becomes one with a neighbour; it stays into the pause that
+follows; the next one, if that has time to spare, comes up to `LATE_S` late. What is too fast after that stays so: the text is never
+cut, and nothing is shown after the recording has ended.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from trimlingual.recipe.languages import language
 LINES = 2
 SHORTEST_S, LONGEST_S = 1.0, 7.0
 GAP_S = 0.08  # between two subtitles, two frames of film
+LATE_S = 1.0  # that a subtitle may begin after its speech
+PAUSE_S = 1.0  # in speech, over which two subtitles do not become one
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,15 @@ def limits_of(code: str) -> Limits:
     return SPACED if language(code).spaced else UNSPACED
 
 
-def cues(segments: Sequence[tuple[float, float, str]], code: str) -> list[Cue]:
-    """Subtitles of (start, end, text) in time's order, in the language `code`."""
+def cues(segments: Sequence[tuple[float, float, str]], code: str, end_s: float) -> list[Cue]:
+    """Subtitles of (start, end, text) in time's order, in the language `code`, of a recording of `end_s` seconds."""
     limits = limits_of(code)
-    found = [cue for start, end, text in segments for cue in _of_segment(start, end, " ".join(text.split()), limits)]
-    return list(_readable(found, limits))
+    found = [
+        cue
+        for start, end, text in segments
+        for cue in _of_segment(start, min(end, end_s), " ".join(text.split()), limits)
+    ]
+    return list(_timed(_merged(found, end_s, limits), end_s, limits))
 
 
 def to_srt(found: Iterable[Cue]) -> str:
@@ -89,7 +98,7 @@ def _parts(text: str, limits: Limits) -> list[str]:
     room = LINES * limits.line
     if len(_lines(text, limits)) <= LINES:
         return [text]
-    count = -(-len(text) // room)
+    count = max(2, -(-len(text) // room))
     middle = len(text) / count
     places = [match.end() for match in re.finditer(r"[.!?;:,…]\s+|[。！？；：，、]|\s+", text)] or list(
         range(1, len(text))
@@ -123,10 +132,52 @@ def _lines(text: str, limits: Limits) -> list[str]:
     return textwrap.wrap(text, limits.line)
 
 
-def _readable(found: Sequence[Cue], limits: Limits) -> Iterator[Cue]:
-    """Longer on the screen where there is time before the next, never longer than `LONGEST_S`, never two at once."""
+def _needed_s(cue: Cue, limits: Limits) -> float:
+    """Seconds that it takes to read."""
+    return max(SHORTEST_S, len(cue.text) / limits.per_second)
+
+
+def _merged(found: Sequence[Cue], end_s: float, limits: Limits) -> list[Cue]:
+    """Neighbours as one subtitle, where the time that they lack is at least halved by that."""
+
+    def lacking(cue: Cue, until: float) -> float:
+        return max(0.0, _needed_s(cue, limits) - (until - cue.start))
+
+    merged: list[Cue] = []
     for cue, following in zip(found, [*found[1:], None]):
-        needed = max(SHORTEST_S, len(cue.text.replace("\n", " ")) / limits.per_second)
-        free = following.start - GAP_S if following else float("inf")
-        end = min(max(cue.end, cue.start + needed), max(free, cue.start + GAP_S), cue.start + max(LONGEST_S, needed))
-        yield replace(cue, end=end)
+        until = following.start - GAP_S if following else end_s
+        if merged and (both := _as_one(merged[-1], cue, limits)):
+            apart = lacking(merged[-1], cue.start - GAP_S) + lacking(cue, until)
+            if apart and lacking(both, until) <= apart / 2:
+                merged[-1] = both
+                continue
+        merged.append(cue)
+    return merged
+
+
+def _as_one(first: Cue, second: Cue, limits: Limits) -> Cue | None:
+    """Two subtitles as one, if they fit one; two lines stay lines."""
+    lines = [first.text, second.text]
+    if any("\n" in line for line in lines):
+        between = " " if limits is SPACED else ""
+        lines = _lines(between.join(line.replace("\n", between) for line in lines), limits)
+    close = second.start - first.end <= PAUSE_S and second.end - first.start <= LONGEST_S
+    return Cue(first.start, second.end, "\n".join(lines)) if close and len(lines) <= LINES else None
+
+
+def _timed(found: Sequence[Cue], end_s: float, limits: Limits) -> Iterator[Cue]:
+    """The subtitles as long on the screen as they take to read, where there is time for that, and never two at once."""
+    needed = [_needed_s(cue, limits) for cue in found]
+    latest = [end_s] * (len(found) + 1)  # when each may begin and can still be read; behind the last, the end
+    for i in reversed(range(len(found))):
+        until = latest[i + 1] - (GAP_S if i + 1 < len(found) else 0.0)
+        latest[i] = min(max(found[i].start, until - needed[i]), found[i].start + LATE_S)
+    start = 0.0
+    for i, cue in enumerate(found):
+        start = max(start, cue.start)
+        following = found[i + 1].start if i + 1 < len(found) else end_s
+        gap = min(GAP_S, (latest[i + 1] - start) / 2) if i + 1 < len(found) else 0.0
+        spoken = min(cue.end, following - gap, start + LONGEST_S)
+        end = min(max(spoken, start + needed[i]), latest[i + 1] - gap)
+        yield replace(cue, start=start, end=end)
+        start = end + gap

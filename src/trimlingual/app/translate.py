@@ -248,7 +248,9 @@ class App:
         for probability in self._speech(stream_audio(path)):
             heard.check()
             probabilities.append(probability)
-        return cut_at_pauses(probabilities, self.max_s, self.pause_s, self.usual_s)
+        found = cut_at_pauses(probabilities, self.max_s, self.pause_s, self.usual_s)
+        # The last probability is of a frame that was filled up.
+        return [Span(span.start, min(span.end, heard.duration_s)) for span in found]
 
     def translated(self, ahead: Iterable[Piece]) -> dict[Key, Segment]:
         """The translations of segments, of any recordings and into each one's languages."""
