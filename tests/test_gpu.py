@@ -167,9 +167,9 @@ def test_packed_layers_on_every_kernel(group):
         words, scale, bias_ = drawn(rows, width, group, torch.bfloat16, bias)
         words, scale = words.cuda(), scale.cuda()
         bias_ = bias_.cuda() if bias else None
-        plain = PackedLinear(words, scale, bias_)
+        plain = PackedLinear(words, scale, bias_, 4)
         weight = (plain.integers().double() - 8).view(rows, -1, group) * scale.double()[..., None]
-        layers = [plain, TorchLinear(words, scale, bias_)]
+        layers = [plain, TorchLinear(words, scale, bias_, 4)]
         assert torch.equal(layers[0].unpacked(), layers[1].unpacked())
         if humming_layers.fits(rows, width, scale):
             layers.append(humming_layers.HummingLinear(words.clone(), scale, bias_, 4))

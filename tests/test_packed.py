@@ -12,11 +12,12 @@ from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.loading import load_model
 from trimlingual.models.packed_layers import (
-    EightBitEmbedding,
     EightBitLinear,
+    PackedEmbedding,
     PackedLinear,
     TorchLinear,
     no_slower_packed,
+    words_of_bytes,
 )
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings
@@ -56,7 +57,7 @@ def packed(folder, monkeypatch):
 
 def test_weights_by_hand():
     words = torch.tensor([[0x76543210, -0x01234568], [0x08080808, 0x00000000]], dtype=torch.int64).to(torch.int32)
-    layer = PackedLinear(words, torch.tensor([[2.0], [-1.0]]), None)
+    layer = PackedLinear(words, torch.tensor([[2.0], [-1.0]]), None, 4)
     ones = torch.eye(16)
     expected = [[2.0 * (i - 8) for i in range(16)], [0.0, 8.0] * 4 + [8.0] * 8]
     assert layer(ones).T.tolist() == expected
@@ -71,8 +72,8 @@ vectorised = pytest.mark.skipif(not no_slower_packed(CPU, torch.bfloat16), reaso
 def test_pytorchs_layout_is_read_back(rows, width, group):
     """Whatever layout the kernel has on this machine: the same integers, so the same products but for rounding."""
     words, scale, bias = drawn(rows, width, group, torch.bfloat16)
-    assert TorchLinear.fits(words, scale)
-    plain, kernel = PackedLinear(words, scale, bias), TorchLinear(words, scale, bias)
+    assert TorchLinear.fits(words, scale, 4)
+    plain, kernel = PackedLinear(words, scale, bias, 4), TorchLinear(words, scale, bias, 4)
     assert torch.equal(plain.integers(), kernel.integers())
     assert torch.equal(plain.unpacked(), kernel.unpacked())
     for num_tokens in (1, 7, 128, 129, 200):  # with the kernel, and unpacked
@@ -83,21 +84,21 @@ def test_pytorchs_layout_is_read_back(rows, width, group):
 
 
 def test_pytorchs_kernel_is_left_where_it_does_not_fit():
-    assert not TorchLinear.fits(*drawn(64, 64, 32, torch.float32)[:2])
-    assert not TorchLinear.fits(*drawn(72, 64, 32, torch.bfloat16)[:2])
+    assert not TorchLinear.fits(*drawn(64, 64, 32, torch.float32)[:2], 4)
+    assert not TorchLinear.fits(*drawn(72, 64, 32, torch.bfloat16)[:2], 4)
+    assert not TorchLinear.fits(*drawn(64, 64, 32, torch.bfloat16)[:2], 8)
 
 
 def test_eight_bits_by_hand():
     integers = torch.tensor([[1, -127], [0, 100]], dtype=torch.int8)
     scale = torch.tensor([[0.5], [-2.0]])
-    assert EightBitEmbedding(integers, scale)(torch.tensor([[1, 0]])).tolist() == [[[0, -200], [0.5, -63.5]]]
     assert EightBitLinear(integers, scale)(torch.tensor([[[1.0, 1.0]]])).tolist() == [[[-63.0, -200.0]]]
 
 
 def test_float32_agrees_with_unpacked_weights(folder, processor, split, task, monkeypatch):
     plain, model = load_model(folder, "float32", CPU, keep_packed=True), packed(folder, monkeypatch)
     kinds = {type(module) for module in model.modules()}
-    assert {PackedLinear, EightBitLinear, EightBitEmbedding} <= kinds
+    assert {PackedLinear, EightBitLinear, PackedEmbedding} <= kinds
     # No kernel computes on packed weights in float32, so a CPU is given plain ones.
     assert not kinds & {type(module) for module in plain.modules()} & {PackedLinear, EightBitLinear}
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from trimlingual.recipe import QuantizeSettings, load_recipe
 from trimlingual.stages.quantize import quantize
 
 
-def _scale(groups: torch.Tensor) -> torch.Tensor:
-    return best_scale(groups, torch.bfloat16)
+def _scale(groups: torch.Tensor, num_bits: int = 4) -> torch.Tensor:
+    return best_scale(groups, num_bits, torch.bfloat16)
 
 
 def _correlated(rows: int, width: int) -> torch.Tensor:
@@ -25,17 +26,18 @@ def _correlated(rows: int, width: int) -> torch.Tensor:
     return torch.randn(rows, width // 4) @ torch.randn(width // 4, width) + 0.1 * torch.randn(rows, width)
 
 
-@pytest.mark.parametrize(("num_bits", "group_size"), [(4, 32), (4, 128), (4, 256)])
+@pytest.mark.parametrize(("num_bits", "group_size"), [(2, 32), (3, 64), (4, 32), (4, 128), (4, 256)])
 def test_output_error_is_smaller_than_nearest(num_bits: int, group_size: int) -> None:
     inputs, weight = _correlated(2000, 256), torch.randn(64, 256).bfloat16()
     moments = Moments(256, inputs.device)
     moments.add(inputs[:500])
     moments.add(inputs[500:1000])
-    scales, rounded, _ = round_columns(weight, moments.mean(), num_bits, group_size, _scale)
+    scale_of = partial(_scale, num_bits=num_bits)
+    scales, rounded, _ = round_columns(weight, moments.mean(), num_bits, group_size, scale_of)
     assert scales.shape == (64, 256 // group_size)
     integers = rounded.reshape(64, -1, group_size) / scales[..., None]
     torch.testing.assert_close(integers, integers.round(), atol=1e-4, rtol=0)
-    assert integers.round().abs().max() <= 8
+    assert integers.round().abs().max() <= 2 ** (num_bits - 1)
     nearest = round_to_integers(weight, num_bits, group_size)[1].float()
     errors = [(inputs[1000:] @ (weight.float() - w).t()).square().sum() for w in (rounded, nearest)]
     assert errors[0] < 0.5 * errors[1], errors

@@ -75,7 +75,7 @@ def _packed(device: torch.device) -> str:
     if not no_slower_packed(device, torch.bfloat16):
         return "unpacked when a model is loaded: this CPU has neither AVX2 nor AVX-512"
     words = torch.zeros((PROBE, PROBE // 8), dtype=torch.int32, device=device)
-    layer = linear_of(words, torch.ones((PROBE, PROBE // 128), dtype=torch.bfloat16, device=device), None)
+    layer = linear_of(words, torch.ones((PROBE, PROBE // 128), dtype=torch.bfloat16, device=device), None, 4)
     return str(layer.kernel)
 
 

@@ -28,7 +28,7 @@ PROBE = 256  # N and K of the layer that shows whether anything can be compiled 
 
 
 class HummingLinear(nn.Module):
-    """A linear layer on 4-bit or 8-bit integers, in 16 bits on a GPU."""
+    """A linear layer on integers of 1 to 8 bits, in 16 bits on a GPU."""
 
     kernel: ClassVar[str] = "humming-kernels"
     weight: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from trimlingual.models.errors import ModelError
 from trimlingual.models.family import family_named
 from trimlingual.models.folders import is_bitsandbytes, model_problems, processor_problems, refuse
 from trimlingual.models.packed_layers import no_slower_packed
-from trimlingual.models.packed_weights import alone, keep_packed_, unpack_
+from trimlingual.models.packed_weights import keep_packed_, loading, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
 from trimlingual.recipe import AudioPadding, Dtype
@@ -102,7 +102,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder)
         stays_packed = keep_packed and is_packed_folder(config) and no_slower_packed(device, DTYPES[dtype])
-        with _packed_loading(config):
+        with loading() if is_packed_folder(config) else nullcontext():
             model = family_named(config.model_type).transformers_class.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
@@ -127,11 +127,6 @@ def load_model(
 def is_packed_folder(config: Any) -> bool:
     """Whether a folder with this configuration holds weights packed by compressed-tensors."""
     return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
-
-
-def _packed_loading(config: Any) -> AbstractContextManager[None]:
-    """In which a model is loaded; one of compressed-tensors by each process for itself, not in shares that would be waited for."""
-    return alone() if is_packed_folder(config) else nullcontext()
 
 
 def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_config: Any) -> Any:

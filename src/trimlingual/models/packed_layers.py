@@ -1,15 +1,16 @@
-"""Layers that compute on packed integers: 4-bit linear layers, 8-bit output heads and embedding tables.
+"""Layers that compute on packed integers: linear layers, output heads and embedding tables of 1 to 8 bits.
 
-A weight is an integer times the scale of its group. 4-bit integers stand eight to a word, 8 added to each, the first in the lowest
-bits, as compressed-tensors writes them. Each class of linear layers is a way to compute; `linear_of` picks one.
+A weight is an integer times the scale of its group. Integers of b bits stand in words of 32 without a gap, 2^(b-1) added to each, the
+first in the lowest bits, as compressed-tensors writes them. Each class of linear layers is a way to compute; `linear_of` picks one.
 
-Shapes: N outputs, K inputs, G groups of inputs that share a scale, T tokens, V vocabulary, D width.
+Shapes: N outputs, K inputs, G groups of inputs that share a scale, W = K b / 32 words, T tokens, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from math import lcm
 from typing import ClassVar
 
 import torch
@@ -24,20 +25,21 @@ HEAD_ROWS = 16_384  # of an output head are unpacked at once: 134 MB at a width 
 KERNEL_TOKENS = {"cpu": 256, "cuda": 64}
 VECTORISED = ("AVX2", "AVX512")  # elsewhere PyTorch's kernel for CPUs goes weight by weight, as it does in float32
 TILE_ROWS = {"cpu": 64, "cuda": 8}  # rows whose integers PyTorch's layouts keep together
+ALL = slice(None)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that unpacks its 4-bit weights whenever it is called, and so runs in every dtype and on every device."""
+    """A linear layer that unpacks its weights whenever it is called, and so runs in every dtype and on every device."""
 
     kernel: ClassVar[str] = "unpacked layer by layer"
     words: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, words: Tensor, scale: Tensor, bias: Tensor | None):
-        """`words` (N, K / 8) int32, `scale` (N, G) and `bias` (N,) in the dtype of the computation."""
+    def __init__(self, words: Tensor, scale: Tensor, bias: Tensor | None, num_bits: int):
+        """`words` (N, W) int32, `scale` (N, G) and `bias` (N,) in the dtype of the computation."""
         super().__init__()
-        self.out_features, self.in_features = len(words), words.shape[1] * 8
+        self.out_features, self.in_features, self.num_bits = len(words), words.shape[1] * 32 // num_bits, num_bits
         self.group_size = self.in_features // scale.shape[1]
         self.register_buffer("bias", bias)
         self.pack(words, scale)
@@ -47,23 +49,25 @@ class PackedLinear(nn.Module):
         self.register_buffer("words", words)
         self.register_buffer("scale", scale)
 
-    def integers(self) -> Tensor:
-        """The weights' integers (N, K), uint8, with 8 added."""
-        return integers_of(self.words)
+    def integers(self, rows: slice = ALL) -> Tensor:
+        """The weights' integers (N, K), uint8, with half their range added; or some rows of them."""
+        return integers_of(self.words[rows], self.num_bits)
 
     def scales(self) -> Tensor:
         """The weights' scales (N, G)."""
         return self.scale
 
-    def unpacked(self) -> Tensor:
-        """The weights (N, K)."""
-        scale = self.scales()
-        weight = self.integers().to(scale.dtype).sub_(8).view(self.out_features, -1, self.group_size)
-        return weight.mul_(scale[..., None]).view(self.out_features, self.in_features)
+    def unpacked(self, rows: slice = ALL) -> Tensor:
+        """The weights (N, K), or some rows of them."""
+        return times_scales(self.integers(rows), self.scales()[rows], self.num_bits)
 
     def product(self, tokens: Tensor) -> Tensor:
         """The outputs (T, N) of `tokens` (T, K)."""
-        return linear(tokens, self.unpacked(), self.bias)
+        if self.out_features <= HEAD_ROWS:
+            return linear(tokens, self.unpacked(), self.bias)
+        starts = range(0, self.out_features, HEAD_ROWS)
+        out = torch.cat([linear(tokens, self.unpacked(slice(start, start + HEAD_ROWS))) for start in starts], -1)
+        return out if self.bias is None else out.add_(self.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
@@ -76,28 +80,33 @@ class PackedLinear(nn.Module):
 
 
 class TorchLinear(PackedLinear):
-    """PyTorch's int4 kernels: 16 bits on a CPU, bfloat16 on a GPU. More than a few tokens are faster with unpacked weights."""
+    """PyTorch's kernels for 4 bits: 16 bits on a CPU, bfloat16 on a GPU. More than a few tokens are faster with unpacked weights."""
 
     kernel = "PyTorch's int4 kernel"
     scale_and_zero: Tensor
 
     @staticmethod
-    def fits(words: Tensor, scale: Tensor) -> bool:
+    def fits(words: Tensor, scale: Tensor, num_bits: int) -> bool:
         """Whether the kernel takes weights of this shape and device in the scales' dtype."""
         rows, width = len(words), words.shape[1] * 8
+        if num_bits != 4:
+            return False
         if words.device.type == "cpu":
             return no_slower_packed(words.device, scale.dtype) and rows % TILE_ROWS["cpu"] == 0
         return words.device.type == "cuda" and scale.dtype == torch.bfloat16 and rows % 8 == 0 and width % 128 == 0
 
     def pack(self, words: Tensor, scale: Tensor) -> None:
         """The words as the kernel wants them, and each scale beside the zero point 0: (G, N, 2)."""
-        self.register_buffer("words", _torch_layout(integers_of(words)))
+        self.register_buffer("words", _torch_layout(integers_of(words, 4)))
         self.register_buffer("scale_and_zero", torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous())
 
-    def integers(self) -> Tensor:
-        """Read back tile by tile."""
+    def integers(self, rows: slice = ALL) -> Tensor:
+        """Read back tile by tile; `rows` begin and end with a tile."""
         order = _torch_order(self.words.device, self.in_features)
-        return _stream(self.words).view(-1, len(order))[:, order].view(self.out_features, self.in_features)
+        start, stop, _ = rows.indices(self.out_features)
+        tile = TILE_ROWS[self.words.device.type]
+        tiles = self.words.view(torch.uint8).view(self.out_features // tile, -1)[start // tile : stop // tile]
+        return _stream(tiles).view(-1, len(order))[:, order].view(stop - start, self.in_features)
 
     def scales(self) -> Tensor:
         """(N, G)."""
@@ -144,26 +153,29 @@ class EightBitLinear(nn.Module):
         return self.out_features * self.in_features
 
 
-class EightBitEmbedding(nn.Module):
-    """An embedding table of 8-bit integers with one scale a row."""
+class PackedEmbedding(nn.Module):
+    """An embedding table that looks rows up packed and unpacks only those."""
 
-    integers: Tensor
+    words: Tensor
     scale: Tensor
 
-    def __init__(self, integers: Tensor, scale: Tensor):
-        """`integers` (V, D) int8, `scale` (V, 1) in the dtype of the computation."""
+    def __init__(self, words: Tensor, scale: Tensor, num_bits: int):
+        """`words` (V, W) int32, `scale` (V, G) in the dtype of the computation."""
         super().__init__()
-        self.register_buffer("integers", integers)
+        self.num_bits = num_bits
+        self.register_buffer("words", words)
         self.register_buffer("scale", scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (...) to embeddings (..., D)."""
-        return self.integers[tokens].to(self.scale.dtype) * self.scale[tokens]
+        ids = tokens.flatten()
+        rows = times_scales(integers_of(self.words[ids], self.num_bits), self.scale[ids], self.num_bits)
+        return rows.view(*tokens.shape, -1)
 
     @property
     def num_weights(self) -> int:
         """Logical weights."""
-        return self.integers.numel()
+        return self.words.numel() * 32 // self.num_bits
 
 
 def no_slower_packed(device: torch.device, dtype: torch.dtype) -> bool:
@@ -177,24 +189,39 @@ def no_slower_packed(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in VECTORISED
 
 
-def linear_of(words: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
-    """The fastest linear layer on `words` (N, K / 8) and `scale` (N, G) that is installed and fits."""
-    if humming_layers.fits(len(words), words.shape[1] * 8, scale):
-        return humming_layers.HummingLinear(words, scale, bias, 4)
-    return (TorchLinear if TorchLinear.fits(words, scale) else PackedLinear)(words, scale, bias)
+def linear_of(words: Tensor, scale: Tensor, bias: Tensor | None, num_bits: int) -> nn.Module:
+    """The fastest linear layer on `words` (N, W) and `scale` (N, G) that is installed and fits."""
+    if humming_layers.fits(len(words), words.shape[1] * 32 // num_bits, scale):
+        return humming_layers.HummingLinear(words, scale, bias, num_bits)
+    kind = TorchLinear if TorchLinear.fits(words, scale, num_bits) else PackedLinear
+    return kind(words, scale, bias, num_bits)
 
 
 def head_of(integers: Tensor, scale: Tensor) -> nn.Module:
     """The fastest output head on `integers` (V, D) int8, which are used up, and `scale` (V, 1)."""
     if humming_layers.fits(len(integers), integers.shape[1], scale):
-        words = integers.view(torch.uint8).bitwise_xor_(128).view(torch.int32)  # 128 added to each
-        return humming_layers.HummingLinear(words, scale, None, 8)
+        return humming_layers.HummingLinear(words_of_bytes(integers), scale, None, 8)
     return EightBitLinear(integers, scale)
 
 
-def integers_of(words: Tensor) -> Tensor:
-    """Integers (N, K), uint8, of words (N, K / 8)."""
-    return _stream(words).view(len(words), -1)
+def words_of_bytes(integers: Tensor) -> Tensor:
+    """Words (N, K / 4) of 8-bit integers (N, K) int8, which are used up."""
+    return integers.view(torch.uint8).bitwise_xor_(128).view(torch.int32)  # 128 added to each
+
+
+def integers_of(words: Tensor, num_bits: int) -> Tensor:
+    """Integers (N, K), uint8, of words (N, W)."""
+    num_bytes = lcm(num_bits, 8) // 8  # the fewest that hold whole integers
+    parts = words.view(torch.uint8).view(len(words), -1, num_bytes)
+    whole = parts[..., 0] if num_bytes == 1 else sum(parts[..., i].int() << 8 * i for i in range(num_bytes))
+    shifts = torch.arange(0, 8 * num_bytes, num_bits, dtype=whole.dtype, device=words.device)
+    return (whole[..., None] >> shifts & 2**num_bits - 1).to(torch.uint8).view(len(words), -1)
+
+
+def times_scales(integers: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+    """The weights (N, K) of integers (N, K) with half their range added, and scales (N, G)."""
+    centred = integers.to(scale.dtype).sub_(2 ** (num_bits - 1)).unflatten(1, (scale.shape[1], -1))
+    return centred.mul_(scale[..., None]).flatten(1)
 
 
 def _stream(words: Tensor) -> Tensor:

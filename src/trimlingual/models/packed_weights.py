@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from trimlingual.models.humming_layers import compile_all
-from trimlingual.models.packed_layers import EightBitEmbedding, head_of, linear_of
+from trimlingual.models.packed_layers import PackedEmbedding, head_of, linear_of, words_of_bytes
 from trimlingual.run.progress import say
 
 
@@ -67,13 +68,15 @@ def say_kernels(model: nn.Module) -> None:
 
 def _computing(module: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """What computes on `device` on the tensors of a packed module."""
-    scale = module.weight_scale.data.to(device, dtype)
+    scale, num_bits = module.weight_scale.data.to(device, dtype), module.quantization_scheme.weights.num_bits
+    packed = getattr(module, "weight_packed", None)  # else 8-bit integers, a byte each
+    stored = (module.weight if packed is None else packed).data.to(device)
     if isinstance(module, nn.Embedding):
-        return EightBitEmbedding(module.weight.data.to(device), scale)
-    if module.quantization_scheme.weights.num_bits == 8:
-        return head_of(module.weight.data.to(device), scale)
+        return PackedEmbedding(words_of_bytes(stored) if packed is None else stored, scale, num_bits)
+    if packed is None:
+        return head_of(stored, scale)
     bias = None if module.bias is None else module.bias.data.to(device, dtype)
-    return linear_of(module.weight_packed.data.to(device), scale, bias)
+    return linear_of(stored, scale, bias, num_bits)
 
 
 def _forget_packing(model: Any) -> None:
@@ -91,3 +94,27 @@ def alone() -> AbstractContextManager[None]:
     from compressed_tensors.offload import as_single_threaded
 
     return as_single_threaded()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """In which transformers loads a packed model: each process for itself, and packed embedding tables too."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    class Quantizer(CompressedTensorsHfQuantizer):
+        """Transformers' own would also draw the `weight` of a packed embedding table, which has none."""
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            super()._process_model_before_weight_loading(model, **kwargs)
+            for module in model.modules():
+                if isinstance(module, nn.Embedding) and is_packed(module):
+                    module._is_hf_initialized = True
+
+    theirs = AUTO_QUANTIZER_MAPPING["compressed-tensors"]
+    AUTO_QUANTIZER_MAPPING["compressed-tensors"] = Quantizer
+    try:
+        with alone():
+            yield
+    finally:
+        AUTO_QUANTIZER_MAPPING["compressed-tensors"] = theirs

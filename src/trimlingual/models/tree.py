@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D decoder width, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,6 +34,8 @@ PATTERNS = {
     "embeddings": r"re:.*embed_tokens$",
 }
 EMBEDDINGS = PARTS["decoder"] + ".embed_tokens"
+BLOCKS = {"attention": "self_attn", "mlp": "mlp"}  # of a decoder layer, as modules
+IN_A_BLOCK = re.compile(re.escape(PARTS["decoder"]) + rf"\.layers\.(\d+)\.({'|'.join(BLOCKS.values())})\.")
 # How the names of the stored tensors with one row a token end: the embedding, the output head (absent when tied).
 ROWS_BY_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 
@@ -124,3 +127,21 @@ def part_of(module_name: str) -> str | None:
         if module_name == prefix or module_name.startswith(prefix + "."):
             return part
     return None
+
+
+def fine_part_of(module_name: str) -> str | None:
+    """As `part_of`, with the parts of the decoder as a recipe's `quantize.bits` names them: decoder.N.attention, decoder.N.mlp, embeddings."""
+    if module_name == EMBEDDINGS:
+        return "embeddings"
+    if found := IN_A_BLOCK.match(module_name):
+        block = next(block for block, name in BLOCKS.items() if name == found[2])
+        return f"decoder.{found[1]}.{block}"
+    return part_of(module_name)
+
+
+def pattern_of(fine_part: str) -> str:
+    """A pattern as in PATTERNS for the modules of `fine_part_of`."""
+    if fine_part in PATTERNS:
+        return PATTERNS[fine_part]
+    _, layer, block = fine_part.split(".")
+    return rf"re:.*language_model.*layers\.{layer}\.{BLOCKS[block]}\..*"

@@ -1,13 +1,15 @@
-"""4-bit and 8-bit integers in one folder: the compressed-tensors layout, which plain `from_pretrained` loads.
+"""Integers of 2, 3, 4 and 8 bits in one folder: the compressed-tensors layout, which plain `from_pretrained` loads.
 
 bitsandbytes knows one number format a model, so it cannot hold 4-bit layers beside 8-bit embeddings. compressed-tensors (Apache-2.0,
-of the vLLM project) can: 4-bit integers with one scale a group of input weights in the layers, 8-bit integers with one scale a row in
-the embedding table and lm_head. Plain transformers unpacks such a model at the first forward; vLLM and models/packed_layers.py compute
-on the packed weights. This file and models/packed_weights.py, which reads what is written here, alone import compressed_tensors.
+of the vLLM project) can: integers with one scale a group of input weights, packed without a gap, and for the embedding table and
+lm_head 8-bit integers with one scale a row. Plain transformers unpacks such a model at the first forward, but for an embedding table
+of fewer than 8 bits, which it cannot load; vLLM and models/packed_layers.py compute on the packed weights. This file and
+models/packed_weights.py, which reads what is written here, alone import compressed_tensors.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 
 from trimlingual.models.packed_weights import alone, is_packed, unpack_
 from trimlingual.models.saving import DTYPES, explained_disk_full, finish_saved, round_weights_
-from trimlingual.models.tree import EMBEDDINGS, PARTS, PATTERNS, part_of
-from trimlingual.recipe import Dtype, QuantizeSettings
+from trimlingual.models.tree import EMBEDDINGS, PARTS, PATTERNS, fine_part_of, pattern_of
+from trimlingual.recipe import ROW_PARTS, Dtype, QuantizeSettings
 from trimlingual.run.extras import install_line
 
 # Scales tried for each group, as fractions of the one that puts its largest weight on the last step. Clipping the largest weight a
-# little is better for the sum of squares: with 128 normal weights a group 20.3 dB instead of 19.7 (nf4 with blocks of 64: 20.7).
+# little is better for the sum of squares: of 4 bits with 128 normal weights a group 20.3 dB instead of 19.7 (nf4 with blocks of 64:
+# 20.7). Smaller fractions, or each tried twice, add less than 0.05 dB at 2, 3 and 4 bits.
 CLIPPINGS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 CHUNK = 1 << 24  # weights searched at once
 
@@ -41,10 +44,11 @@ def save_packed(
 ) -> dict[str, int]:
     """Pack `model` in place, save it and unpack it again, so that what is in memory is what `folder` loads as.
 
-    `scales` (out, in / group_size) are those of modules whose weights stand on their steps already (rounding.py).
+    `scales` (out, in / group_size) are those of modules whose weights stand on their steps already (rounding.py). `settings.bits` goes
+    by the positions of layers in `model`.
 
-    Everything that is not packed is rounded to `storage_dtype`. Returns how many modules have 4 and 8 bits. Raises PackingError when
-    the library is missing or `group_size` does not divide a layer's width.
+    Everything that is not packed is rounded to `storage_dtype`. Returns how many modules have how many bits. Raises PackingError when
+    the library is missing, `group_size` does not divide a layer's width, or `settings.bits` names a layer that is not there.
     """
     compressor = _compressor()
     round_weights_(model, storage_dtype)
@@ -56,13 +60,13 @@ def save_packed(
     with explained_disk_full(folder):
         pack = compressor(quantization_config=config)
         with alone():
-            pack.compress_model(model)
+            pack.compress_model(model, skip_compressed=True)  # all are: this marks the model as packed
         model.save_pretrained(folder, max_shard_size="4GB")
         pack.update_config(str(folder))
         processor.save_pretrained(folder)
         finish_saved(folder)
     unpack_(model, DTYPES[storage_dtype])
-    return {f"num_{bits}bit_modules": list(bits_of.values()).count(bits) for bits in (4, 8)}
+    return {f"num_{bits}bit_modules": number for bits, number in sorted(Counter(bits_of.values()).items())}
 
 
 def packing_config(settings: QuantizeSettings) -> Any:
@@ -70,41 +74,49 @@ def packing_config(settings: QuantizeSettings) -> Any:
     _compressor()
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
+    by_group, by_row = defaultdict(list), []
+    for part, number in {**dict.fromkeys(settings.eight_bit, 8), **settings.bits}.items():
+        (by_row if has_row_scales(part, number) else by_group[number]).append(pattern_of(part))
     groups = {}
-    if settings.eight_bit:
+    if by_row:
         # Plain int8, not packed words: an embedding module must keep a `weight`, or transformers cannot initialise it.
         eight = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
-        targets = [PATTERNS[name] for name in settings.eight_bit]
-        groups["eight"] = QuantizationScheme(targets=targets, weights=eight, format="naive-quantized")
-    four = QuantizationArgs(num_bits=4, strategy="group", group_size=settings.group_size, symmetric=True)
-    groups["four"] = QuantizationScheme(targets=["Linear"], weights=four, format="pack-quantized")
-    left_out = [part for part in PARTS if part not in settings.parts and part not in settings.eight_bit]
+        groups["8_by_row"] = QuantizationScheme(targets=by_row, weights=eight, format="naive-quantized")
+    by_group[4].append("Linear")  # a pattern, where there is one, goes before the class
+    for number, targets in sorted(by_group.items()):
+        args = QuantizationArgs(num_bits=number, strategy="group", group_size=settings.group_size, symmetric=True)
+        groups[f"{number}_by_group"] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
     return QuantizationConfig(
         config_groups=groups,
-        format="mixed-precision" if settings.eight_bit else "pack-quantized",
-        ignore=[PATTERNS[part] for part in left_out],
+        format="mixed-precision" if by_row else "pack-quantized",
+        ignore=[PATTERNS[part] for part in PARTS if settings.bits_of(part) is None],
     )
 
 
+def has_row_scales(part: str, num_bits: int) -> bool:
+    """Whether a part, of those that a recipe's `quantize.bits` can name, has one scale a row instead of one a group of inputs."""
+    return num_bits == 8 and part in ROW_PARTS
+
+
 def modules_to_pack(model: Any, settings: QuantizeSettings) -> dict[str, int]:
-    """Names of the modules to be packed, with their number of bits; PackingError when `group_size` does not fit."""
-    bits = {}
+    """Names of the modules to be packed, with their number of bits; PackingError when `group_size` or `bits` does not fit."""
+    bits, missing = {}, {*settings.bits}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and part_of(name) in settings.parts:
-            bits[name] = 4
-    bits |= {name: 8 for name in (EMBEDDINGS, "lm_head") if name.rpartition(".")[2] in _eight_bit_names(settings)}
-    for name, number in bits.items():
-        width = model.get_submodule(name).weight.shape[1]
-        if number == 4 and width % settings.group_size:
-            raise PackingError(
-                f"quantize.group_size is {settings.group_size}, but {name} has {width} input weights, which it does not divide; "
-                "choose 32, 64 or 128 so that it does"
-            )
+        part = fine_part_of(name)
+        if part is None or not (isinstance(module, nn.Linear) or name == EMBEDDINGS):
+            continue
+        missing.discard(part)
+        if number := settings.bits_of(part):
+            bits[name] = number
+            width = module.weight.shape[1]
+            if not has_row_scales(part, number) and width % settings.group_size:
+                raise PackingError(
+                    f"quantize.group_size is {settings.group_size}, but {name} has {width} input weights, which it does not divide; "
+                    "choose 32, 64 or 128 so that it does"
+                )
+    if missing:
+        raise PackingError(f"quantize.bits names {sorted(missing)[0]}, which this model does not have")
     return bits
-
-
-def _eight_bit_names(settings: QuantizeSettings) -> list[str]:
-    return ["embed_tokens" if name == "embeddings" else name for name in settings.eight_bit]
 
 
 @torch.no_grad()
@@ -126,41 +138,75 @@ def _apply(model: Any, config: Any, bits_of: dict[str, int], scales: Mapping[str
             scale, rounded = scales[name], module.weight.data
         else:
             scale, rounded = round_to_integers(module.weight, number, group)
-        module.weight_scale.data.copy_(scale)
-        module.weight_zero_point.data.zero_()
-        module.weight.data.copy_(rounded)
+        _store(module, rounded, scale.to(module.weight))
+
+
+def _store(module: Any, rounded: Tensor, scale: Tensor) -> None:
+    """Give a module the tensors that it is saved as: the integers that its `rounded` weights (out, in) are of its `scale` (out, G).
+
+    The library would find the integers again by dividing in the weights' dtype: in bfloat16 0.9 % of 8-bit ones are then off by one.
+    """
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+
+    scheme, step = module.quantization_scheme, max(1, CHUNK // rounded.shape[1])
+    integers = [
+        nearest_integers(rows, scale[start : start + step], scheme.weights.num_bits).to(torch.int8)
+        for start, rows in zip(range(0, len(rounded), step), rounded.split(step))
+    ]
+    others = {key: value for key, value in get_direct_state_dict(module).items() if not key.startswith("weight")}
+    stored = others | {"weight_scale": scale}
+    if scheme.format == "naive-quantized":
+        stored["weight"] = torch.cat(integers)
+    else:
+        stored["weight_packed"] = torch.cat([pack_to_int32(rows, scheme.weights.num_bits) for rows in integers])
+        stored["weight_shape"] = torch.tensor(rounded.shape)
+    replace_direct_state_dict(module, stored)
+    module.quantization_status = QuantizationStatus.COMPRESSED
 
 
 def round_to_integers(weight: Tensor, num_bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Scales (out, in / group_size) and the weights (out, in) they stand for, in `weight`'s dtype.
 
-    4 bits: integers -8..7, the scale with the least squared error of those tried; it may be negative, so that the largest weight of a
-    group can stand on -8 whatever its sign. 8 bits: integers -127..127, the largest weight on 127.
+    The integers are -2^(b-1) .. 2^(b-1) - 1 with b bits; the scale is the one with the least squared error of those tried. It may be
+    negative, so that the largest weight of a group can stand on the lowest integer whatever its sign.
     """
-    dtype = weight.dtype
     scales, values = weight.new_empty((len(weight), weight.shape[1] // group_size)), torch.empty_like(weight)
     step = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = weight[start : start + step]
-        groups = rows.float().reshape(-1, group_size)
-        scale = best_scale(groups, dtype) if num_bits == 4 else _stored(groups.abs().amax(1, keepdim=True) / 127, dtype)
-        limit = 2 ** (num_bits - 1)
-        integers = (groups / scale).round().clamp(-limit, limit - 1)
-        scales[start : start + step] = scale.reshape(len(rows), -1)
-        values[start : start + step] = (integers * scale).reshape(rows.shape)
+        scale = best_scale(rows.float().reshape(-1, group_size), num_bits, weight.dtype).reshape(len(rows), -1)
+        scales[start : start + step] = scale
+        values[start : start + step] = on_steps(rows, scale, num_bits)
     return scales, values
 
 
-def best_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale (G, 1) with the least squared error for each row of `groups` (G, group_size)."""
+def nearest_integers(weight: Tensor, scales: Tensor, num_bits: int) -> Tensor:
+    """The integers (..., in), float32, whose products with the scales (..., G) of their groups are nearest to `weight` (..., in)."""
+    limit = 2 ** (num_bits - 1)
+    groups = weight.float().unflatten(-1, (scales.shape[-1], -1))
+    return (groups / scales.float()[..., None]).round_().clamp_(-limit, limit - 1).flatten(-2)
+
+
+def on_steps(weight: Tensor, scales: Tensor, num_bits: int) -> Tensor:
+    """The weights (..., in), each on the nearest of the 2^num_bits steps of its group's scale (..., G); in `weight`'s dtype."""
+    integers = nearest_integers(weight, scales, num_bits).unflatten(-1, (scales.shape[-1], -1))
+    return (integers * scales.float()[..., None]).flatten(-2).to(weight.dtype)
+
+
+def best_scale(groups: Tensor, num_bits: int, dtype: torch.dtype) -> Tensor:
+    """The scale (G, 1) with the least squared error for each row of `groups` (G, group_size), as it is stored in `dtype`; float32."""
+    limit = 2 ** (num_bits - 1)
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    best, least = _stored(-largest / 8, dtype), torch.full_like(largest, float("inf"))
+    best, least = _stored(-largest / limit, dtype), torch.full_like(largest, float("inf"))
     for clipping in CLIPPINGS:
         for sign in (-1, 1):
-            integers = (groups / _stored(sign * clipping * largest / 8, dtype)).round().clamp(-8, 7)
+            tried = _stored(sign * clipping * largest / limit, dtype)
+            integers = (groups / tried).round().clamp(-limit, limit - 1)
             # the least-squares scale for these integers, then the integers for that scale
             scale = _stored((groups * integers).sum(1, keepdim=True) / integers.square().sum(1, keepdim=True), dtype)
-            error = (groups - (groups / scale).round().clamp(-8, 7) * scale).square().sum(1, keepdim=True)
+            error = (groups - (groups / scale).round().clamp(-limit, limit - 1) * scale).square().sum(1, keepdim=True)
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
     return best

@@ -38,7 +38,7 @@ def round_calibrated_(
     dtype: torch.dtype,
     keep_unrounded: bool = False,
 ) -> dict[str, Tensor]:
-    """Round the 4-bit layers of both towers in place. Returns their scales (O, G) by the modules' names, in `dtype`.
+    """Round the layers of both towers that get fewer than 8 bits, in place. Returns their scales (O, G) by the modules' names, in `dtype`.
 
     `passes` run the whole model on one calibration example each, without padding. Modules outside the towers' layers stay as they are.
     With `keep_unrounded` the weights in place are in the end those that rounding to the nearest step makes the calibrated ones, for
@@ -58,9 +58,10 @@ def round_calibrated_(
                 for inner, found in moments.items():
                     module = layers[position].get_submodule(inner)
                     name = names[id(module)]
-                    if bits_of.get(name) == 4:
-                        scale_of = partial(best_scale, dtype=dtype)
-                        done = round_columns(module.weight, found.mean(), 4, settings.group_size, scale_of)
+                    num_bits = bits_of.get(name, 8)
+                    if num_bits < 8:
+                        scale_of = partial(best_scale, num_bits=num_bits, dtype=dtype)
+                        done = round_columns(module.weight, found.mean(), num_bits, settings.group_size, scale_of)
                         module.weight.copy_(done.weight.to(dtype))
                         scales[name] = done.scales.to(dtype)
                         if keep_unrounded:

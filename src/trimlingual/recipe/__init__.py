@@ -31,6 +31,9 @@ from trimlingual.recipe.section import (
     Tower,
 )
 from trimlingual.recipe.sections import (
+    LAYER_PART,
+    ROW_PARTS,
+    WIDTHS,
     DecodeSettings,
     DistillSettings,
     EvaluateSettings,
@@ -47,7 +50,10 @@ from trimlingual.recipe.training import FLASH_ADAMW, LoraSettings, MixSettings, 
 __all__ = [
     "EXPORT_STAGES",
     "FLASH_ADAMW",
+    "LAYER_PART",
+    "ROW_PARTS",
     "TOWERS",
+    "WIDTHS",
     "AudioPadding",
     "BuiltinSource",
     "Covost2Source",

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from trimlingual.recipe.data import DataSettings
 from trimlingual.recipe.section import Section
 from trimlingual.recipe.sections import (
+    ROW_PARTS,
     DecodeSettings,
     DistillSettings,
     EvaluateSettings,
@@ -154,6 +155,10 @@ class Recipe(Section):
             if self.vocab and self.vocab.when == "after" and self.quantize.eight_bit:
                 problems.append(
                     "vocab.when is after but quantize.eight_bit is set: rows in 8 bits cannot be taken out; use before"
+                )
+            if self.vocab and self.vocab.when == "after" and (rows := [p for p in ROW_PARTS if p in self.quantize.bits]):
+                problems.append(
+                    f"vocab.when is after but quantize.bits has {' and '.join(rows)}: packed rows cannot be taken out; use before"
                 )
         return problems
 

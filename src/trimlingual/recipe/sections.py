@@ -6,6 +6,7 @@ Strict: unknown keys and wrong types are errors. No torch here, so that the comm
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +14,11 @@ from pydantic import Field, field_validator, model_validator
 from trimlingual.recipe import languages
 from trimlingual.recipe.section import NO_RESULT, AudioPadding, Dtype, GgufType, Metric, Runtime, Section
 from trimlingual.recipe.training import MixSettings, TrainSettings
+
+# What `quantize.bits` can name, and how many bits a weight of it can have.
+ROW_PARTS = ("embeddings", "lm_head")
+LAYER_PART = re.compile(r"decoder\.(0|[1-9]\d*)\.(attention|mlp)")
+WIDTHS = (2, 3, 4, 8)
 
 
 class ModelSettings(Section):
@@ -240,6 +246,11 @@ class QuantizeSettings(Section):
     eight_bit: list[Literal["embeddings", "lm_head"]] = Field(
         default_factory=list, description="stored in 8 bits beside int4"
     )
+    bits: dict[str, int] = Field(
+        default_factory=dict,
+        description="for int4: 2, 3, 4 or 8 bits by part: decoder.N.attention, decoder.N.mlp (layer N of the base model), embeddings, "
+        "lm_head; what is not named has 4, or what eight_bit says",
+    )
     compute_dtype: Dtype = Field(default="bfloat16", description="of products with 4-bit weights")
     # What the adapter is added to before the model is quantised again. `dequantized` is what it was trained on, but these weights
     # stand on the 4-bit grid: rounding takes most of them back to where they were, and the adapter is lost (docs/method.md).
@@ -274,6 +285,44 @@ class QuantizeSettings(Section):
         if "lm_head" in self.eight_bit and "lm_head" in self.parts:
             raise ValueError("lm_head is in parts (4 bits) and in eight_bit; name it in one of them")
         return self
+
+    @model_validator(mode="after")
+    def _bits(self) -> QuantizeSettings:
+        if self.bits and self.scheme != "int4":
+            raise ValueError(f"bits needs scheme int4, not {self.scheme}: bitsandbytes holds one number format a model")
+        for part, number in self.bits.items():
+            if part not in ROW_PARTS and not LAYER_PART.fullmatch(part):
+                raise ValueError(
+                    f"bits names {part!r}; a part is decoder.N.attention or decoder.N.mlp, N being a layer's number in the base model, "
+                    "embeddings or lm_head"
+                )
+            if number not in WIDTHS:
+                raise ValueError(f"bits gives {part} {number} bits; allowed are {', '.join(map(str, WIDTHS))}")
+            if part in self.eight_bit:
+                raise ValueError(f"{part} is in bits ({number}) and in eight_bit; name it in one of them")
+            if part not in ROW_PARTS and "decoder" not in self.parts:
+                raise ValueError(f"bits names {part}, but parts leaves the decoder as it is; add decoder to parts")
+        return self
+
+    def bits_of(self, part: str) -> int | None:
+        """Bits of a weight of `audio_tower`, `projector` or a part as `bits` names them; None where it is not packed."""
+        if part in self.bits:
+            return self.bits[part]
+        if part in self.eight_bit:
+            return 8
+        return 4 if part.partition(".")[0] in self.parts else None
+
+    def at_positions(self, layers: Sequence[int]) -> QuantizeSettings:
+        """The same with `bits` by the positions of layers in a model that has these of its base model's; of others nothing is left."""
+        position_of = {f"decoder.{layer}": f"decoder.{position}" for position, layer in enumerate(layers)}
+        bits = {}
+        for part, number in self.bits.items():
+            layer, _, block = part.rpartition(".")
+            if part in ROW_PARTS:
+                bits[part] = number
+            elif layer in position_of:
+                bits[f"{position_of[layer]}.{block}"] = number
+        return self.model_copy(update={"bits": bits})
 
     @model_validator(mode="after")
     def _method(self) -> QuantizeSettings:

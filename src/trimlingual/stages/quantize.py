@@ -1,4 +1,4 @@
-"""The 4-bit model: trained by QLoRA, merged and quantised again, or trained on the rounded weights themselves.
+"""The model in few bits: trained by QLoRA, merged and quantised again, or trained on the rounded weights themselves.
 
 QLoRA takes the least memory. Its adapter was trained on the 4-bit weights, so only these (dequantised) and the adapter together are
 the model that was trained (Dettmers et al. 2023, QLoRA). But they stand on the 4-bit grid, and an adapter moves most of them by less
@@ -29,15 +29,16 @@ from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import free_memory, load_model, load_processor, pick_device
 from trimlingual.models.random_weights import draw, is_random
 from trimlingual.models.saving import DTYPES, round_weights_, save_model
-from trimlingual.quantization.int4 import save_packed
+from trimlingual.quantization.int4 import modules_to_pack, save_packed
 from trimlingual.quantization.merge import merge_
 from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.quantization.rounding import round_calibrated_
-from trimlingual.quantization.straight_through import keep_rounded_, nearest_scales, round_in_forward_
+from trimlingual.quantization.straight_through import keep_rounded_, round_in_forward_, scales_of
 from trimlingual.recipe import ModelSettings, QuantizeSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
+from trimlingual.run.progress import say
 from trimlingual.training.checkpoints import last_complete_checkpoint
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.selection import UNGUIDED, Guide
@@ -60,7 +61,7 @@ def quantize(
 
     With QLoRA the adapter is merged, and the merged weights are quantised again. Without `settings.train` the weights are rounded as
     they are, and the examples only calibrate and measure. bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by
-    int4.py, with 8-bit embeddings if asked for.
+    int4.py, with other numbers of bits where `settings.bits` gives them, by layers of the base model. Those that are gone need none.
 
     One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
     measured, the one that ships. Every process trains; the main one alone does the rest and returns all of the record.
@@ -69,6 +70,7 @@ def quantize(
     measured on training examples and returned. Raises QuantizationError when other modules are 4-bit than should be.
     """
     check_folder(folder.path, "quantized")
+    summary, settings = config_summary(settings), _at_positions(settings, folder.lineage)
     device, scratch = pick_device(shared.model.device), out_dir / SCRATCH
     stored = _stored(folder.path, scratch / "base", device)
     processor = load_processor(stored, shared.model.audio_padding)
@@ -106,8 +108,16 @@ def quantize(
         check_quantized(four, settings)
         final = measure(four)
         save_model(four, processor, out_dir)
-    _lineage(folder.lineage, data, settings, guide).save(out_dir)
-    return info | {"change": _change(trained or plain, plain, final), "quantization": config_summary(settings)}
+    _lineage(folder.lineage, data, settings, guide, summary).save(out_dir)
+    return info | {"change": _change(trained or plain, plain, final), "quantization": summary}
+
+
+def _at_positions(settings: QuantizeSettings, lineage: Lineage) -> QuantizeSettings:
+    """`settings` with bits by positions; says which of the base model's layers they name in vain."""
+    there = settings.at_positions(lineage.layers["decoder"])
+    if gone := len(settings.bits) - len(there.bits):
+        say(f"note: {gone} parts that quantize.bits names are of layers that were removed")
+    return there
 
 
 def _merged(
@@ -130,11 +140,13 @@ def _some(examples: Sequence[Example]) -> list[Example]:
     return list(examples)[:: max(1, len(examples) // NUM_PROBE_EXAMPLES)][:NUM_PROBE_EXAMPLES]
 
 
-def _lineage(lineage: Lineage, data: TrainingData, settings: QuantizeSettings, guide: Guide) -> Lineage:
+def _lineage(
+    lineage: Lineage, data: TrainingData, settings: QuantizeSettings, guide: Guide, summary: dict[str, Any]
+) -> Lineage:
     after = lineage.after("quantize").with_seen("train", {clip.audio_sha256 for clip in data.clips})
     if guide.select and settings.train and settings.train.selection_checks:
         after = after.with_seen("select", guide.select.audio_hashes)
-    return replace(after, quantization=config_summary(settings))
+    return replace(after, quantization=summary)
 
 
 def _train_adapter(
@@ -177,13 +189,13 @@ def _train_rounded(
     goes_on = last_complete_checkpoint(work_dir) and kept.is_file()
     if is_main_process() and not goes_on:
         collator = _collator(processor, data, shared)
-        scales = _calibrated(model, settings, collator, data.examples, shared.model, keep_unrounded=True)
-        scales = scales or nearest_scales(model, settings, DTYPES[shared.model.storage_dtype])
+        calibrated = _calibrated(model, settings, collator, data.examples, shared.model, keep_unrounded=True)
+        scales = scales_of(model, settings, DTYPES[shared.model.storage_dtype], calibrated)
         work_dir.mkdir(parents=True, exist_ok=True)
         save_file({name: scale.cpu().contiguous() for name, scale in scales.items()}, kept)
     wait_for_everyone()
     scales = load_file(kept)
-    round_in_forward_(model, scales)
+    round_in_forward_(model, scales, modules_to_pack(model, settings))
     info = train_(model, processor, data, shared, train, work_dir, guide, teacher)
     keep_rounded_(model)
     return model, scales, info
@@ -197,7 +209,7 @@ def _calibrated(
     model_settings: ModelSettings,
     keep_unrounded: bool = False,
 ) -> dict[str, Tensor]:
-    """Round the 4-bit layers in place by what examples make of them, if the recipe asks for it; their scales by name."""
+    """Round the towers' layers in place by what examples make of them, if the recipe asks for it; their scales by name."""
     if settings.rounding != "calibrated":
         return {}
     forward, device = answer_forward(model), next(model.parameters()).device
@@ -252,6 +264,7 @@ def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
             "group_size": settings.group_size,
             "parts": sorted(settings.parts),
             "eight_bit": sorted(settings.eight_bit),
+            **({"bits": dict(sorted(settings.bits.items()))} if settings.bits else {}),
             "rounding": settings.rounding,
             **trained,
         }
