@@ -17,7 +17,6 @@ from trimlingual.models.packed_layers import (
     PackedLinear,
     TorchLinear,
     no_slower_packed,
-    words_of_bytes,
 )
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings

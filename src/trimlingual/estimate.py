@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trimlingual.models.folders import EXTRACTOR_FILES
-from trimlingual.recipe import EXPORT_STAGES, FLASH_ADAMW, GgufSettings, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.recipe import (
+    EXPORT_STAGES,
+    FLASH_ADAMW,
+    LAYER_PART,
+    GgufSettings,
+    QuantizeSettings,
+    Recipe,
+    TrainSettings,
+)
 from trimlingual.run.fingerprint import read_object
 
 GGUF_BYTES = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a float16 scale for each block of 32 weights
@@ -202,17 +210,19 @@ def _training(
 def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int) -> Estimate:
     settings = recipe.quantize
     assert settings is not None
-    trained = settings.model_copy(update={"scheme": "nf4", "eight_bit": []})  # what the adapter is trained on
+    trained = settings.model_copy(
+        update={"scheme": "nf4", "eight_bit": [], "bits": {}}
+    )  # what the adapter is trained on
     adapter, memory = 0.0, weight_bytes * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
     if settings.train and settings.train.method == "full":
         full = _training(sizes, gone, weight_bytes, stored_bytes, settings.train)
-        return replace(full, disk=_quantized_bytes(sizes, settings, stored_bytes, gone))
+        return replace(full, disk=_quantized_bytes(sizes, settings, stored_bytes, gone) + _more_bits(recipe, gone))
     if settings.train:
         adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
         memory = _quantized_bytes(sizes, trained, weight_bytes, gone) + adapter * (2 + ADAM_STATES)
     drawn = settings.start == "base" and recipe.model.base.startswith("random:")  # written to be read as 4-bit
     return Estimate(
-        _quantized_bytes(sizes, settings, stored_bytes, gone),
+        _quantized_bytes(sizes, settings, stored_bytes, gone) + _more_bits(recipe, gone),
         memory,
         CHECKPOINTS * adapter * (1 + ADAM_STATES),
         BYTES["bfloat16"] * sum(sizes.values()) if drawn else 0,
@@ -297,14 +307,30 @@ def _trimmed(sizes: dict[str, int], recipe: Recipe) -> dict[str, int]:
 
 def _quantized_bytes(sizes: dict[str, int], settings: QuantizeSettings, stored_bytes: int, gone: float) -> float:
     """Bytes of the weights; `gone` is the share of decoder layers that were removed."""
-    four = NF4_BYTES[settings.double_quantization]
-    if settings.scheme == "int4":
-        four = 0.5 + SCALE_BYTES / settings.group_size
     left = {part: 1 - gone if part.startswith("decoder") else 1 for part in sizes}
-    each = {
-        part: 1 if part in settings.eight_bit else four if part in settings.parts else stored_bytes for part in sizes
-    }
-    return sum(number * left[part] * each[part] for part, number in sizes.items())
+    return sum(number * left[part] * _bytes_each(settings, part, stored_bytes) for part, number in sizes.items())
+
+
+def _bytes_each(settings: QuantizeSettings, part: str, stored_bytes: int) -> float:
+    """Bytes of a weight of a part as `part_sizes` names them."""
+    num_bits = settings.bits_of(part)
+    if num_bits is None:
+        return stored_bytes
+    if settings.scheme != "int4":
+        return NF4_BYTES[settings.double_quantization]
+    return 1.0 if num_bits == 8 else num_bits / 8 + SCALE_BYTES / settings.group_size
+
+
+def _more_bits(recipe: Recipe, gone: float) -> float:
+    """Bytes that the decoder's layers take more with `quantize.bits` than in 4 bits."""
+    from trimlingual.models.tree import fine_part_of
+
+    settings = recipe.quantize
+    if settings is None or not settings.bits:
+        return 0.0
+    more = {part: settings.bits[part] - 4 for part in settings.bits if LAYER_PART.fullmatch(part)}
+    matrices = [(name, each) for name, each in _on_meta(recipe).named_parameters() if each.ndim == 2]
+    return sum(each.numel() * more.get(fine_part_of(name) or "", 0) / 8 for name, each in matrices) * (1 - gone)
 
 
 def _adapter_num(sizes: dict[str, int], train: TrainSettings, gone: float) -> float:

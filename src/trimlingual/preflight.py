@@ -7,7 +7,7 @@ headers; no weights are loaded, no audio is decoded and nothing but a configurat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,7 +19,14 @@ from trimlingual.estimate import Estimate, config_of, encoded_s, estimate, froze
 from trimlingual.evaluation.quality import bleu_problem, comet_problem
 from trimlingual.recipe import EXPORT_STAGES, Recipe
 from trimlingual.recipe.languages import language
-from trimlingual.resources import device_problems, disk_problems, memory_notes, quantization_problems, training_problems
+from trimlingual.resources import (
+    bits_problems,
+    device_problems,
+    disk_problems,
+    memory_notes,
+    quantization_problems,
+    training_problems,
+)
 from trimlingual.run.artifacts import ArtifactError
 from trimlingual.run.lineage import LineageError, read_lineage
 from trimlingual.run.progress import say
@@ -247,16 +254,24 @@ def _given_or_base(recipe: Recipe, step: Step, steps: Sequence[Step]) -> tuple[P
 
 
 def _layers(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str]:
-    """Whether the layers can go from the model that is ranked: a given one, or what becomes of the base model."""
+    """Whether the model that a stage reads, a given one or what becomes of the base model, has the layers that its settings name."""
     from trimlingual.search.allowed import ranking_problems
 
-    ranking = next((step for step in steps if step.name == "rank"), None)
-    if recipe.rank is None or ranking is None:
-        return
-    folder, _ = _given_or_base(recipe, ranking, steps)
-    with suppress(LineageError):  # `_models` says what is wrong with the folder
-        if folder:
-            yield from ranking_problems(recipe.rank, read_lineage(folder).layers)
-        elif config is not None:
-            counts = {"decoder": config.text_config.num_hidden_layers, "encoder": config.audio_config.num_hidden_layers}
-            yield from ranking_problems(recipe.rank, {tower: range(num) for tower, num in counts.items()})
+    for step in steps:
+        if step.name not in ("rank", "quantized"):
+            continue
+        folder, _ = _given_or_base(recipe, step, steps)
+        with suppress(LineageError):  # `_models` says what is wrong with the folder
+            if folder:
+                lineage = read_lineage(folder)
+                layers: Mapping[str, Sequence[int]] = lineage.layers
+                num_layers = lineage.num_base_layers["decoder"]
+            elif config is not None:
+                num_layers = config.text_config.num_hidden_layers
+                layers = {"decoder": range(num_layers), "encoder": range(config.audio_config.num_hidden_layers)}
+            else:
+                continue
+            if step.name == "rank" and recipe.rank:
+                yield from ranking_problems(recipe.rank, layers)
+            if step.name == "quantized" and recipe.quantize:
+                yield from bits_problems(recipe.quantize, num_layers)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from trimlingual.estimate import Estimate, disk_peak, gb, training_sections
-from trimlingual.recipe import FLASH_ADAMW, QuantizeSettings, Recipe, TrainSettings
+from trimlingual.recipe import FLASH_ADAMW, LAYER_PART, ROW_PARTS, QuantizeSettings, Recipe, TrainSettings
 from trimlingual.run.extras import install_line, missing
 from trimlingual.run.processes import num_processes
 
@@ -117,29 +117,44 @@ def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> 
         yield from _group_problems(settings, _linear_shapes(config), on_cpu)
 
 
+def bits_problems(settings: QuantizeSettings, num_layers: int) -> Iterator[str]:
+    """Layers that `bits` names and a base model with `num_layers` in its decoder does not have."""
+    named = [part for part in settings.bits if LAYER_PART.fullmatch(part)]
+    if wrong := [part for part in named if int(part.split(".")[1]) >= num_layers]:
+        yield f"quantize.bits names {', '.join(wrong)}; the layers of the base model's decoder are 0 to {num_layers - 1}"
+
+
 def _linear_shapes(config: Any) -> dict[str, set[tuple[int, int]]]:
-    """Inputs and outputs of the linear layers of each part."""
+    """Inputs and outputs of the linear layers of each part, and of the embedding table, whose inputs are its width."""
     from torch import nn
 
     from trimlingual.models.family import meta_model
-    from trimlingual.models.tree import PARTS, part_of
+    from trimlingual.models.tree import PARTS, part_of, text_decoder
 
+    model = meta_model(config)
     shapes: dict[str, set[tuple[int, int]]] = {part: set() for part in PARTS}
-    for name, module in meta_model(config).named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (part := part_of(name)):
             shapes[part].add((module.in_features, module.out_features))
-    return shapes
+    rows, width = text_decoder(model).embed_tokens.weight.shape
+    return shapes | {"embeddings": {(width, rows)}}
 
 
 def _group_problems(settings: QuantizeSettings, shapes: dict[str, set[tuple[int, int]]], on_cpu: bool) -> Iterator[str]:
     """`on_cpu`: bitsandbytes computes on a CPU, which takes inputs in groups of 64 and outputs in groups of 32."""
-    for part in settings.parts:
+    by_group = [part for part in ROW_PARTS if settings.bits.get(part, 8) < 8]  # not named in parts, or there as well
+    for part in dict.fromkeys([*settings.parts, *by_group]):
         widths = sorted({inputs for inputs, _ in shapes[part]})
         if settings.scheme == "int4" and (odd := [width for width in widths if width % settings.group_size]):
             fits = [size for size in (128, 64, 32) if not any(width % size for width in widths)]
-            advice = f"choose {' or '.join(map(str, fits))}" if fits else f"leave {part} out of quantize.parts"
+            key = "parts" if part in settings.parts else "bits"
+            advice = f"choose {' or '.join(map(str, fits))}" if fits else f"leave {part} out of quantize.{key}"
             yield f"quantize.group_size {settings.group_size} does not divide widths {odd} of the {part}; {advice}"
-        if on_cpu and (uneven := [shape for shape in sorted(shapes[part]) if shape[0] % 64 or shape[1] % 32]):
+        if (
+            on_cpu
+            and part in settings.parts
+            and (uneven := [shape for shape in sorted(shapes[part]) if shape[0] % 64 or shape[1] % 32])
+        ):
             yield (
                 f"bitsandbytes on a CPU needs inputs divisible by 64 and outputs by 32, and the {part} has layers of {uneven} (inputs, "
                 "outputs); leave it out of quantize.parts, or use a GPU"

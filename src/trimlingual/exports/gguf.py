@@ -43,6 +43,11 @@ def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None
     if K_TYPE in settings.types and not quantize_program(settings.llama_quantize):
         named = settings.llama_quantize or "llama-quantize on the PATH"
         yield f"export.gguf.types: llama.cpp's llama-quantize makes {K_TYPE}, and there is no {named}; set export.gguf.llama_quantize"
+    bits = (quantization or {}).get("bits") or {}
+    if few := [part for part, number in bits.items() if number < 4]:
+        yield f"export.for gguf: no type of fewer than 4 bits is written, and quantize.bits has {', '.join(few)}; give them 4 or 8"
+    if bits and K_TYPE in settings.types:
+        yield f"export.gguf.types: llama-quantize chooses the bits of {K_TYPE} by itself, against quantize.bits; use q4_0"
     if config is None:
         return
     family = family_named(config.model_type)

@@ -10,7 +10,7 @@ from typing import Any
 from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.exports.proof import prove_export
 from trimlingual.exports.shipped import Shipped, read_shipped
-from trimlingual.exports.target import Finished, Outcome
+from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.models.saving import finish_saved
 from trimlingual.recipe import Recipe
 from trimlingual.run.artifacts import ARTIFACT_FILE
@@ -20,12 +20,19 @@ LEFT_BEHIND = (ARTIFACT_FILE, LOG_FILE, "adapter", "scratch", "work.json")
 
 
 def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None) -> Iterator[str]:
-    """Nothing: whatever a recipe makes is written by transformers."""
-    yield from ()
+    """An embedding table of fewer than 8 bits, which transformers cannot load: it would draw a `weight` that such a table has not."""
+    bits = ((quantization or {}).get("bits") or {}).get("embeddings", 8)
+    if bits < 8:
+        yield (
+            f"export.for transformers: it loads no embedding table of {bits} bits; set quantize.bits embeddings: 8, or export: null, "
+            "since translate, evaluate and serve take the quantised folder as it is"
+        )
 
 
 def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     """The model's folder, with greedy generation and without what is nobody else's. ExportError if it is not what was scored."""
+    if found := list(problems(finished.recipe, None, finished.model.lineage.quantization)):
+        raise ExportError("; ".join(found))
     copy_model(finished, out_dir)
     size, stored = disk_bytes(out_dir), weight_format(finished)
     if finished.is_random:

@@ -17,9 +17,10 @@ from trimlingual.evaluation.cost import disk_bytes
 from trimlingual.exports.proof import compare, recorded_translations, run_script
 from trimlingual.exports.target import ExportError, Finished, Outcome
 from trimlingual.exports.transformers import copy_model, weight_format
-from trimlingual.recipe import Dtype, Recipe
+from trimlingual.recipe import ROW_PARTS, Dtype, Recipe
 
 POSITIONS = 1500  # of the audio tower: vLLM's processor makes spectra of 30 s, and its model takes no others
+BITS = (4, 8)  # of compressed-tensors' words that vLLM has kernels for
 DIFFERING = 0.2  # share of translations that may differ from the recorded ones, made with other kernels in 16 bits
 DECODER_IN_INT4 = "set quantize.scheme: int4, quantize.parts: [decoder] and quantize.eight_bit: []"
 
@@ -37,6 +38,12 @@ def problems(recipe: Recipe, config: Any, quantization: Mapping[str, Any] | None
         yield f"export.for vllm: vLLM holds all but the decoder in 16 bits, and {', '.join(other)} would be in 4; {DECODER_IN_INT4}"
     if eight := quantization.get("eight_bit"):
         yield f"export.for vllm: vLLM does not read 8-bit {' and '.join(eight)} as they are stored here; {DECODER_IN_INT4}"
+    bits = quantization.get("bits") or {}
+    if other := [part for part, number in bits.items() if part in ROW_PARTS or number not in BITS]:
+        yield (
+            "export.for vllm: vLLM has the decoder's layers in 4 or 8 bits and all else in 16, and quantize.bits has "
+            f"{', '.join(other)}; leave them out of it"
+        )
 
 
 def write(finished: Finished, out_dir: Path) -> list[Outcome]:

@@ -162,7 +162,7 @@ class PackedEmbedding(nn.Module):
     def __init__(self, words: Tensor, scale: Tensor, num_bits: int):
         """`words` (V, W) int32, `scale` (V, G) in the dtype of the computation."""
         super().__init__()
-        self.num_bits = num_bits
+        self.num_embeddings, self.num_bits = len(words), num_bits
         self.register_buffer("words", words)
         self.register_buffer("scale", scale)
 
@@ -213,7 +213,9 @@ def integers_of(words: Tensor, num_bits: int) -> Tensor:
     """Integers (N, K), uint8, of words (N, W)."""
     num_bytes = lcm(num_bits, 8) // 8  # the fewest that hold whole integers
     parts = words.view(torch.uint8).view(len(words), -1, num_bytes)
-    whole = parts[..., 0] if num_bytes == 1 else sum(parts[..., i].int() << 8 * i for i in range(num_bytes))
+    whole = parts[..., 0]
+    if num_bytes > 1:
+        whole = torch.stack([parts[..., i].int() << 8 * i for i in range(num_bytes)]).sum(0, dtype=torch.int32)
     shifts = torch.arange(0, 8 * num_bytes, num_bits, dtype=whole.dtype, device=words.device)
     return (whole[..., None] >> shifts & 2**num_bits - 1).to(torch.uint8).view(len(words), -1)
 

@@ -130,7 +130,7 @@ def part_of(module_name: str) -> str | None:
 
 
 def fine_part_of(module_name: str) -> str | None:
-    """As `part_of`, with the parts of the decoder as a recipe's `quantize.bits` names them: decoder.N.attention, decoder.N.mlp, embeddings."""
+    """As `part_of`, but parts of the decoder as `quantize.bits` names them: decoder.N.attention, decoder.N.mlp, embeddings."""
     if module_name == EMBEDDINGS:
         return "embeddings"
     if found := IN_A_BLOCK.match(module_name):

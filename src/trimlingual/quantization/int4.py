@@ -74,8 +74,9 @@ def packing_config(settings: QuantizeSettings) -> Any:
     _compressor()
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-    by_group, by_row = defaultdict(list), []
-    for part, number in {**dict.fromkeys(settings.eight_bit, 8), **settings.bits}.items():
+    by_group: dict[int, list[str]] = defaultdict(list)
+    by_row: list[str] = []
+    for part, number in [*((part, 8) for part in settings.eight_bit), *settings.bits.items()]:
         (by_row if has_row_scales(part, number) else by_group[number]).append(pattern_of(part))
     groups = {}
     if by_row:

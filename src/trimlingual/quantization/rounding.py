@@ -38,7 +38,7 @@ def round_calibrated_(
     dtype: torch.dtype,
     keep_unrounded: bool = False,
 ) -> dict[str, Tensor]:
-    """Round the layers of both towers that get fewer than 8 bits, in place. Returns their scales (O, G) by the modules' names, in `dtype`.
+    """Round the layers of both towers that get fewer than 8 bits, in place. Returns their scales (O, G) by name, in `dtype`.
 
     `passes` run the whole model on one calibration example each, without padding. Modules outside the towers' layers stay as they are.
     With `keep_unrounded` the weights in place are in the end those that rounding to the nearest step makes the calibrated ones, for

@@ -156,7 +156,11 @@ class Recipe(Section):
                 problems.append(
                     "vocab.when is after but quantize.eight_bit is set: rows in 8 bits cannot be taken out; use before"
                 )
-            if self.vocab and self.vocab.when == "after" and (rows := [p for p in ROW_PARTS if p in self.quantize.bits]):
+            if (
+                self.vocab
+                and self.vocab.when == "after"
+                and (rows := [p for p in ROW_PARTS if p in self.quantize.bits])
+            ):
                 problems.append(
                     f"vocab.when is after but quantize.bits has {' and '.join(rows)}: packed rows cannot be taken out; use before"
                 )

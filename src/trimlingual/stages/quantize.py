@@ -60,8 +60,7 @@ def quantize(
     """Make the 4-bit model of the one in `folder`: train it on `data`, save it to `out_dir`.
 
     With QLoRA the adapter is merged, and the merged weights are quantised again. Without `settings.train` the weights are rounded as
-    they are, and the examples only calibrate and measure. bitsandbytes' nf4 and fp4 compute on 4 bits; `scheme: int4` is stored by
-    int4.py, with other numbers of bits where `settings.bits` gives them, by layers of the base model. Those that are gone need none.
+    they are, and the examples only calibrate and measure. int4.py stores `scheme: int4`, with the bits that `settings.bits` gives.
 
     One model at a time stands on the GPU: the 4-bit one that is trained, the merged one, which is made in host memory and comes to be
     measured, the one that ships. Every process trains; the main one alone does the rest and returns all of the record.

@@ -253,9 +253,9 @@ def find_rows(folder: Path, tied: bool) -> list[RowTensor]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             for name in names:
-                if name.endswith(ROWS_BY_TOKEN):
+                if name.removesuffix("_packed").endswith(ROWS_BY_TOKEN):
                     stored = file.get_slice(name)
-                    module = name.removesuffix("weight")
+                    module = name.removesuffix("_packed").removesuffix("weight")
                     quantised = [other for other in names if other.startswith(module) and other != name]
                     if stored.get_dtype() not in FLOATS or quantised:
                         raise VocabError(
