@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from trimlingual.quantization.nf4 import bitsandbytes_config, dequantized
 from trimlingual.recipe import DecodeSettings, QuantizeSettings, Recipe, VocabSettings, load_recipe
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.export import export
-from trimlingual.stages.quantize import sqnr_db
+from trimlingual.stages.quantize import config_summary, sqnr_db
 from trimlingual.vocabulary.rewrite import trim_vocab
 
 WINDOW = ["model.audio_padding=window", "export.for=[gguf]", "model.device=cpu"]
@@ -291,3 +292,22 @@ def test_what_llama_would_translate_into_nonsense_is_refused(folder, tmp_path, m
         written(masked, tmp_path / "out")
     monkeypatch.setattr("trimlingual.run.extras.find_spec", lambda name: None)
     assert "pip install 'trimlingual[gguf]'" in next(problems(recipe(), None, None))
+
+
+def test_a_plan_of_bits_is_kept_where_types_allow(folder, tmp_path):
+    """By the base model's layers, of which two are gone: 8 bits become q8_0 beside q4_0, and table and head have what the plan gives."""
+    bits = {"decoder.8.mlp": 8, "decoder.3.mlp": 8, "embeddings": 4, "lm_head": 4}
+    settings = QuantizeSettings(scheme="int4", group_size=32, parts=["decoder"], bits=bits)
+    kept = [layer for layer in range(12) if layer not in (3, 7)]
+    lineage = replace(
+        read_lineage(folder, "x"), quantization=config_summary(settings), layers={"decoder": kept, "encoder": [0, 2, 3]}
+    )
+    model = load_model(folder, "bfloat16", torch.device("cpu"))
+    save_packed(model, load_processor(folder), tmp_path / "packed", settings.at_positions(kept), "bfloat16")
+    finished = Finished(ModelFolder(tmp_path / "packed", lineage), recipe("export.gguf.types=[q4_0]"))
+    export(finished, "gguf", tmp_path / "out")
+    found = {each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "out" / "mini-q4_0.gguf").tensors}
+    assert {found["token_embd.weight"], found["output.weight"], found["blk.5.attn_q.weight"]} == {"Q4_0"}
+    assert {name for name, kind in found.items() if kind == "Q8_0"} == {
+        f"blk.6.ffn_{x}.weight" for x in ("up", "down", "gate")
+    }

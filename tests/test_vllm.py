@@ -73,6 +73,11 @@ def test_an_int4_decoder(folder, tmp_path):  # noqa: F811
         ([], ["does not read nf4 (bitsandbytes)"]),
         ([*INT4, "quantize.parts=[decoder, audio_tower]"], ["audio_tower would be in 4"]),
         ([*INT4, "quantize.eight_bit=[lm_head]"], ["does not read 8-bit lm_head"]),
+        ([*INT4, "quantize.bits={decoder.3.mlp: 8}"], []),
+        (
+            [*INT4, "quantize.bits={decoder.3.mlp: 3, lm_head: 4}"],
+            ["quantize.bits has decoder.3.mlp, lm_head; leave them out"],
+        ),
     ],
 )
 def test_what_vllm_does_not_load_is_said_before_anything_runs(overrides, said, tmp_path):

@@ -22,9 +22,9 @@ from trimlingual.models.family import Family, family_named, family_of
 from trimlingual.models.folders import is_bitsandbytes
 from trimlingual.models.gguf_form import GgufForm
 from trimlingual.models.loading import load_model, load_processor
-from trimlingual.models.tree import PARTS, audio_tower, lm_head, projector, text_decoder
+from trimlingual.models.tree import PARTS, audio_tower, fine_part_of, lm_head, projector, text_decoder
 from trimlingual.quantization.nf4 import dequantized, is_4bit
-from trimlingual.recipe import GgufSettings, GgufType, Recipe
+from trimlingual.recipe import GgufSettings, GgufType, QuantizeSettings, Recipe
 from trimlingual.run.extras import install_line, missing
 
 K_TYPE: GgufType = "q4_k_m"  # of llama-quantize
@@ -93,19 +93,26 @@ def _write_files(finished: Finished, texts: Mapping[GgufType, Path], mmproj: Pat
     if mmproj:
         _write_audio(mmproj, model, family, name, four_bit)
     tokens = tokens_of(processor, finished.model.path, _form(family))
+    bits = _bits(finished)
     for kind, path in texts.items():
         if kind != K_TYPE:
-            _write_text(path, model, tokens, family, name, kind, four_bit)
+            _write_text(path, model, tokens, family, name, kind, four_bit, bits)
     if K_TYPE in texts:
         with tempfile.TemporaryDirectory(dir=texts[K_TYPE].parent) as folder:
             half = texts.get("f16", Path(folder) / "f16.gguf")
             if not half.exists():
-                _write_text(half, model, tokens, family, name, "f16", four_bit)
+                _write_text(half, model, tokens, family, name, "f16", four_bit, bits)
             quantize(half, texts[K_TYPE], K_TYPE, _settings(finished.recipe).llama_quantize)
 
 
 def _settings(recipe: Recipe) -> GgufSettings:
     return recipe.export.gguf if recipe.export else GgufSettings()
+
+
+def _bits(finished: Finished) -> Mapping[str, int]:
+    """Bits of parts as the model was quantised, by the positions of its layers."""
+    bits = (finished.model.lineage.quantization or {}).get("bits") or {}
+    return QuantizeSettings(scheme="int4", bits=bits).at_positions(finished.model.lineage.layers["decoder"]).bits
 
 
 def _why_not_proven(finished: Finished) -> str:
@@ -118,7 +125,14 @@ def _why_not_proven(finished: Finished) -> str:
 
 
 def _write_text(
-    path: Path, model: Any, tokens: Tokens, family: Family, name: str, kind: GgufType, four_bit: bool
+    path: Path,
+    model: Any,
+    tokens: Tokens,
+    family: Family,
+    name: str,
+    kind: GgufType,
+    four_bit: bool,
+    bits: Mapping[str, int],
 ) -> None:
     """The decoder, its head and the tokenizer."""
     import gguf
@@ -147,16 +161,18 @@ def _write_text(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     tokens.add_to(writer, form, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.decoder.upper()], config.num_hidden_layers)
-    parts = [("model.", text_decoder(model)), ("lm_head.", lm_head(model))]
-    tensors = [
-        (_renamed(names, prefix + old), value) for prefix, part in parts for old, value in _weights(part, four_bit)
-    ]
+    parts = [("model.", "decoder", text_decoder(model)), ("lm_head.", "lm_head", lm_head(model))]
+    tensors, fine_parts = [], {}
+    for prefix, part, module in parts:
+        for old, value in _weights(module, four_bit):
+            tensors.append((new := _renamed(names, prefix + old), value))
+            fine_parts[new] = fine_part_of(f"{PARTS[part]}.{old.removesuffix('.weight')}") or ""
     if form.rotates_neighbours:
         tensors = [
             (new, _neighbours(value, head_size) if ".attn_q." in new or ".attn_k." in new else value)
             for new, value in tensors
         ]
-    types = {new: _text_type(new, value, kind) for new, value in tensors}
+    types = {new: _text_type(new, value, kind, bits.get(fine_parts[new])) for new, value in tensors}
     _write_tensors(writer, tensors, types)
 
 
@@ -224,15 +240,19 @@ def _renamed(names: Any, name: str) -> str:
     return new
 
 
-def _text_type(name: str, value: Tensor, kind: GgufType) -> Any:
-    """Vectors in float32, matrices as asked; but 8 bits for table and head beside 4, and f16 for widths that blocks do not divide."""
+def _text_type(name: str, value: Tensor, kind: GgufType, bits: int | None) -> Any:
+    """Vectors in float32, matrices as asked; but f16 for widths that blocks do not divide.
+
+    Beside 4 bits, 8 where `quantize.bits` gave so many, and for table and head where it gave none.
+    """
     import gguf
 
     types = gguf.GGMLQuantizationType
     if value.ndim == 1:
         return types.F32
     asked = types[kind.upper()]
-    if asked == types.Q4_0 and name in ("token_embd.weight", "output.weight"):
+    is_row_part = name in ("token_embd.weight", "output.weight")
+    if asked == types.Q4_0 and (bits or (8 if is_row_part else 4)) == 8:
         asked = types.Q8_0
     block, _ = gguf.GGML_QUANT_SIZES[asked]
     return types.F16 if value.shape[-1] % block else asked
