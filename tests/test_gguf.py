@@ -295,7 +295,7 @@ def test_what_llama_would_translate_into_nonsense_is_refused(folder, tmp_path, m
 
 
 def test_a_plan_of_bits_is_kept_where_types_allow(folder, tmp_path):
-    """By the base model's layers, of which two are gone: 8 bits become q8_0 beside q4_0, and table and head have what the plan gives."""
+    """By the base model's layers, of which two are gone: 8 bits are q8_0 beside q4_0, and table and head have what the plan gives."""
     bits = {"decoder.8.mlp": 8, "decoder.3.mlp": 8, "embeddings": 4, "lm_head": 4}
     settings = QuantizeSettings(scheme="int4", group_size=32, parts=["decoder"], bits=bits)
     kept = [layer for layer in range(12) if layer not in (3, 7)]
