@@ -76,7 +76,7 @@ def test_decode(tmp_path, monkeypatch):
     assert all(row["prefill_s"] > 0 and row["ms_per_step"] > 0 for row in result["rows"])
     kernels = {row["format"]: sum(row["kernels"].values()) for row in result["models"]}
     assert kernels["bf16"] == 0
-    assert kernels["int4"] > 6 * 7
+    assert kernels["int4"] > 6 * 4  # products of a decoder layer
 
 
 def test_packed(tmp_path):

@@ -16,6 +16,13 @@ pytest.importorskip("triton")
 HEADS = [(32, 32, 128), (8, 2, 64), (6, 3, 24)]  # queries', keys and values', size
 
 
+def parts(*tensors):
+    """The tensors as rows of one, as a joined product gives them."""
+    sizes = [tensor[0].numel() for tensor in tensors]
+    joined = torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+    return [part.unflatten(1, tensor.shape[1:]) for part, tensor in zip(joined.split(sizes, 1), tensors)]
+
+
 @pytest.fixture(
     params=[
         ("cpu", torch.float16),
@@ -51,6 +58,12 @@ def test_rotary_gives_the_same_bits(shape, heads, kv_heads, size):
     assert keys.count_nonzero() == expected[1].count_nonzero()
     got = rotate(query.clone(), key.clone(), value, rope, None)
     assert torch.equal(got[1], expected[1])
+    keys.zero_()
+    values.zero_()
+    got = rotate(*parts(query, key, value), rope, (keys, values, slot))
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(keys[slot], expected[1])
+    assert torch.equal(values[slot], value)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), HEADS)
@@ -70,6 +83,8 @@ def test_attention_of_one_token_a_row(shape, monkeypatch, heads, kv_heads, size)
             mixed = torch.einsum("hn,nhe->he", scores.softmax(-1), value)
             torch.testing.assert_close(got[row].float(), mixed, rtol=1.6e-2, atol=2e-3)
             torch.testing.assert_close(sums[:, row], scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
+        as_part, _ = attend_one(parts(query, keys[:6])[0], keys, values, start, used)
+        assert torch.equal(as_part, got)
 
 
 @pytest.mark.parametrize(("heads", "size"), [(8, 128), (6, 24)])
@@ -108,7 +123,9 @@ def test_norm_after_a_sum_and_gated_product(shape, width):
             torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=1e-5)
             assert (found != expected).float().mean() < 0.01
     act = torch.nn.SiLU()
-    torch.testing.assert_close(gated(act, hidden.clone(), more), act(hidden) * more, rtol=1.6e-2, atol=1e-5)
+    product = gated(act, hidden.clone(), more)
+    torch.testing.assert_close(product, act(hidden) * more, rtol=1.6e-2, atol=1e-5)
+    assert torch.equal(gated(act, *parts(hidden, more)), product)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

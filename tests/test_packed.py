@@ -107,6 +107,26 @@ def test_float32_agrees_with_unpacked_weights(folder, processor, split, task, mo
     assert said[0] == said[1]
 
 
+def test_layers_with_the_same_inputs_are_one_product(folder, processor, split, task, monkeypatch):
+    """Queries, keys and values, and the MLP's first two: four products a decoder layer. Whoever asks one of them alone is answered."""
+    joined = packed(folder, monkeypatch)
+    monkeypatch.setattr("trimlingual.models.packed_weights.JOINED", ())
+    apart = packed(folder, monkeypatch)
+    assert count_parameters(joined) == count_parameters(apart)
+    first, other = (model.model.language_model.layers[0] for model in (joined, apart))
+    inputs = torch.randn(5, first.self_attn.q_proj.whole.in_features)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        torch.testing.assert_close(*(layer.get_submodule(name)(inputs) for layer in (first, other)))
+    calls = []
+    for module in first.modules():
+        if isinstance(module, PackedLinear):
+            module.register_forward_hook(lambda module, inputs, output: calls.append(module.out_features))
+    said = [translate_clips(each, processor, task, split.clips, DecodeSettings()) for each in (joined, apart)]
+    assert said[0] == said[1]
+    assert len({*calls}) <= 4 == sum(isinstance(module, PackedLinear) for module in first.modules())
+    assert len(calls) % 4 == 0
+
+
 @vectorised
 def test_bfloat16_stays_packed(folder, model_dir):
     model, plain = load_model(folder, "bfloat16", CPU, keep_packed=True), load_model(folder, "bfloat16", CPU)

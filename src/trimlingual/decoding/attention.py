@@ -89,10 +89,10 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, used:
     so its time is that of reading the keys and values.
     """
     rows, heads, size = query.shape
-    mixed, log_sums = torch.empty_like(query), torch.empty((heads, rows), dtype=torch.float32, device=query.device)
+    mixed, log_sums = query.new_empty(query.shape), query.new_empty((heads, rows), dtype=torch.float32)
     block, warps = (32, 2) if rows * heads >= ENOUGH_PROGRAMS else (64, 4)
     _attend_one[heads, rows](
-        query, keys, values, start, used, mixed, log_sums, size**-0.5, rows,
+        query, keys, values, start, used, mixed, log_sums, size**-0.5, rows, query.stride(0),
         H=heads, K=keys.shape[1], E=size, BLOCK_E=triton.next_power_of_2(size), BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return mixed, log_sums
@@ -118,7 +118,7 @@ def _join_kernel(
 
 
 def _attend_one_kernel(
-    query, keys, values, start, used, mixed, log_sums, scale, rows,
+    query, keys, values, start, used, mixed, log_sums, scale, rows, query_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`attend_one`, with one program per head and row.
@@ -130,8 +130,7 @@ def _attend_one_kernel(
     """
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane, step = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)
-    query_offset = (row * H + head) * E + lane
-    scaled_query = tl.load(query + query_offset, mask=lane < E, other=0).to(tl.float32) * scale
+    scaled_query = tl.load(query + row * query_stride + head * E + lane, mask=lane < E, other=0).to(tl.float32) * scale
     count = tl.load(used + row)
     key_offset = ((tl.load(start + row).to(tl.int64) + step) * K + head // (H // K))[:, None] * E + lane[None, :]
     highest = tl.full([BLOCK], -1e30, tl.float32)
@@ -154,7 +153,7 @@ def _attend_one_kernel(
     part_weight = tl.exp(highest - top)
     denominator = tl.sum(total * part_weight, 0)
     result = tl.sum(sum_of_values * part_weight[:, None], 0) / denominator
-    tl.store(mixed + query_offset, result.to(mixed.dtype.element_ty), mask=lane < E)
+    tl.store(mixed + (row * H + head) * E + lane, result.to(mixed.dtype.element_ty), mask=lane < E)
     tl.store(log_sums + head * rows + row, top + tl.log(denominator))
 
 

@@ -25,6 +25,7 @@ from trimlingual.models.errors import ModelError
 from trimlingual.models.folders import FAMILIES
 from trimlingual.models.gguf_form import GgufForm
 from trimlingual.models.kernels import add_norm, gated, rms_norm
+from trimlingual.models.packed_layers import together
 from trimlingual.models.tree import projector, text_decoder, unwrap
 
 Shapes = Mapping[str, Mapping[str, Any]]
@@ -137,15 +138,16 @@ class Family(ABC):
         """
         attention = layer.self_attn
         normed = rms_norm(layer.input_layernorm, hidden)
-        key, value = (
-            linear(normed).view(len(hidden), -1, attention.head_dim) for linear in (attention.k_proj, attention.v_proj)
-        )
-        if query_tokens is not None:
+        if query_tokens is None:
+            products = together(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+        else:
+            products = together(normed, attention.k_proj, attention.v_proj)
             normed, hidden = normed[query_tokens], hidden[query_tokens]
-        mixed = attend(attention.q_proj(normed).view(len(hidden), -1, attention.head_dim), key, value)
+            products.insert(0, attention.q_proj(normed))
+        mixed = attend(*(product.view(len(product), -1, attention.head_dim) for product in products))
         hidden, normed = add_norm(hidden, attention.o_proj(mixed.flatten(1)), layer.post_attention_layernorm)
         mlp = layer.mlp
-        return hidden + mlp.down_proj(gated(mlp.act_fn, mlp.gate_proj(normed), mlp.up_proj(normed)))
+        return hidden + mlp.down_proj(gated(mlp.act_fn, *together(normed, mlp.gate_proj, mlp.up_proj)))
 
     def end_tokens(self, model: Any, processor: Any) -> tuple[int, ...]:
         """Tokens that end an answer, from the generation config: a model may have several."""

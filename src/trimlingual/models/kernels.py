@@ -3,6 +3,8 @@
 Each function falls back on PyTorch where there is no GPU, or no Triton, or in 32 bits. Products and sums are rounded where PyTorch
 rounds them, so Triton may not fuse the two. The attention of a decode step is in decoding/attention.py.
 
+Rows of queries, keys, values and of the MLP's two inner products may be parts of longer rows, as those of a joined product are.
+
 Shapes: N tokens, H heads, K key-value heads, E head size, S slots, D width, F width of the MLP.
 """
 
@@ -50,7 +52,7 @@ def rotate(
         tile = math.gcd(heads, kv_heads, 8)
         keys, values, slot = to or (key, value, torch.empty(0, dtype=torch.long, device=key.device))
         _rotary[len(query), (heads + 2 * kv_heads) // tile](
-            query, key, value, *rope, keys, values, slot,
+            query, key, value, *rope, keys, values, slot, query.stride(0), key.stride(0), value.stride(0),
             H=heads, K=kv_heads, HALF=half, BLOCK=triton.next_power_of_2(half), TILE=tile, WRITE=to is not None,
             num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
@@ -79,12 +81,15 @@ def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
 
 
 def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up, (N, F); `gate` is used up."""
+    """act(gate) * up, (N, F), one row after the other; `gate` is used up."""
     if not usable(gate) or not isinstance(act, (nn.SiLU, SiLUActivation)):
         return act(gate) * up
-    count = gate.numel()
-    _gated[(triton.cdiv(count, BLOCK),)](gate, up, count, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
-    return gate
+    rows, width = gate.shape
+    out = gate if gate.is_contiguous() else gate.new_empty(gate.shape)
+    _gated[rows, triton.cdiv(width, BLOCK)](
+        gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+    )
+    return out
 
 
 def add_norm(hidden: Tensor, update: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,7 @@ def _normed(norm: Any, hidden: Tensor, update: Tensor | None) -> Tensor:
 
 
 def _rotary_kernel(
-    query, key, value, cosine, sine, keys, values, slot,
+    query, key, value, cosine, sine, keys, values, slot, query_stride, key_stride, value_stride,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """One program a token and TILE heads: the queries' first, then the keys', then the values'.
@@ -121,7 +126,9 @@ def _rotary_kernel(
     mask = (lane < HALF) & (head < TILE)
     dtype = query.dtype.element_ty
     if first < H + K:
-        base = query + (token * H + first) * 2 * HALF if first < H else key + (token * K + first - H) * 2 * HALF
+        base = query + token * query_stride + first * 2 * HALF
+        if first >= H:
+            base = key + token * key_stride + (first - H) * 2 * HALF
         offsets = head * 2 * HALF + lane
         low = tl.load(base + offsets, mask=mask).to(tl.float32)
         high = tl.load(base + offsets + HALF, mask=mask).to(tl.float32)
@@ -138,23 +145,21 @@ def _rotary_kernel(
             tl.store(place + offsets + HALF, new_high, mask=mask)
     elif WRITE:
         offsets = head * 2 * HALF + lane
-        source = value + (token * K + first - H - K) * 2 * HALF
+        source = value + token * value_stride + (first - H - K) * 2 * HALF
         place = values + (tl.load(slot + token) * K + first - H - K) * 2 * HALF
         tl.store(place + offsets, tl.load(source + offsets, mask=mask), mask=mask)
         tl.store(place + offsets + HALF, tl.load(source + offsets + HALF, mask=mask), mask=mask)
 
 
-def _gated_kernel(gate, up, count, BLOCK: tl.constexpr):
-    """One program BLOCK elements; both results are rounded."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _gated_kernel(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    """One program BLOCK elements of a row; both results are rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype = gate.dtype.element_ty
-    x = tl.load(gate + offsets, mask=offsets < count).to(tl.float32)
+    x = tl.load(gate + row * gate_stride + lane, mask=lane < width).to(tl.float32)
     act = (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)
-    tl.store(
-        gate + offsets,
-        (act * tl.load(up + offsets, mask=offsets < count).to(tl.float32)).to(dtype),
-        mask=offsets < count,
-    )
+    factor = tl.load(up + row * up_stride + lane, mask=lane < width).to(tl.float32)
+    tl.store(out + row * width + lane, (act * factor).to(dtype), mask=lane < width)
 
 
 def _norm_kernel(

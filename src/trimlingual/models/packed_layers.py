@@ -2,6 +2,7 @@
 
 A weight is an integer times the scale of its group. Integers of b bits stand in words of 32 without a gap, 2^(b-1) added to each, the
 first in the lowest bits, as compressed-tensors writes them. Each class of linear layers is a way to compute; `linear_of` picks one.
+Layers that are given the same inputs may be `Part`s of one.
 
 Shapes: N outputs, K inputs, G groups of inputs that share a scale, W = K b / 32 words, T tokens, V vocabulary, D width.
 """
@@ -121,6 +122,28 @@ class TorchLinear(PackedLinear):
         kernel = getattr(torch.ops.aten, name)
         out = kernel(tokens.contiguous(), self.words, self.group_size, self.scale_and_zero)
         return out if self.bias is None else out.add_(self.bias)
+
+
+class Part(nn.Module):
+    """One of several layers for the same inputs that are computed as one. `together` does so; asked alone, it computes all."""
+
+    def __init__(self, whole: nn.Module, rows: slice):
+        """`rows` are its outputs among those of `whole`."""
+        super().__init__()
+        self.whole, self.rows = whole, rows
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., K) to (..., N)."""
+        return self.whole(inputs)[..., self.rows]
+
+
+def together(inputs: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """The outputs (..., N) of each layer for the same inputs (..., K): of one product, where they are parts of one."""
+    parts = [layer for layer in layers if isinstance(layer, Part)]
+    if len(parts) < len(layers) or len({part.whole for part in parts}) > 1:
+        return [layer(inputs) for layer in layers]
+    outputs = parts[0].whole(inputs)
+    return [outputs[..., part.rows] for part in parts]
 
 
 class EightBitLinear(nn.Module):

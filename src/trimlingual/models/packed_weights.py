@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from trimlingual.models.humming_layers import compile_all
-from trimlingual.models.packed_layers import PackedEmbedding, head_of, linear_of, words_of_bytes
+from trimlingual.models.packed_layers import PackedEmbedding, Part, head_of, linear_of, words_of_bytes
+from trimlingual.models.tree import PARTS
 from trimlingual.run.progress import say
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of a decoder layer with the same inputs
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -45,9 +48,13 @@ def keep_packed_(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     there before stays on the CPU: its modules refer to each other in circles, and would keep the device's memory. Such a model cannot
     be trained, changed or saved.
     """
-    sizes = {name: _num_bytes(module) for name, module in model.named_modules() if is_packed(module)}
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        model.set_submodule(name, _computing(model.get_submodule(name), dtype, device))
+    modules = {name: module for name, module in model.named_modules() if is_packed(module)}
+    for names in sorted(_products(modules), key=lambda names: sum(_num_bytes(modules[n]) for n in names), reverse=True):
+        computing, first = _computing([modules[name] for name in names], dtype, device), 0
+        for name in names:
+            end = first + len(modules[name].weight_scale)
+            model.set_submodule(name, computing if len(names) == 1 else Part(computing, slice(first, end)))
+            first = end
     _forget_packing(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
@@ -66,17 +73,42 @@ def say_kernels(model: nn.Module) -> None:
     say("  packed weights: " + ", ".join(f"{number} layers {kind}" for kind, number in kinds.items()))
 
 
-def _computing(module: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """What computes on `device` on the tensors of a packed module."""
-    scale, num_bits = module.weight_scale.data.to(device, dtype), module.quantization_scheme.weights.num_bits
-    packed = getattr(module, "weight_packed", None)  # else 8-bit integers, a byte each
-    stored = (module.weight if packed is None else packed).data.to(device)
-    if isinstance(module, nn.Embedding):
-        return PackedEmbedding(words_of_bytes(stored) if packed is None else stored, scale, num_bits)
-    if packed is None:
-        return head_of(stored, scale)
-    bias = None if module.bias is None else module.bias.data.to(device, dtype)
-    return linear_of(stored, scale, bias, num_bits)
+def _products(modules: dict[str, Any]) -> list[list[str]]:
+    """The names of packed modules, those together that decoder layers give the same inputs and whose tensors can be joined."""
+    groups: dict[Any, list[str]] = {}
+    for name, module in modules.items():
+        parent, _, own = name.rpartition(".")
+        siblings = next((names for names in JOINED if own in names), None)
+        like: Any = name
+        if siblings and name.startswith(PARTS["decoder"]) and _words(module) is not None:
+            like = parent, siblings, _num_bits(module), module.weight_scale.shape[1], module.bias is None
+        groups.setdefault(like, []).append(name)
+    return list(groups.values())
+
+
+def _computing(modules: Sequence[Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """What computes on `device` on the tensors of packed modules, whose outputs are one after the other."""
+    first, num_bits = modules[0], _num_bits(modules[0])
+    scale = torch.cat([module.weight_scale.data for module in modules]).to(device, dtype)
+    if _words(first) is None:
+        integers = first.weight.data.to(device)  # 8 bits, a byte each
+        if isinstance(first, nn.Embedding):
+            return PackedEmbedding(words_of_bytes(integers), scale, num_bits)
+        return head_of(integers, scale)
+    words = torch.cat([module.weight_packed.data for module in modules]).to(device)
+    if isinstance(first, nn.Embedding):
+        return PackedEmbedding(words, scale, num_bits)
+    bias = None if first.bias is None else torch.cat([module.bias.data for module in modules]).to(device, dtype)
+    return linear_of(words, scale, bias, num_bits)
+
+
+def _words(module: Any) -> Any:
+    """The packed words, if the integers are not a byte each."""
+    return getattr(module, "weight_packed", None)
+
+
+def _num_bits(module: Any) -> int:
+    return module.quantization_scheme.weights.num_bits
 
 
 def _forget_packing(model: Any) -> None:

@@ -96,7 +96,8 @@ def trace(
                 inputs[layer] = hidden
                 distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
                 influence[layer] += distance.sum().item()
-            keys[layer], values[layer], hidden = key, value, output
+            # Where they are parts of a joined product, the queries beside them are not kept.
+            keys[layer], values[layer], hidden = key.contiguous(), value.contiguous(), output
         prompt_length = torch.tensor([len(prompts[row]) for row in rows], device=decoder.device)
         in_draft = packed.position >= prompt_length[packed.row]
         prompt_tokens, draft_tokens = (~in_draft).nonzero()[:, 0], in_draft.nonzero()[:, 0]
