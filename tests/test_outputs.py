@@ -6,13 +6,16 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from trimlingual.app import outputs
+from trimlingual.app import recordings as app_recordings
 from trimlingual.app.outputs import JOURNAL_FILE, MADE_FILE, OutputFolder, rendered
 from trimlingual.app.recordings import Given, readable, recordings
 from trimlingual.app.translate import App
@@ -108,17 +111,17 @@ def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatc
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monkeypatch):
     out, batches = tmp_path / "out", []
-    translated = App.translated
+    translated = App._batches
 
     def stops(self, ahead):
-        if batches and len(batches) == stop_at:
-            raise KeyboardInterrupt
-        batches.append([piece.heard.given.name for piece in ahead])
-        return translated(self, ahead)
+        for number, batch in enumerate(translated(self, ahead)):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            batches.append(list(batch))
+            yield batch
 
     stop_at = 2
-    monkeypatch.setattr(App, "translated", stops)
-    monkeypatch.setattr("trimlingual.app.translate.READ_AHEAD", 1)
+    monkeypatch.setattr(App, "_batches", stops)
     monkeypatch.setattr("trimlingual.decoding.translate_clips.CPU_BATCH", 1)
     translate(talks, "--format", "srt", "--out-dir", out)
     assert (out / JOURNAL_FILE).is_file()
@@ -185,7 +188,11 @@ def test_a_video_is_decoded_by_ffmpeg(talks, tmp_path):
     video = tmp_path / "talk.mkv"
     subprocess.run(["ffmpeg", "-v", "error", "-i", talks / "0.ogg", "-c:a", "copy", video], check=True)
     assert json.loads(translate(video).stdout)["text"] == GERMAN[0]
-    video.write_bytes(video.read_bytes()[:64])
+    whole = video.read_bytes()
+    video.write_bytes(whole[: len(whole) // 2])
+    assert "may be cut short or damaged: ffmpeg decoded" in json.loads(translate(video).stdout)["warning"]
+    assert "note: " + str(video) + ": the recording may be cut short" in translate(video, "--format", "text").stderr
+    video.write_bytes(whole[:64])
     assert "ffmpeg cannot decode" in json.loads(translate(video).stdout)["error"]
 
 
@@ -198,12 +205,61 @@ def test_ffmpeg_opens_these_and_no_playlist(talks, tmp_path, ending):
     video = tmp_path / f"talk.{ending}"
     codec = ["-c:a", "libopus"] if ending == "webm" else ["-c:a", "wmav2"] if ending == "wma" else ["-c:a", "aac"]
     subprocess.run(["ffmpeg", "-v", "error", "-i", talks / "0.ogg", *codec, video], check=True)
-    assert readable(Given(str(video), video), tmp_path).stat().st_size > 10_000
-    assert describe_audio(readable(Given(str(video), video), tmp_path, 0.5)).duration_s == pytest.approx(1.5, abs=0.1)
+    sound, suspicious = readable(Given(str(video), video), tmp_path)
+    assert sound.stat().st_size > 10_000
+    assert suspicious is None
+    sound, suspicious = readable(Given(str(video), video), tmp_path, 0.5)
+    assert describe_audio(sound).duration_s == pytest.approx(1.5, abs=0.1)
+    assert suspicious is None
     shutil.copy(talks / "0.ogg", tmp_path / "other.ogg")
     video.write_text("ffconcat version 1.0\nfile other.ogg\n", encoding="utf-8")
     with pytest.raises(DataError, match="ffmpeg cannot decode"):
         readable(Given(str(video), video), tmp_path)
+
+
+@pytest.fixture
+def stuck(tmp_path, monkeypatch) -> Path:
+    """A video, and an ffmpeg that writes its process id to `pid` and then does nothing."""
+    program = tmp_path / "bin" / "ffmpeg"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}.new; mv {tmp_path / 'pid'}.new {tmp_path / 'pid'}; exec sleep 600\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent) + os.pathsep + os.environ["PATH"])
+    video = tmp_path / "talk.mp4"
+    video.write_bytes(b"\0" * 100)
+    return video
+
+
+def is_running(pid: Path) -> bool:
+    return psutil.pid_exists(int(pid.read_text()))
+
+
+def test_an_ffmpeg_that_is_stuck_is_ended(stuck, tmp_path, monkeypatch):
+    monkeypatch.setattr(app_recordings, "STALLED_S", 0.5)
+    with pytest.raises(DataError, match=r"ffmpeg has decoded nothing of .*talk.mp4 for 0.5 s and was ended"):
+        readable(Given(str(stuck), stuck), tmp_path)
+    assert not is_running(tmp_path / "pid")
+
+
+def test_ffmpeg_ends_once_nobody_waits_for_it(stuck, tmp_path):
+    def check() -> None:
+        if (tmp_path / "pid").exists():
+            raise DataError("given up")
+
+    with pytest.raises(DataError, match="given up"):
+        readable(Given(str(stuck), stuck), tmp_path, check=check)
+    assert not is_running(tmp_path / "pid")
+
+
+def test_ffmpeg_ends_with_the_command(stuck, tmp_path, start):
+    """SIGTERM comes to the command alone."""
+    command = start(["translate", "builtin:mini", str(stuck), "--to", "de"], PATH=os.environ["PATH"])
+    command.until((tmp_path / "pid").exists)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(10) == 128 + signal.SIGTERM
+    assert not is_running(tmp_path / "pid")
 
 
 def test_a_folder_knows_what_it_made(talks, tmp_path):

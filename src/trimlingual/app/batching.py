@@ -29,7 +29,8 @@ class Batcher:
         self._app, self._metrics = app, metrics
         self._waiting: deque[tuple[Piece, Future[Said]]] = deque()
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ended = False
+        self._began: float | None = None
         self._last_size, self._last_s = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
@@ -38,8 +39,11 @@ class Batcher:
         """The translations of a segment, when they are there. A future that is cancelled before its batch begins costs nothing."""
         future: Future[Said] = Future()
         with self._changed:
-            self._waiting.append((piece, future))
-            self._changed.notify()
+            if self._ended:
+                future.set_exception(_ended())
+            else:
+                self._waiting.append((piece, future))
+                self._changed.notify()
         return future
 
     @property
@@ -49,8 +53,14 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread works; it ends with `stop` alone."""
+        """Whether the thread works; it should end with `stop` alone."""
         return self._thread.is_alive()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the batch under way began; 0 where there is none."""
+        began = self._began
+        return time.perf_counter() - began if began is not None else 0.0
 
     def stop(self) -> None:
         """End the thread once nothing waits."""
@@ -60,10 +70,19 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._next():
-            started = time.perf_counter()
-            self._translate(batch)
-            self._last_size, self._last_s = len(batch), time.perf_counter() - started
+        batch: list[tuple[Piece, Future[Said]]] = []
+        try:
+            while batch := self._next():
+                self._began = time.perf_counter()
+                self._translate(batch)
+                self._last_size, self._last_s = len(batch), self.busy_s
+                self._began = None
+        finally:
+            with self._changed:
+                self._ended = True
+            for _, future in [*batch, *self._waiting]:  # nobody is to wait for a thread that has died
+                if not future.done():
+                    future.set_exception(_ended())
 
     def _next(self) -> list[tuple[Piece, Future[Said]]]:
         """What goes into the next batch; nothing at the end."""
@@ -93,3 +112,7 @@ class Batcher:
         self._metrics.count_batch(list(said.values()), len(batch))
         for piece, future in batch:
             future.set_result({key: said[key] for key in piece.keys})
+
+
+def _ended() -> RuntimeError:
+    return RuntimeError("the thread that translates has ended")

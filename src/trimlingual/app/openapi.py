@@ -76,7 +76,7 @@ def description(translate: Sequence[str], model: str, languages: Sequence[str]) 
         "paths": {path: {"post": translation} for path in translate}
         | {
             "/v1/models": _get("The model that is served, with its target languages."),
-            "/health": _get("Whether the server works; needs no token."),
+            "/health": _get("Whether requests should be sent here: 200, or 503; needs no token."),
             "/metrics": _get("Counts and times, for Prometheus."),
         },
         "components": {

@@ -226,10 +226,7 @@ def translate_to(
                     say(f"error: {record['error']}")
                 elif folder:
                     say(f"  {folder.write(by_name[record['audio']], record)}")
-                if wrong := _faults(record):
-                    more = f" and at {len(wrong) - SHOWN} other places" if len(wrong) > SHOWN else ""
-                    places = ", ".join(f"{each['start']:.1f} s ({each['fault']})" for each in wrong[:SHOWN])
-                    say(f"note: {record['audio']} ({record['language']}) stayed wrong at {places}{more}")
+                _tell(record, chosen, languages)
                 if not folder:
                     _print(record, chosen, several=len(given) * len(languages) > 1)
             if folder:
@@ -278,6 +275,16 @@ class Counts:
 def _faults(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The segments of a record whose answer stayed wrong."""
     return [segment for segment in record.get("segments", []) if "fault" in segment]
+
+
+def _tell(record: dict[str, Any], form: Format, languages: Sequence[str]) -> None:
+    """What is odd about a recording and its answers, on standard error: texts and subtitles have no place for it."""
+    if form != "json" and record.get("warning") and record["language"] == languages[0]:
+        say(f"note: {record['audio']}: {record['warning']}")
+    if wrong := _faults(record):
+        more = f" and at {len(wrong) - SHOWN} other places" if len(wrong) > SHOWN else ""
+        places = ", ".join(f"{each['start']:.1f} s ({each['fault']})" for each in wrong[:SHOWN])
+        say(f"note: {record['audio']} ({record['language']}) stayed wrong at {places}{more}")
 
 
 def _print(record: dict[str, Any], form: Format, several: bool) -> None:

@@ -12,13 +12,15 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio.to_thread
+import numpy as np
+import soundfile as sf
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -34,10 +36,12 @@ from trimlingual.app.recordings import Given
 from trimlingual.app.refusals import Refusal
 from trimlingual.app.requests import Asked, answer, checked
 from trimlingual.app.translate import App, Heard, Key, Segment
-from trimlingual.data.audio import TooLongError, stated_s
+from trimlingual.data.audio import SAMPLE_RATE, TooLongError, stated_s
+from trimlingual.run.progress import say
 
 TRANSLATE = ("/v1/audio/translations", "/v1/audio/transcriptions")
 READERS = 4  # uploads that are decoded at the same time
+FAILURES = 3  # in a row, after which /health tries a translation of its own
 MAX_FIELDS, MAX_FIELD_BYTES = 20, 1 << 16
 
 Value = TypeVar("Value")
@@ -61,6 +65,8 @@ class Server:
         self.metrics = Metrics()
         self.batcher = Batcher(app, self.metrics)
         self.in_flight = 0
+        self._failures = 0  # translations in a row that ended in an error of this program
+        self._trying = asyncio.Lock()
         self._created, self._numbers = int(time.time()), itertools.count(1)
         self._readers, self._cutters = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(1)
         routes = [
@@ -98,12 +104,19 @@ class Server:
         with self._admitted():
             try:
                 async with asyncio.timeout(self.limits.timeout_s):
-                    return await self._answered(request)
+                    answered = await self._answered(request)
             except TimeoutError:
                 message = f"not done within {self.limits.timeout_s:g} s, the most that a translation may take here"
                 raise Refusal(504, "timeout", message) from None
             except ClientDisconnect:
                 raise _gone() from None
+            except (Refusal, HTTPException):
+                raise
+            except Exception:
+                self._failures += 1
+                raise
+        self._failures = 0
+        return answered
 
     async def _answered(self, request: Request) -> Response:
         body = Request(request.scope, limited(request.receive, self.limits.max_bytes))
@@ -120,25 +133,33 @@ class Server:
                 return answer(record, asked.form)
 
     async def _record(self, request: Request, asked: Asked, heard: Heard, is_clip: bool) -> dict[str, Any]:
-        said: dict[Key, Segment] = {}
-        path = heard.given.path
-        stream = self.app.pieces(heard, path.parent, said)
-        limiter = self._readers if is_clip else self._cutters
-        # So many at a time: a long talk holds little memory, and others are served between its parts.
-        while pieces := await self._reading(lambda: list(itertools.islice(stream, self.app.batch_size)), limiter):
-            limiter = self._readers  # a talk is cut before its first segment
-            if await request.is_disconnected():
-                raise _gone()
-            for found in await asyncio.gather(*(asyncio.wrap_future(self.batcher.submit(piece)) for piece in pieces)):
-                said |= found
+        said = await self._said(heard, is_clip, request.is_disconnected)
         if heard.error:
-            message = str(heard.error).replace(str(path), asked.filename).replace(heard.given.name, asked.filename)
+            message = (
+                str(heard.error)
+                .replace(str(heard.given.path), asked.filename)
+                .replace(heard.given.name, asked.filename)
+            )
             if isinstance(heard.error, TooLongError):
                 raise Refusal(413, "audio_too_long", message, "file")
             raise Refusal(400, "unreadable_audio", message, "file")
         self.metrics.count_audio(heard.duration_s)
         (record,) = self.app.records(heard, said)
         return record
+
+    async def _said(self, heard: Heard, is_clip: bool, is_gone: Callable[[], Awaitable[bool]]) -> dict[Key, Segment]:
+        """The translations of a recording; what is wrong with it is noted in `heard`."""
+        said: dict[Key, Segment] = {}
+        stream = self.app.pieces(heard, heard.given.path.parent, said)
+        limiter = self._readers if is_clip else self._cutters
+        # So many at a time: a long talk holds little memory, and others are served between its parts.
+        while pieces := await self._reading(lambda: list(itertools.islice(stream, self.app.batch_size)), limiter):
+            limiter = self._readers  # a talk is cut before its first segment
+            if await is_gone():
+                raise _gone()
+            for found in await asyncio.gather(*(asyncio.wrap_future(self.batcher.submit(piece)) for piece in pieces)):
+                said |= found
+        return said
 
     async def _reading(self, work: Callable[[], Value], limiter: anyio.CapacityLimiter) -> Value:
         return await anyio.to_thread.run_sync(work, limiter=limiter)
@@ -156,9 +177,35 @@ class Server:
         return about | {"languages": self.app.languages}
 
     async def _health(self, request: Request) -> Response:
+        """Whether requests should be sent here. After failures a translation is tried, so that health comes back with it."""
         if not self.batcher.is_alive:
             raise Refusal(503, "broken", "the thread that translates has ended; start the server again")
+        if self.batcher.busy_s > self.limits.timeout_s:
+            message = (
+                f"a batch has taken more than {self.limits.timeout_s:g} s; start the server again, should it not end"
+            )
+            raise Refusal(503, "stuck", message)
+        async with self._trying:
+            if self._failures >= FAILURES:
+                try:
+                    async with asyncio.timeout(self.limits.timeout_s):
+                        await self._try()
+                except Exception as error:
+                    say(f"error: a second of noise could not be translated: {type(error).__name__}: {error}")
+                    message = f"{self._failures} translations in a row failed, and so did one of noise; the server's log says why"
+                    raise Refusal(503, "failing", message) from error
+                self._failures = 0
         return JSONResponse({"status": "ok"})
+
+    async def _try(self) -> None:
+        """Translate a second of noise, as an upload is translated."""
+        with tempfile.TemporaryDirectory(prefix="trimlingual-") as scratch:
+            path = Path(scratch) / "noise.wav"
+            sf.write(path, np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE), SAMPLE_RATE)
+            heard = Heard(Given("noise", path), self.app.languages[:1])
+            await self._said(heard, True, _never)
+            if heard.error:
+                raise heard.error
 
     async def _metrics_page(self, request: Request) -> Response:
         gauges = {
@@ -172,6 +219,10 @@ class Server:
 
     async def _docs(self, request: Request) -> Response:
         return HTMLResponse(page(description(TRANSLATE, self.model, self.app.languages)))
+
+
+async def _never() -> bool:
+    return False
 
 
 def _declared_length(request: Request) -> int:

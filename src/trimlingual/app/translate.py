@@ -32,6 +32,7 @@ from trimlingual.models.folders import check_folder
 from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.recipe.languages import language
+from trimlingual.run import interruptions
 from trimlingual.run.extras import install_line
 from trimlingual.run.jsonl import read_jsonl
 from trimlingual.run.progress import progress, say
@@ -73,7 +74,8 @@ class Heard:
     given_up: bool = False
 
     def check(self) -> None:
-        """DataError once nobody waits for it any more, so that reading it ends."""
+        """DataError once nobody waits for it any more, and Interrupted once the command was asked to stop, so that reading it ends."""
+        interruptions.check(f"while {self.given.name} was read")
         if self.given_up:
             raise DataError(f"{self.given.name} was given up")
 
@@ -189,11 +191,12 @@ class App:
         stream = pieces()
         with progress("translating, recording", len(given)) as advance:
             while ahead := list(islice(stream, READ_AHEAD * self.batch_size)):
-                new = self.translated(ahead)
-                said |= new
-                if remember:
-                    for key, segment in new.items():
-                        remember(key, segment)
+                for new in self._batches(ahead):
+                    said |= new
+                    if remember:
+                        for key, segment in new.items():
+                            remember(key, segment)
+                    advance(0)
                 # All but the last recording that was begun are whole.
                 while len(waiting) > 1:
                     advance(1)
@@ -208,13 +211,14 @@ class App:
         """The segments of a recording that are to be translated; what is wrong with it is noted in `heard`."""
         name = heard.given.name
         try:
-            path = readable(heard.given, scratch, self.longest_s)
+            path, suspicious = readable(heard.given, scratch, self.longest_s, heard.check)
             found = describe_audio(path, self.longest_s, heard.check)
             heard.duration_s = found.duration_s
             if found.unusable:
                 heard.warning = f"not translated: the recording {found.unusable}"
                 return
-            heard.warning = found.suspicious and f"the recording {found.suspicious}"
+            if suspicious := suspicious or found.suspicious:
+                heard.warning = f"the recording {suspicious}"
             heard.spans = self._spans(heard, path)
             if not heard.spans:
                 heard.warning = "not translated: no speech was found"
@@ -254,16 +258,20 @@ class App:
 
     def translated(self, ahead: Iterable[Piece]) -> dict[Key, Segment]:
         """The translations of segments, of any recordings and into each one's languages."""
+        return {key: segment for new in self._batches(ahead) for key, segment in new.items()}
+
+    def _batches(self, ahead: Iterable[Piece]) -> Iterator[dict[Key, Segment]]:
+        """`translated`, batch by batch, those of similar length together."""
         pieces = {piece.clip.id: piece for piece in ahead}
         self._samples = {name: piece.samples for name, piece in pieces.items()}
-        said: dict[Key, Segment] = {}
         for batch in longest_first([piece.clip for piece in pieces.values()], self.batch_size):
+            said: dict[Key, Segment] = {}
             for translation in self._translate(batch):
                 piece = pieces[translation.id]
                 name = piece.heard.given.name
                 said[_key(name, piece.span, translation.language)] = self._segment(translation, piece)
+            yield said
         self._samples = {}
-        return said
 
     def _segment(self, first: Translation, piece: Piece) -> Segment:
         wrong, left, answer = fault(first), None, first
