@@ -96,8 +96,12 @@ class Bench:
             for score in ("bleu", metric):
                 row[f"{code}_{score}"] = round(corpus_score(score, hypotheses, references, code).value, 2)
         row["disk_bytes"] = size
-        self.rows[name] = {**row, "logits": logits}
+        self.rows[name] = {**row, "logits": logits, "said": said}
         print(f"{name:46} {json.dumps(row)}  ({time.perf_counter() - started:.0f} s)", flush=True)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The rows without logits and translations."""
+        return {n: {k: v for k, v in row.items() if k not in ("logits", "said")} for n, row in self.rows.items()}
 
     def saved(self, name: str, settings: QuantizeSettings, source: Path, against: str) -> None:
         """Quantise the model in `source`, save it, measure what the folder loads as."""
@@ -232,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "num_clips": len(bench.test),
         "training": training,
-        "results": {n: {k: v for k, v in row.items() if k != "logits"} for n, row in bench.rows.items()},
+        "results": bench.results(),
     }
     args.out.mkdir(exist_ok=True)
     (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
