@@ -160,19 +160,22 @@ def test_flash_adamw_resumes(make_model, processor, split, shared, task, tmp_pat
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_packed_layers_on_every_kernel(group):
-    """PyTorch's kernel and humming-kernels, where it is installed, against float64, for few tokens and many; 8 bits as well."""
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_packed_layers_on_every_kernel(group, num_bits):
+    """PyTorch's kernel and humming-kernels, where it is installed, against float64, for few tokens and many; 8-bit rows as well."""
     cases = [(512, 384, True), (1024, 256, False)]
     for rows, width, bias in cases:
-        words, scale, bias_ = drawn(rows, width, group, torch.bfloat16, bias)
+        words, scale, bias_ = drawn(rows, width, group, torch.bfloat16, bias, num_bits)
         words, scale = words.cuda(), scale.cuda()
         bias_ = bias_.cuda() if bias else None
-        plain = PackedLinear(words, scale, bias_, 4)
-        weight = (plain.integers().double() - 8).view(rows, -1, group) * scale.double()[..., None]
-        layers = [plain, TorchLinear(words, scale, bias_, 4)]
-        assert torch.equal(layers[0].unpacked(), layers[1].unpacked())
+        plain = PackedLinear(words, scale, bias_, num_bits)
+        weight = (plain.integers().double() - 2 ** (num_bits - 1)).view(rows, -1, group) * scale.double()[..., None]
+        layers = [plain]
+        if TorchLinear.fits(words, scale, num_bits):
+            layers.append(TorchLinear(words, scale, bias_, num_bits))
+            assert torch.equal(layers[0].unpacked(), layers[1].unpacked())
         if humming_layers.fits(rows, width, scale):
-            layers.append(humming_layers.HummingLinear(words.clone(), scale, bias_, 4))
+            layers.append(humming_layers.HummingLinear(words.clone(), scale, bias_, num_bits))
         for num_tokens in (1, 8, 9, 33, 64, 65, 300, 2000):
             tokens = torch.randn(num_tokens, width, device="cuda").bfloat16()
             expected = tokens.double() @ weight.view(rows, width).T + (bias_.double() if bias else 0)
@@ -187,12 +190,17 @@ def test_packed_layers_on_every_kernel(group):
         assert (head(tokens).double() - expected).norm() < 0.01 * expected.norm()
 
 
-def test_packed_weights_translate_as_unpacked_ones(mini, tmp_path):
+@pytest.mark.parametrize(
+    "bits",
+    [{}, {"decoder.2.mlp": 3, "decoder.4.mlp": 3, "decoder.1.attention": 8, "embeddings": 4, "lm_head": 4}],
+)
+def test_packed_weights_translate_as_unpacked_ones(mini, tmp_path, bits):
     """With graphs: nearly all of them, because sums are rounded elsewhere."""
     pytest.importorskip("compressed_tensors")
     recipe, folder, clips = mini
     processor, gpu = load_processor(folder), torch.device("cuda")
-    asked = QuantizeSettings(scheme="int4", group_size=64, eight_bit=["embeddings", "lm_head"])
+    rows = [] if bits else ["embeddings", "lm_head"]
+    asked = QuantizeSettings(scheme="int4", group_size=64, eight_bit=rows, bits=bits)
     save_packed(load_model(folder, "float32", torch.device("cpu")), processor, tmp_path, asked, "bfloat16")
     said = [
         translate_clips(

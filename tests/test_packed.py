@@ -30,9 +30,9 @@ CPU = torch.device("cpu")
 IDS = torch.arange(20, 120).reshape(4, 25)
 
 
-def drawn(rows: int, width: int, group: int, dtype: torch.dtype, bias: bool = True):
+def drawn(rows: int, width: int, group: int, dtype: torch.dtype, bias: bool = True, num_bits: int = 4):
     torch.manual_seed(rows + width)
-    words = torch.randint(-(2**31), 2**31, (rows, width // 8), dtype=torch.int32)
+    words = torch.randint(-(2**31), 2**31, (rows, width * num_bits // 32), dtype=torch.int32)
     scale = 0.05 * torch.randn(rows, width // group)  # of either sign
     return words, scale.to(dtype), torch.randn(rows).to(dtype) if bias else None
 
@@ -68,13 +68,16 @@ vectorised = pytest.mark.skipif(not no_slower_packed(CPU, torch.bfloat16), reaso
 
 @vectorised
 @pytest.mark.parametrize(("rows", "width", "group"), [(64, 64, 32), (192, 320, 64), (128, 1024, 128)])
-def test_pytorchs_layout_is_read_back(rows, width, group):
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_pytorchs_layout_is_read_back(rows, width, group, num_bits):
     """Whatever layout the kernel has on this machine: the same integers, so the same products but for rounding."""
-    words, scale, bias = drawn(rows, width, group, torch.bfloat16)
-    assert TorchLinear.fits(words, scale, 4)
-    plain, kernel = PackedLinear(words, scale, bias, 4), TorchLinear(words, scale, bias, 4)
-    assert torch.equal(plain.integers(), kernel.integers())
+    words, scale, bias = drawn(rows, width, group, torch.bfloat16, num_bits=num_bits)
+    assert TorchLinear.fits(words, scale, num_bits)
+    plain, kernel = PackedLinear(words, scale, bias, num_bits), TorchLinear(words, scale, bias, num_bits)
+    assert torch.equal(plain.integers().int() - 2 ** (num_bits - 1), kernel.integers().int() - 8)
     assert torch.equal(plain.unpacked(), kernel.unpacked())
+    half = slice(0, 64)
+    assert torch.equal(plain.unpacked(half), kernel.unpacked(half))
     for num_tokens in (1, 7, 128, 129, 200):  # with the kernel, and unpacked
         tokens = torch.randn(2, num_tokens, width).bfloat16()
         difference = (kernel(tokens) - plain(tokens)).float().norm() / plain(tokens).float().norm()

@@ -76,7 +76,7 @@ def test_an_int4_decoder(folder, tmp_path):  # noqa: F811
         ([*INT4, "quantize.bits={decoder.3.mlp: 8}"], []),
         (
             [*INT4, "quantize.bits={decoder.3.mlp: 3, lm_head: 4}"],
-            ["quantize.bits has decoder.3.mlp, lm_head; leave them out"],
+            ["other parts or widths: decoder.3.mlp, lm_head; leave"],
         ),
     ],
 )

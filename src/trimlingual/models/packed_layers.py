@@ -81,7 +81,10 @@ class PackedLinear(nn.Module):
 
 
 class TorchLinear(PackedLinear):
-    """PyTorch's kernels for 4 bits: 16 bits on a CPU, bfloat16 on a GPU. More than a few tokens are faster with unpacked weights."""
+    """PyTorch's kernels for 4 bits: 16 bits on a CPU, bfloat16 on a GPU. More than a few tokens are faster with unpacked weights.
+
+    Integers of 2 and 3 bits are held in 4, which takes more memory and is as fast.
+    """
 
     kernel = "PyTorch's int4 kernel"
     scale_and_zero: Tensor
@@ -89,8 +92,8 @@ class TorchLinear(PackedLinear):
     @staticmethod
     def fits(words: Tensor, scale: Tensor, num_bits: int) -> bool:
         """Whether the kernel takes weights of this shape and device in the scales' dtype."""
-        rows, width = len(words), words.shape[1] * 8
-        if num_bits != 4:
+        rows, width = len(words), words.shape[1] * 32 // num_bits
+        if num_bits > 4:
             return False
         if words.device.type == "cpu":
             return no_slower_packed(words.device, scale.dtype) and rows % TILE_ROWS["cpu"] == 0
@@ -98,7 +101,9 @@ class TorchLinear(PackedLinear):
 
     def pack(self, words: Tensor, scale: Tensor) -> None:
         """The words as the kernel wants them, and each scale beside the zero point 0: (G, N, 2)."""
-        self.register_buffer("words", _torch_layout(integers_of(words, 4)))
+        integers = integers_of(words, self.num_bits).add_(8 - 2 ** (self.num_bits - 1))
+        self.num_bits = 4
+        self.register_buffer("words", _torch_layout(integers))
         self.register_buffer("scale_and_zero", torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous())
 
     def integers(self, rows: slice = ALL) -> Tensor:
@@ -221,19 +226,21 @@ def linear_of(words: Tensor, scale: Tensor, bias: Tensor | None, num_bits: int) 
 
 
 def head_of(integers: Tensor, scale: Tensor) -> nn.Module:
-    """The fastest output head on `integers` (V, D) int8, which are used up, and `scale` (V, 1)."""
+    """The fastest output head on `integers` (V, D) int8 and `scale` (V, 1)."""
     if humming_layers.fits(len(integers), integers.shape[1], scale):
         return humming_layers.HummingLinear(words_of_bytes(integers), scale, None, 8)
     return EightBitLinear(integers, scale)
 
 
 def words_of_bytes(integers: Tensor) -> Tensor:
-    """Words (N, K / 4) of 8-bit integers (N, K) int8, which are used up."""
-    return integers.view(torch.uint8).bitwise_xor_(128).view(torch.int32)  # 128 added to each
+    """Words (N, K / 4) of 8-bit integers (N, K) int8."""
+    return integers.view(torch.uint8).bitwise_xor(128).view(torch.int32)  # 128 added to each
 
 
 def integers_of(words: Tensor, num_bits: int) -> Tensor:
     """Integers (N, K), uint8, of words (N, W)."""
+    if num_bits == 8:
+        return words.view(torch.uint8)
     num_bytes = lcm(num_bits, 8) // 8  # the fewest that hold whole integers
     parts = words.view(torch.uint8).view(len(words), -1, num_bytes)
     whole = parts[..., 0]
