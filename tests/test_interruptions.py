@@ -101,3 +101,12 @@ def test_what_can_be_saved_is_what_else_ends_at_once(kind, number, code):
 
 def test_no_error_handler_goes_on_from_it():
     assert not issubclass(Interrupted, Exception)
+
+
+def test_a_training_that_fails_ends_with_its_workers(manifests, tmp_path, start):
+    """The workers ignore signals, and an error's traceback holds on to them."""
+    process = start(
+        finetune(tmp_path, *manifests, "finetune.num_workers=2", "finetune.learning_rate=1e30", "finetune.max_steps=50")
+    )
+    assert process.wait(120) == 1, process.stderr()
+    assert "the loss is nan at step" in process.stderr()

@@ -9,6 +9,7 @@ the batch's ids, when the loss is not finite.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -172,6 +173,10 @@ def train_(
     try:
         with explained_disk_full(work_dir), trainer.checkpoints.told():
             trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
+    except BaseException as error:
+        # The traceback would keep the data loader, whose workers ignore signals: the process could not end without them.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         del model.forward  # the class's own again
     selection = best.finish() if best else None
