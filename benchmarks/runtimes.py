@@ -67,6 +67,8 @@ class Bench:
         """How the runtime's translations, of which `ask` gives `said` and more, compare with ours."""
         by_id = {clip.id: clip for clip in self.clips}
         whole = [each for each in ours if not each.truncated]
+        if not whole:
+            raise ValueError(f"our decoder ended none of {len(ours)} answers within the bound: nothing can be compared")
         answer = ask([(by_id[each.id], each.language) for each in whole])
         said = answer.pop("said")
         scores: dict[str, Any] = {}
