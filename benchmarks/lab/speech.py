@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ LARGE = (("ende.train", 0, 3_000), ("enzh.train", 0, 3_000))
 SELECT = (("ende.dev", 0, 500), ("enzh.dev", 0, 500))
 TEST = (("ende.test", 0, 500), ("enzh.test", 0, 500))
 SETS = {"general": GENERAL, "large": LARGE, "select": SELECT, "test": TEST}
-CHUNK = 64  # clips spoken by a worker at a time
+CHUNK = 64  # clips spoken by a process
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,10 @@ def main() -> None:
     work = partial(speak, lab=lab, engines=Engines(args.espeak_root, args.flite_root))
     spoken: dict[str, list[dict[str, Any]]] = {role: [] for role in SETS}
     dropped = done = 0
-    with ProcessPoolExecutor(args.workers) as pool:
-        chunks = [every[start : start + CHUNK] for start in range(0, len(every), CHUNK)]
-        for chunk, lines in zip(chunks, pool.map(work, chunks)):
+    chunks = [every[start : start + CHUNK] for start in range(0, len(every), CHUNK)]
+    # What a synthesiser says depends on what it said before, so each chunk gets a process of its own.
+    with multiprocessing.Pool(args.workers, maxtasksperchild=1) as pool:
+        for chunk, lines in zip(chunks, pool.imap(work, chunks)):
             for item, line in zip(chunk, lines):
                 if line is None:
                     dropped += 1
