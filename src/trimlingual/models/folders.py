@@ -69,10 +69,14 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
     if not list(folder.glob("*.safetensors")):
         return [f"{folder} holds no *.safetensors weights (other formats are not loaded: they can run code)"]
     shards = sorted(set(read_object(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
+    lacking = [name for name in shards if not (folder / name).is_file()]
+    if lacking:
         return [
-            f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}; download it again"
+            f"{folder} lacks {len(lacking)} of {len(shards)} weight files: {', '.join(lacking[:3])}; download it again"
+        ]
+    if _packed_by(folder) == "compressed-tensors" and missing("int4"):
+        return [
+            f"the weights in {folder} are packed by compressed-tensors, which is not installed: {install_line('int4')}"
         ]
     return []
 
@@ -101,7 +105,11 @@ def library_problem(tokenizer_file: str) -> str | None:
 
 def is_bitsandbytes(folder: Path) -> bool:
     """Whether the weights are 4-bit words of bitsandbytes."""
-    return (_config(folder).get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+    return _packed_by(folder) == "bitsandbytes"
+
+
+def _packed_by(folder: Path) -> str | None:
+    return (_config(folder).get("quantization_config") or {}).get("quant_method")
 
 
 def _config(folder: Path) -> dict[str, Any]:
