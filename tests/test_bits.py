@@ -14,10 +14,11 @@ from transformers import AutoConfig
 
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
+from trimlingual.estimate import estimate
 from trimlingual.evaluation.cost import count_parameters
 from trimlingual.models.family import meta_model
 from trimlingual.models.inputs import Example, TrainingData
-from trimlingual.models.loading import load_model
+from trimlingual.models.loading import load_model, resolve_base
 from trimlingual.models.packed_layers import PackedEmbedding, PackedLinear, integers_of, no_slower_packed
 from trimlingual.models.tree import EMBEDDINGS, fine_part_of
 from trimlingual.pipeline import plan
@@ -173,6 +174,27 @@ def test_every_part_has_its_bits(saved):
         assert max(len(group.unique()) for group in model.get_submodule(name).weight.reshape(-1, 32)) == most
 
 
+def test_the_estimate_of_a_plan_is_near_its_bytes():
+    bits = {f"decoder.{layer}.mlp": 3 for layer in range(24)} | {
+        "decoder.0.attention": 8,
+        "embeddings": 2,
+        "lm_head": 4,
+    }
+    plan_of_bits = "{" + ", ".join(f"{part}: {number}" for part, number in bits.items()) + "}"
+    base = "random:qwen2-audio-7b"
+    wanted = [
+        f"model.base={base}",
+        "rank=null",
+        "recover=null",
+        "quantize.start=teacher",
+        INT4,
+        f"quantize.bits={plan_of_bits}",
+    ]
+    recipe = load_recipe("qwen2-audio-en-de", wanted)
+    exact = bytes_by_module(meta_model(AutoConfig.from_pretrained(resolve_base(base))), recipe.quantize, "bfloat16")
+    assert estimate(recipe)["quantized"].disk == pytest.approx(sum(exact.values()), rel=0.002)
+
+
 @EVERY_FAMILY
 @pytest.mark.parametrize("changes", [{}, {"bits": {}, "eight_bit": ["embeddings", "lm_head"]}, {"group_size": 64}])
 def test_bytes_are_known_without_making_anything(model_dir, processor, tmp_path, changes):
@@ -216,7 +238,7 @@ def test_float32_agrees_with_unpacked_weights(saved, processor, split, task, mon
     assert PackedEmbedding in kinds
     assert torch.nn.Linear not in kinds
     # transformers rounds unpacked weights to the scales' bfloat16: what is packed is more exact
-    assert sqnr_db(logits(plain), logits(model)) > 40
+    assert sqnr_db(logits(plain), logits(model)) > 35
     assert count_parameters(model) == count_parameters(plain)
     assert translate_clips(model, processor, task, split.clips, DecodeSettings(batch_size=3, max_new_tokens=5))
 

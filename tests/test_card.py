@@ -175,3 +175,12 @@ def test_it_does_for_every_family(padding, model_dir, split, tmp_path):
     clip = split.clips[0]
     (said,) = translate_clips(model, processor, recipe.task, [replace(clip, references={})], settings)
     assert code_says(folder, recipe, load_audio(clip.audio), tmp_path) == said.hypothesis
+
+
+def test_the_bits_of_each_part_are_named():
+    bits = {"decoder.3.mlp": 3, "embeddings": 2, "decoder.5.mlp": 3}
+    text = str(
+        card(quantization={"method": "compressed-tensors", "scheme": "int4", "parts": ["decoder"], "bits": bits})
+    )
+    assert "- 2-bit integers (layers numbered as in the base model): embeddings\n" in text
+    assert "- 3-bit integers (layers numbered as in the base model): decoder.3.mlp, decoder.5.mlp\n" in text

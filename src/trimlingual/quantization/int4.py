@@ -84,12 +84,14 @@ def packing_config(settings: QuantizeSettings) -> Any:
         # Plain int8, not packed words: an embedding module must keep a `weight`, or transformers cannot initialise it.
         eight = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
         groups["8_by_row"] = QuantizationScheme(targets=by_row, weights=eight, format="naive-quantized")
-    by_group[4].append("Linear")  # a pattern, where there is one, goes before the class
-    for number, targets in sorted(by_group.items()):
+    by_group[4].append("Linear")
+    for number, targets in by_group.items():
         args = QuantizationArgs(num_bits=number, strategy="group", group_size=settings.group_size, symmetric=True)
-        groups[f"{number}_by_group"] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
+        # A class is tried after the patterns of groups before it, and what is saved is sorted by name.
+        name = "default" if number == 4 else f"{number}_by_group"
+        groups[name] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
     return QuantizationConfig(
-        config_groups=groups,
+        config_groups=dict(sorted(groups.items())),
         format="mixed-precision" if by_row else "pack-quantized",
         ignore=[PATTERNS[part] for part in PARTS if settings.bits_of(part) is None],
     )
