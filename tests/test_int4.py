@@ -41,23 +41,11 @@ def settings(**changes):
     return QuantizeSettings(**{"scheme": "int4", "group_size": 64, **changes})
 
 
-@pytest.mark.parametrize(("group_size", "floor"), [(32, 21.5), (64, 20.7), (128, 20.0)])
-def test_4bit_floor_for_normal_weights(group_size, floor):
-    """nf4 with blocks of 64 keeps 20.7 dB of normal weights."""
-    weight = torch.randn((256, 1024), generator=torch.Generator().manual_seed(0))
-    scale, rounded = round_to_integers(weight, 4, group_size)
-    assert scale.shape == (256, 1024 // group_size)
-    assert sqnr_db(weight, rounded) > floor
-    integers = rounded.reshape(256, -1, group_size) / scale[..., None]
-    assert integers.round().unique().tolist() == list(range(-8, 8))
-    torch.testing.assert_close(integers, integers.round(), atol=1e-4, rtol=0)
-
-
 def test_8bit_floor_for_normal_weights():
     weight = torch.randn((256, 1024), generator=torch.Generator().manual_seed(0))
     scale, rounded = round_to_integers(weight, 8, 1024)
     assert scale.shape == (256, 1)
-    assert sqnr_db(weight, rounded) > 41
+    assert sqnr_db(weight, rounded) > 42
 
 
 def test_rounding_by_hand():
