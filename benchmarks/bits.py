@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         bench.measure("base", bench.load(bench.base), None, disk_bytes(bench.base))
         work = [(layers, bits, rounding) for bits in (4, 3, 2) for rounding in roundings]
         work += [(rows, "embeddings", 4), (rows, "embeddings", 2), (rows, "lm_head", 4), (rows, "lm_head", 2)]
-        work += [(layers, bits, rounding, train) for bits in (3, 2) for rounding in roundings]
+        work += [(layers, bits, rounding, train) for rounding in roundings for bits in (3, 2)]
         for do, *asked in work:
             do(bench, *asked)
             result = {

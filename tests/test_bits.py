@@ -20,7 +20,7 @@ from trimlingual.models.family import meta_model
 from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.loading import load_model, resolve_base
 from trimlingual.models.packed_layers import PackedEmbedding, PackedLinear, integers_of, no_slower_packed
-from trimlingual.models.tree import EMBEDDINGS, fine_part_of
+from trimlingual.models.tree import EMBEDDINGS, fine_part_of, text_decoder
 from trimlingual.pipeline import plan
 from trimlingual.preflight import check
 from trimlingual.quantization.int4 import (
@@ -42,6 +42,7 @@ from trimlingual.recipe import (
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.evaluate import evaluate
 from trimlingual.stages.quantize import quantize, sqnr_db
+from trimlingual.vocabulary.rewrite import VocabError, find_rows
 
 from .conftest import EVERY_FAMILY
 from .test_int4 import CPU, PLAIN, logits
@@ -229,6 +230,11 @@ def test_what_is_stored_is_what_was_rounded(saved):
     assert torch.equal(integers_of(words, 8).int().reshape(-1, 32) - 128, nearest.int())
 
 
+def test_rows_of_a_packed_table_cannot_be_taken_out(saved):
+    with pytest.raises(VocabError, match=r"(embed_tokens|lm_head)\.weight_packed in .* is quantised"):
+        find_rows(saved[0], tied=False)
+
+
 def test_float32_agrees_with_unpacked_weights(saved, processor, split, task, monkeypatch):
     folder, _, _ = saved
     plain = load_model(folder, "float32", CPU)
@@ -250,6 +256,7 @@ def test_bfloat16_stays_packed_and_is_evaluated(saved, lineage, split, shared, t
     exact = load_model(folder, "float32", CPU)
     ours, theirs, right = (logits(each).float() for each in (model, plain, exact))
     assert (ours - right).norm() < 1.3 * (theirs - right).norm() < 0.1 * right.norm()
+    assert text_decoder(model).embed_tokens.num_embeddings == text_decoder(plain).embed_tokens.num_embeddings
     num_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert num_bytes < 0.45 * sum(tensor.nbytes for tensor in [*plain.parameters(), *plain.buffers()])
     monkeypatch.setattr("trimlingual.models.loading.unpack_", None)
