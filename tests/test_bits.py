@@ -293,6 +293,22 @@ def test_a_layer_that_the_model_does_not_have(model_dir, processor, tmp_path):
         )
 
 
+def test_the_stage_goes_by_the_base_models_layers(given, split, shared, tmp_path, capsys):
+    count = len(given.lineage.layers["decoder"])
+    kept = [*range(count - 1), count + 3]
+    lineage = replace(given.lineage, layers={**given.lineage.layers, "decoder": kept})
+    examples = [Example(i, clip.id, "de", clip.references["de"]) for i, clip in enumerate(split.clips)]
+    bits = {f"decoder.{count + 3}.mlp": 2, f"decoder.{count}.mlp": 8}
+    asked = settings(start="base", bits=bits, train=None)
+    info = quantize(ModelFolder(given.path, lineage), TrainingData(split.clips, examples), shared, asked, tmp_path)
+    assert (info["num_2bit_modules"], info.get("num_8bit_modules")) == (3, None)
+    assert read_lineage(tmp_path).quantization["bits"] == bits
+    weight = load_model(tmp_path, "float32", CPU).get_submodule(f"{LAYER}.{count - 1}.mlp.up_proj").weight
+    assert max(len(group.unique()) for group in weight.reshape(-1, 32)) == 4
+    said = f"note: quantize.bits names parts of layers that were removed: decoder.{count}.mlp\n"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "calibrated"])
 def test_training_on_rounded_weights(given, split, shared, tmp_path, rounding):
     """At 2 and 3 bits, the embedding table too: what was trained is what is stored, and it learns."""

@@ -34,7 +34,7 @@ from trimlingual.quantization.merge import merge_
 from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.quantization.rounding import round_calibrated_
 from trimlingual.quantization.straight_through import keep_rounded_, round_in_forward_, scales_of
-from trimlingual.recipe import ModelSettings, QuantizeSettings, SharedSettings
+from trimlingual.recipe import ROW_PARTS, ModelSettings, QuantizeSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH
 from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
@@ -112,11 +112,11 @@ def quantize(
 
 
 def _at_positions(settings: QuantizeSettings, lineage: Lineage) -> QuantizeSettings:
-    """`settings` with bits by positions; says which of the base model's layers they name in vain."""
-    there = settings.at_positions(lineage.layers["decoder"])
-    if gone := len(settings.bits) - len(there.bits):
-        say(f"note: {gone} parts that quantize.bits names are of layers that were removed")
-    return there
+    """`settings` with bits by positions; says which parts they name in vain."""
+    there = lineage.layers["decoder"]
+    if gone := [part for part in settings.bits if part not in ROW_PARTS and int(part.split(".")[1]) not in there]:
+        say(f"note: quantize.bits names parts of layers that were removed: {', '.join(gone)}")
+    return settings.at_positions(there)
 
 
 def _merged(
