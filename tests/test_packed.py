@@ -85,6 +85,21 @@ def test_pytorchs_layout_is_read_back(rows, width, group, num_bits):
     assert kernel.num_weights == rows * width + rows
 
 
+@vectorised
+@pytest.mark.parametrize(("kind", "num_bits"), [(PackedLinear, 3), (PackedLinear, 8), (TorchLinear, 2)])
+def test_many_rows_are_unpacked_in_parts(kind, num_bits, monkeypatch):
+    words, scale, bias = drawn(192, 64, 32, torch.bfloat16, num_bits=num_bits)
+    layer, tokens = kind(words, scale, bias, num_bits), torch.randn(300, 64).bfloat16()
+    whole = layer(tokens)
+    monkeypatch.setattr("trimlingual.models.packed_layers.HEAD_ROWS", 128)
+    sizes = []
+    monkeypatch.setattr(
+        kind, "unpacked", lambda self, rows, unpacked=kind.unpacked: sizes.append(rows) or unpacked(self, rows)
+    )
+    torch.testing.assert_close(layer(tokens), whole, rtol=0.02, atol=0.02)  # the bias is added before or after rounding
+    assert sizes == [slice(0, 128), slice(128, 256)]
+
+
 def test_pytorchs_kernel_is_left_where_it_does_not_fit():
     assert not TorchLinear.fits(*drawn(64, 64, 32, torch.float32)[:2], 4)
     assert not TorchLinear.fits(*drawn(72, 64, 32, torch.bfloat16)[:2], 4)
