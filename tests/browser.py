@@ -14,13 +14,13 @@ PHONE, DESK = {"width": 390, "height": 800}, {"width": 1280, "height": 900}
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """Playwright's browser object."""
+def chromium(*more: str) -> Iterator[Any]:
+    """Playwright's browser object, of a Chromium with these arguments besides."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
         pytest.skip(f"needs a browser: none of {', '.join(NAMES)} is installed")
-    arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+    arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", *more]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=arguments)
         yield browser

@@ -19,10 +19,13 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile as sf
 
 import trimlingual
 from trimlingual.app.page import Answer, Models, build, said, subtitles
+from trimlingual.data.audio import SAMPLE_RATE, load_audio
 from trimlingual.models.errors import ModelError
 from trimlingual.run.extras import MissingExtra
 
@@ -151,3 +154,30 @@ def test_people_can_use_it(url, viewport, scheme, tmp_path):
         assert words == expected.split()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert [text for text in wrong if "Method not implemented" not in text] == []  # of Gradio's own waveform
+
+
+@needs_gradio
+def test_a_microphone_is_heard(url, tmp_path):
+    """Chromium's false microphone hears a clip once, after a second of silence; what is recorded is translated."""
+    samples = np.concatenate([np.zeros(SAMPLE_RATE, np.float32), load_audio(CLIP)])
+    sf.write(tmp_path / "heard.wav", samples, SAMPLE_RATE, subtype="PCM_16")
+    microphone = [
+        "--use-fake-ui-for-media-stream",  # nobody is asked whether it may be used
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-audio-capture={tmp_path / 'heard.wav'}%noloop",
+    ]
+    with chromium(*microphone) as browser, opened(browser, url, viewport=DESK, permissions=["microphone"]) as (page, _):
+        page.get_by_role("button", name="Record audio").click(timeout=60_000)
+        page.locator("#recording .record-button").click()
+        page.wait_for_timeout(1000 * len(samples) / SAMPLE_RATE + 1000)
+        page.locator("#recording .stop-button:visible").click()
+        page.wait_for_selector("#recording .waveform-container", state="attached")
+        page.wait_for_timeout(1000)  # it is uploaded
+        page.get_by_role("button", name="Translate").click()
+        page.wait_for_selector("#said-2 .said", timeout=120_000)
+        said = page.locator("#said-1 .said").inner_text().split()
+        seconds = float(re.search(r"s for ([\d.]+) s", page.locator("#said-1 .facts").inner_text())[1])
+    expected = trimlingual.translate("builtin:mini", CLIP, "de")[0]["text"].split()
+    # Another sampling rate, and noughts at both ends: not every word is the same.
+    assert len(set(said) & set(expected)) > len(set(expected)) / 2, (said, expected)
+    assert abs(seconds - len(samples) / SAMPLE_RATE) < 3
