@@ -9,6 +9,7 @@ from trimlingual.report import sounds, write_report
 from .browser import DESK, PHONE, chromium, opened
 from .made_run import make_run
 
+PAPER = {"width": 680, "height": 1000}  # what margins leave of A4, in CSS pixels
 VISIBLE = "li => li.querySelector('h3').firstChild.textContent.trim()"
 
 
@@ -112,6 +113,9 @@ def test_everything_is_reached_by_keyboard_and_printed(browser, url):
         page.emulate_media(media="print")
         assert not page.locator(".controls").is_visible()
         assert page.pdf()[:5] == b"%PDF-"
+        page.set_viewport_size(PAPER)
+        beyond = "found => found.filter(each => each.getBoundingClientRect().right > innerWidth + 1).map(each => each.textContent)"
+        assert page.eval_on_selector_all("td, th, pre, figure, svg", beyond) == []
         assert wrong == []
 
 
