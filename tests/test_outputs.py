@@ -90,6 +90,28 @@ def test_not_even_those_that_have_our_names(talks, tmp_path, name, content):
         assert os.listdir(out) == [name]
 
 
+@pytest.mark.parametrize("name", ["0.de.srt", MADE_FILE, JOURNAL_FILE])
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+def test_folders_and_links_of_ones_own_stay(talks, tmp_path, name, kind):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).mkdir() if kind == "folder" else (out / name).symlink_to(tmp_path / "on another disk")
+    done = translate(talks, "--format", "srt", "--out-dir", out, "--force")
+    assert f"{name} was not made by this command" in str(done.exception)
+    assert os.listdir(out) == [name]
+    assert (out / name).is_dir() if kind == "folder" else (out / name).is_symlink()
+
+
+def test_a_file_in_the_folders_place_and_beside_its_files_stays(talks, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    done = translate(talks, "--format", "srt", "--out-dir", tmp_path / "notes")
+    assert "notes is a file; move it away" in str(done.exception)
+    for name in ("0.de.srt.tmp", f"{MADE_FILE}.tmp"):
+        (tmp_path / name).write_text("mine")
+    assert translate(talks / "0.ogg", "--format", "srt", "--out-dir", tmp_path).exit_code == 0
+    assert {(tmp_path / name).read_text() for name in ("0.de.srt.tmp", f"{MADE_FILE}.tmp", "notes")} == {"mine"}
+
+
 def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert translate(talks, "--format", "text", "--out-dir", out).exit_code == 0

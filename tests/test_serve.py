@@ -94,6 +94,14 @@ def test_the_official_client_works_unchanged(server, expected):
         model="builtin:mini", file=CLIPS[1], temperature=0, extra_body={"language": "de"}
     )
     assert found.text == text
+    beginnings = {"text": "", "srt": "1\n00:00:00,000 --> ", "vtt": "WEBVTT\n\n00:00:00.000 --> "}
+    for response_format in ("json", "text", "srt", "vtt", "verbose_json"):
+        found = client.audio.translations.create(
+            model="builtin:mini", file=CLIPS[1], response_format=response_format, extra_body={"language": "de"}
+        )
+        if beginning := beginnings.get(response_format):
+            assert found.startswith(beginning)
+        assert getattr(found, "text", found).replace("\n", " ").rstrip().endswith(text)
     whole = client.audio.transcriptions.create(
         model="builtin:mini", file=CLIPS[1], language="de", response_format="verbose_json",
         timestamp_granularities=["segment"],

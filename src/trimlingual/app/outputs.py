@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ class OutputFolder:
 
     def left(self, given: Sequence[Given]) -> list[Given]:
         """The recordings that are not done yet. DataError for two that would be one file, or where a file of the user's stands."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"{self.folder} is a file; move it away, or choose another folder (--out-dir)")
         names: dict[str, str] = {}
         for each in given:
             if other := names.get(each.stem):
@@ -121,10 +124,10 @@ class OutputFolder:
 
     def _is_done(self, given: Given, code: str) -> bool:
         path = self._path(given, code)
-        if not path.exists():
+        if not os.path.lexists(path):
             return False
         made = self.made.get(path.name)
-        if made is None or made["sha256"] != _digest(path.read_bytes()):
+        if made is None or not path.is_file() or made["sha256"] != _digest(path.read_bytes()):
             raise DataError(
                 f"{path} was not made by this command, or was changed since: move it away, or choose another folder (--out-dir)"
             )
@@ -137,7 +140,7 @@ class OutputFolder:
 
 def _read_made(path: Path) -> dict[str, dict[str, Any]]:
     """What this command made in a folder, by file name. DataError where a file of the user's has that name."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))[MADE_BY])
@@ -147,7 +150,9 @@ def _read_made(path: Path) -> dict[str, dict[str, Any]]:
 
 def _read_segments(path: Path) -> list[dict[str, Any]]:
     """The journal of segments, its header first. DataError where a file of the user's has that name."""
-    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith('{"settings": '):
+    if not os.path.lexists(path):
+        return []
+    if not path.is_file() or not path.read_text(encoding="utf-8", errors="replace").startswith('{"settings": '):
         raise _not_ours(path)
     return read_journal(path)
 

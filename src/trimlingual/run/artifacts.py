@@ -35,6 +35,7 @@ from trimlingual.run.ownership import (
     read_record,
     real_folder,
     remove,
+    temporary_of,
     tool_files,
     why_not_ours,
 )
@@ -135,7 +136,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Atomic text write: temporary file in the same folder, flushed to disk, renamed."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_of(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -38,6 +38,11 @@ def aside_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.replaced"
 
 
+def temporary_of(file: Path) -> Path:
+    """Where a file is written before it gets its name: beside it, under a name that no file of the user's has."""
+    return file.with_name(f".{file.name}.trimlingual.tmp")
+
+
 def lock_of(folder: Path) -> Path:
     """The file that keeps a second run out."""
     return folder.parent / f".{folder.name}.lock"
@@ -105,7 +110,7 @@ def _why_not_writable(folder: Path, *marks: str) -> str:
         return ""
     if not folder.is_dir():
         return f"{folder} is a file; move it away or choose another folder"
-    contents = sorted(path.name for path in folder.iterdir() if path.name != f"{WORK_FILE}.tmp")
+    contents = sorted(path.name for path in folder.iterdir() if path.name != temporary_of(folder / WORK_FILE).name)
     if not contents:
         return ""
     return (
