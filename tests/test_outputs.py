@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -23,6 +24,8 @@ from trimlingual.cli import app
 from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.rows import MINI_DATA
 from trimlingual.run.jsonl import read_jsonl
+
+from .damage import mutate_bytes
 
 CLIPS = read_jsonl(MINI_DATA / "everyday.jsonl")[:3]
 GERMAN = [clip["references"]["de"] for clip in CLIPS]
@@ -237,6 +240,31 @@ def test_ffmpeg_opens_these_and_no_playlist(talks, tmp_path, ending):
     video.write_text("ffconcat version 1.0\nfile other.ogg\n", encoding="utf-8")
     with pytest.raises(DataError, match="ffmpeg cannot decode"):
         readable(Given(str(video), video), tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_damaged_videos_are_errors_or_recordings(talks, tmp_path):
+    import subprocess
+
+    for ending, codec in (
+        ("mp4", "aac"),
+        ("mkv", "aac"),
+        ("webm", "libopus"),
+        ("avi", "aac"),
+        ("wma", "wmav2"),
+        ("aac", "aac"),
+    ):
+        video = tmp_path / f"talk.{ending}"
+        subprocess.run(["ffmpeg", "-v", "error", "-i", talks / "0.ogg", "-t", "1", "-c:a", codec, video], check=True)
+        whole, refused = video.read_bytes(), 0
+        for seed in range(20):
+            rng = random.Random(seed)
+            video.write_bytes(mutate_bytes(rng, whole, rng.choice([60, 400, 4000])))
+            try:
+                describe_audio(readable(Given(str(video), video), tmp_path, 30.0)[0], 30.0)
+            except DataError:
+                refused += 1
+        assert refused > 0, ending
 
 
 @pytest.fixture
