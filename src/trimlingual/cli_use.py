@@ -63,8 +63,7 @@ def translate(
 ) -> None:
     """Translate recordings of any length: text, JSON with times, or subtitles.
 
-    Exit code 0: all were translated; 1: no recording could be read, or nothing could be done; 3: some could not be read;
-    4: all could, and an answer stayed in another language, or turned in a circle.
+    Exit code 0: all is well; 1: nothing was translated; 3: some could not be read; 4: an answer stayed wrong (docs/translate.md).
     \f
     So many parameters because they are the command's options.
     """
