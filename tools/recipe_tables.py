@@ -22,6 +22,7 @@ PLACES = {
     "BuiltinSource": "a source with `kind: builtin`", "DecodeSettings": "`decode`", "VocabSettings": "`vocab`",
     "TrainSettings": "`finetune`, `recover`, `quantize.train`, `rank.finetune_each_round`", "MixSettings": "`data` of a training",
     "LoraSettings": "`lora` of a training", "TokenDistillation": "`token_distillation` of a training", "RankSettings": "`rank`",
+    "BudgetSettings": "`budget` of `rank`",
     "DistillSettings": "`distill`", "QuantizeSettings": "`quantize`", "EvaluateSettings": "`evaluate`",
     "ExportSettings": "`export`", "VllmSettings": "`vllm` of `export`", "GgufSettings": "`gguf` of `export`",
 }  # fmt: skip

@@ -203,12 +203,13 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
     start = base  # what everything below is made from
     if recipe.vocab and recipe.vocab.when == "before":
         start = models["trimmed"] = add(vocab_step(recipe, base, data.ref, run_dir / "trimmed", remembered)).ref
-    teacher, student, distilled = start, start, None
+    teacher, student, distilled, planned = start, start, None, None
     if recipe.finetune:
         step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, None, run_dir / "teacher")
         teacher = student = models["teacher"] = add(step).ref
     if recipe.rank:
         ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank"))
+        planned = ranked.ref if recipe.rank.budget else None
         student = models["pruned"] = add(prune_step(recipe, teacher, ranked.ref, run_dir / "pruned")).ref
     if recipe.distill:
         distilled = add(distill_step(recipe, teacher, data.ref, run_dir / "distilled")).ref
@@ -220,7 +221,7 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
     if recipe.quantize:
         source = start if recipe.quantize.start == "base" else models[recipe.quantize.start]
         student = models["quantized"] = add(
-            quantize_step(recipe, source, data.ref, distilled, teacher, run_dir / "quantized")
+            quantize_step(recipe, source, data.ref, distilled, teacher, planned, run_dir / "quantized")
         ).ref
     if recipe.vocab and recipe.vocab.when == "after":
         student = models["trimmed"] = add(vocab_step(recipe, student, data.ref, run_dir / "trimmed", remembered)).ref

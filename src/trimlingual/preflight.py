@@ -80,7 +80,7 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
     for problem in chain(
         _languages(recipe, names), _libraries(config), _models(steps), _sources(recipe, names),
         _vocabulary(recipe, steps), _comet(recipe, run_dir, names), device_problems(recipe),
-        training_problems(recipe, names, config), quantization_problems(recipe, names, config),
+        training_problems(recipe, names, config), quantization_problems(recipe.foreseen(), names, config),
         _exports(recipe, steps, config), _layers(recipe, steps, config),
         disk_problems(run_dir, names, found.estimates),
     ):  # fmt: skip
@@ -237,12 +237,14 @@ def _exports(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str
     for step in steps:
         if step.name not in runtimes:
             continue
-        quantization: dict[str, Any] | None = recipe.quantize.model_dump() if recipe.quantize else None
+        to_be = recipe.foreseen()
+        quantization: dict[str, Any] | None = to_be.quantize.model_dump() if to_be.quantize else None
         folder = step.inputs["model"].local
         if folder and folder not in made and folder.is_dir():
             with suppress(LineageError):  # the stage says it
                 quantization = read_lineage(folder).quantization
-        yield from target(runtimes[step.name]).problems(recipe, config, quantization)
+        for problem in target(runtimes[step.name]).problems(recipe, config, quantization):
+            yield problem if to_be is recipe else problem.replace("quantize.bits", "rank.budget.bits")
 
 
 def _given_or_base(recipe: Recipe, step: Step, steps: Sequence[Step]) -> tuple[Path | None, bool]:

@@ -221,9 +221,12 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
         between = settings.finetune_each_round
         training = _training_data(recipe, between.data, inputs) if between else None
         select = load_splits(inputs["data"].folder).select
-        return rank(folder_of(inputs["model"], recipe), select, recipe.shared, settings, training, folder)
+        model = folder_of(inputs["model"], recipe)
+        return rank(model, select, recipe.shared, settings, training, folder, recipe.quantize)
 
     step_settings = _settings(recipe, rank=settings, decode=recipe.decode)
+    if settings.budget and recipe.quantize:
+        step_settings["stored"] = recipe.quantize.as_stored()
     inputs = _inputs(model=model, data=data, deepspeed=_deepspeed(settings.finetune_each_round))
     return Step("rank", out, step_settings, inputs, work, everyone=True)
 
@@ -259,8 +262,10 @@ def distill_step(recipe: Recipe, teacher: Ref, data: Ref, out: Path) -> Step:
     return Step("distilled", out, step_settings, {"teacher": teacher, "data": data}, work, everyone=True)
 
 
-def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, teacher: Ref | None, out: Path) -> Step:
-    """Stage 5: QLoRA, merge, 4-bit."""
+def quantize_step(
+    recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, teacher: Ref | None, plan: Ref | None, out: Path
+) -> Step:
+    """Stage 5: QLoRA, merge, 4-bit. `plan` is that of a search under a budget, whose bits are taken."""
     settings = recipe.quantize
     assert settings is not None
     train = settings.train
@@ -268,16 +273,19 @@ def quantize_step(recipe: Recipe, model: Ref, data: Ref, distilled: Ref | None, 
     teacher = teacher if train and train.token_distillation else None
 
     def work(inputs: Mapping[str, Ref], folder: Path) -> dict[str, Any]:
+        from trimlingual.search.plan import read_plan
         from trimlingual.stages.quantize import quantize
 
         given, examples = folder_of(inputs["model"], recipe), _training_data(recipe, settings.data, inputs)
-        return quantize(given, examples, recipe.shared, settings, folder, _guide(train, inputs))
+        planned = read_plan(inputs["plan"].folder) if "plan" in inputs else None
+        bits = {fewer.part: fewer.bits for fewer in planned.bits} if planned else {}
+        return quantize(given, examples, recipe.shared, settings.with_bits(bits), folder, _guide(train, inputs))
 
     return Step(
         "quantized",
         out,
         _train_settings(recipe, train, quantize=settings),
-        _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train)),
+        _inputs(model=model, data=data, distilled=distilled, teacher=teacher, plan=plan, deepspeed=_deepspeed(train)),
         work,
         everyone=True,
         made_for=_made_for(recipe),

@@ -19,9 +19,11 @@ from trimlingual.recipe.loading import (
     parse_recipe,
     recipes_dir,
 )
+from trimlingual.recipe.search import BudgetSettings, RankSettings
 from trimlingual.recipe.section import (
     EXPORT_STAGES,
     TOWERS,
+    WIDTHS,
     AudioPadding,
     Dtype,
     GgufType,
@@ -33,7 +35,6 @@ from trimlingual.recipe.section import (
 from trimlingual.recipe.sections import (
     LAYER_PART,
     ROW_PARTS,
-    WIDTHS,
     DecodeSettings,
     DistillSettings,
     EvaluateSettings,
@@ -41,7 +42,6 @@ from trimlingual.recipe.sections import (
     GgufSettings,
     ModelSettings,
     QuantizeSettings,
-    RankSettings,
     TaskSettings,
     VocabSettings,
 )
@@ -55,6 +55,7 @@ __all__ = [
     "TOWERS",
     "WIDTHS",
     "AudioPadding",
+    "BudgetSettings",
     "BuiltinSource",
     "Covost2Source",
     "DataSettings",

@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from trimlingual.recipe.data import DataSettings
+from trimlingual.recipe.search import RankSettings
 from trimlingual.recipe.section import Section
 from trimlingual.recipe.sections import (
     ROW_PARTS,
@@ -27,7 +28,6 @@ from trimlingual.recipe.sections import (
     ExportSettings,
     ModelSettings,
     QuantizeSettings,
-    RankSettings,
     TaskSettings,
     VocabSettings,
 )
@@ -87,6 +87,16 @@ class Recipe(Section):
         """The settings that the stages share."""
         return SharedSettings(self.task, self.model, self.decode, self.seed)
 
+    def foreseen(self) -> Recipe:
+        """The same with the fewest bits that a search under a budget may choose, which it does in a later stage."""
+        budget = self.rank.budget if self.rank else None
+        if not budget or not self.quantize:
+            return self
+        named = {
+            part if part in ROW_PARTS else f"decoder.0.{part}": min(few) for part, few in budget.bits.items() if few
+        }
+        return self.model_copy(update={"quantize": self.quantize.with_bits(named)})
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         problems = []
@@ -129,7 +139,7 @@ class Recipe(Section):
             problems.append("distill.out_of_domain is true but data.out_of_domain is not set")
         if self.distill and not self.finetune:
             problems.append("distill is set but finetune is null: there is no teacher")
-        problems += self._quantize_problems()
+        problems += [*self._quantize_problems(), *self._budget_problems()]
         if self.rank:
             for language in self.task.target_languages:
                 try:
@@ -164,6 +174,20 @@ class Recipe(Section):
                 problems.append(
                     f"vocab.when is after but quantize.bits has {' and '.join(rows)}: packed rows cannot be taken out; use before"
                 )
+        return problems
+
+    def _budget_problems(self) -> list[str]:
+        if not (self.rank and self.rank.budget):
+            return []
+        problems = []
+        if not self.quantize or self.quantize.scheme != "int4":
+            problems.append("rank.budget needs quantize.scheme int4: bitsandbytes holds one number of bits a model")
+        elif self.quantize.start not in ("pruned", "recovered"):
+            problems.append(f"rank.budget needs quantize.start pruned or recovered, not {self.quantize.start}")
+        if self.vocab and self.vocab.when == "after":
+            problems.append(
+                "rank.budget needs vocab.when before: the search counts the bytes of the rows that are there"
+            )
         return problems
 
 

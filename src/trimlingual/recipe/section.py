@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 Dtype = Literal["float32", "bfloat16", "float16"]
 Metric = Literal["chrfpp", "chrf", "bleu", "loss"]
 Tower = Literal["decoder", "encoder"]
+WIDTHS = (2, 3, 4, 8)  # numbers of bits that a weight of an int4 model can have
 TOWERS: tuple[Tower, ...] = ("decoder", "encoder")
 References = Literal["all", "any"]
 AudioPadding = Literal["mask", "window"]

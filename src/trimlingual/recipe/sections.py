@@ -1,4 +1,4 @@
-"""The sections of a recipe, one a stage, named as the stage's verb; data.py has `data`, training.py those that train.
+"""The sections of a recipe, one a stage, named as the stage's verb; data.py has `data`, search.py `rank`, training.py those that train.
 
 Strict: unknown keys and wrong types are errors. No torch here, so that the command line answers at once.
 """
@@ -6,19 +6,18 @@ Strict: unknown keys and wrong types are errors. No torch here, so that the comm
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from trimlingual.recipe import languages
-from trimlingual.recipe.section import NO_RESULT, AudioPadding, Dtype, GgufType, Metric, Runtime, Section
+from trimlingual.recipe.section import NO_RESULT, WIDTHS, AudioPadding, Dtype, GgufType, Runtime, Section
 from trimlingual.recipe.training import MixSettings, TrainSettings
 
-# What `quantize.bits` can name, and how many bits a weight of it can have.
+# What `quantize.bits` can name.
 ROW_PARTS = ("embeddings", "lm_head")
 LAYER_PART = re.compile(r"decoder\.(0|[1-9]\d*)\.(attention|mlp)")
-WIDTHS = (2, 3, 4, 8)
 
 
 class ModelSettings(Section):
@@ -144,73 +143,6 @@ class DecodeSettings(Section):
     )
 
 
-class RankSettings(Section):
-    """Layer importance. `greedy` is the published search by real translation score."""
-
-    strategy: Literal["greedy", "middle", "block-influence", "random"] = Field(
-        default="greedy",
-        description="greedy: the published search; middle: the middle block; block-influence: layers that change their input least; "
-        "random: drawn by the recipe's seed, a baseline",
-    )
-    num_layers_to_remove: Annotated[int, Field(ge=1)] = Field(default=8, description="the maximum, with min_retained")
-    min_retained: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None,
-        description="stop before the selection score falls below this share of the unpruned model's, e.g. 0.97",
-    )
-    selection: Literal["exact", "successive-halving", "bootstrap-racing"] = Field(
-        default="exact",
-        description="how a round finds its best candidate; only exact is sure to, the others trade certainty for time",
-    )
-    early_stopping: bool = Field(
-        default=True,
-        description="exact: give a candidate up once it cannot be among the two best of its round any more",
-    )
-    first_clips: Annotated[int, Field(ge=1)] = Field(
-        default=10, description="clips after which halving and racing decide for the first time"
-    )
-    metric: Metric | dict[str, Metric] = Field(default="chrfpp", description="one metric, or one a target language")
-    towers: Literal["decoder", "encoder", "both"] = Field(default="decoder", description="where layers may go")
-    protect_first: Annotated[int, Field(ge=0)] = Field(
-        default=1, description="layers at the beginning of a tower that stay"
-    )
-    protect_last: Annotated[int, Field(ge=0)] = Field(default=1, description="layers at the end of a tower that stay")
-    protected: list[int] = Field(
-        default_factory=list, description="further decoder layers never removed (original index)"
-    )
-    finetune_each_round: TrainSettings | None = Field(
-        default=None, description="training after every removal; null: none"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> RankSettings:
-        if self.finetune_each_round and self.strategy != "greedy":
-            raise ValueError(f"finetune_each_round needs strategy greedy, not {self.strategy}")
-        if self.finetune_each_round and (self.finetune_each_round.fsdp or self.finetune_each_round.deepspeed):
-            raise ValueError(
-                "finetune_each_round does not go with fsdp or deepspeed: the search goes on with whole weights"
-            )
-        if self.strategy == "middle" and self.towers == "both":
-            raise ValueError("strategy middle works on one tower; set towers to decoder or encoder")
-        if self.strategy != "greedy":
-            for name in ("min_retained", "selection"):
-                if getattr(self, name) not in (None, "exact"):
-                    raise ValueError(f"{name} needs strategy greedy, not {self.strategy}")
-        named = {self.metric} if isinstance(self.metric, str) else set(self.metric.values())
-        if "loss" in named and (self.min_retained or self.selection == "bootstrap-racing"):
-            raise ValueError(
-                "min_retained and bootstrap-racing need a translation metric (chrfpp, chrf, bleu), not loss"
-            )
-        return self
-
-    def metric_for(self, language: str) -> Metric:
-        """The metric by which `language` is scored."""
-        if isinstance(self.metric, str):
-            return self.metric
-        if language not in self.metric:
-            raise ValueError(f"rank.metric names no metric for {language!r}; it has {sorted(self.metric)}")
-        return self.metric[language]
-
-
 class DistillSettings(Section):
     """Filters of the teacher's translations (sequence-level knowledge distillation, Kim & Rush 2016)."""
 
@@ -311,6 +243,15 @@ class QuantizeSettings(Section):
         if part in self.eight_bit:
             return 8
         return 4 if part.partition(".")[0] in self.parts else None
+
+    def as_stored(self) -> dict[str, object]:
+        """What decides the bytes and the rounding of a model before it is trained."""
+        return self.model_dump(include={"parts", "scheme", "group_size", "eight_bit", "bits"})
+
+    def with_bits(self, bits: Mapping[str, int]) -> QuantizeSettings:
+        """The same with other bits for these parts."""
+        eight_bit = [part for part in self.eight_bit if part not in bits]
+        return self.model_copy(update={"bits": {**self.bits, **bits}, "eight_bit": eight_bit})
 
     def at_positions(self, layers: Sequence[int]) -> QuantizeSettings:
         """The same with `bits` by the positions of layers in a model that has these of its base model's; of others nothing is left."""

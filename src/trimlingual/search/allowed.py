@@ -40,7 +40,7 @@ def ranking_problems(settings: RankSettings, layers: Mapping[str, Sequence[int]]
     most = sum(min(sum(tower == one.tower for one in allowed), len(layers[tower]) - 1) for tower in towers)
     if unknown := [layer for layer in settings.protected if layer not in layers["decoder"]]:
         yield f"rank.protected names layers {unknown}; the decoder has {_listed(layers['decoder'])}"
-    if num > most:
+    if num > most and not settings.budget:  # there it is the most that may go
         there = " and ".join(f"{len(layers[tower])} {tower}" for tower in towers)
         yield (
             f"rank.num_layers_to_remove is {num}, but of {there} layers at most {most} can go (rank.protect_first, protect_last and "

@@ -128,6 +128,21 @@ def translate_without(
     All candidates are decoded in one batch, whose rows go without different layers. A step therefore reads the weights once for all
     candidates. With flash attention it also reads a prompt's keys and values once for all candidates, in the layers below theirs.
     """
+    return _translate(stepper, traced, layers, True, hopeless)
+
+
+@torch.inference_mode()
+def translate_changed(
+    stepper: Stepper, traced: Trace, layer: int, hopeless: Hopeless | None = None
+) -> list[list[int]] | None:
+    """What the traced parent would translate with `layer` as it is now: its weights have changed since the trace."""
+    return _translate(stepper, traced, [layer], False, hopeless)[0]
+
+
+def _translate(
+    stepper: Stepper, traced: Trace, layers: Sequence[int], left_out: bool, hopeless: Hopeless | None
+) -> list[list[list[int]] | None]:
+    """Translations of candidates that differ from the parent from `layers` on, one candidate each; whether that layer is left out."""
     decoder, count = stepper.decoder, len(traced.lengths)
     capacities = [length + limit for length, limit in zip(traced.lengths, traced.limits)] * len(layers)
     prefixes = None
@@ -144,7 +159,8 @@ def translate_without(
     for number, layer in enumerate(layers):
         for chunk in traced.chunks:
             not_shared = chunk.draft_tokens if prefixes else None
-            hidden = _run_above(decoder, traced, chunk, layer, slots, number * count, not_shared)
+            active = [i for i in traced.active if i > layer or (i == layer and not left_out)]
+            hidden = _run_above(decoder, traced, chunk, layer, active, slots, number * count, not_shared)
             row, column = _draft_indices(traced.drafts, chunk)
             predicted[number * count + row, column] = decoder.next_tokens(hidden)
     differs = (predicted != draft.repeat(len(layers), 1)) & (predicted >= 0)
@@ -157,7 +173,7 @@ def translate_without(
         out=[tokens[:n] if new else list(tokens) for tokens, n, new in zip(drafts, first.tolist(), changed.tolist())],
         budget=traced.limits * len(layers),
         alive=changed.tolist(),
-        without=[layer for layer in layers for _ in range(count)],
+        without=[layer for layer in layers for _ in range(count)] if left_out else None,
         prefixes=prefixes,
     )
     given_up: set[int] = set()
@@ -170,7 +186,7 @@ def translate_without(
                 given_up.add(number)
         return [row for row in range(len(out)) if row // count in given_up]
 
-    active = [layer for layer in traced.active if len(layers) > 1 or layer not in layers]
+    active = [layer for layer in traced.active if len(layers) > 1 or not left_out or layer not in layers]
     stepper.extend(slots, active, rows, watch if hopeless else None)
     return [
         None if number in given_up else rows.out[number * count : (number + 1) * count] for number in range(len(layers))
@@ -183,7 +199,7 @@ def losses_without(decoder: PackedDecoder, traced: Trace, layer: int) -> list[fl
     sums = torch.zeros(len(traced.drafts), dtype=torch.float64, device=decoder.device)
     draft = _padded(traced.drafts, decoder.device)
     for chunk in traced.chunks:
-        hidden = _run_above(decoder, traced, chunk, layer, None)
+        hidden = _run_above(decoder, traced, chunk, layer, [i for i in traced.active if i > layer], None)
         row, column = _draft_indices(traced.drafts, chunk)
         sums.index_add_(0, row, _token_losses(decoder, hidden, draft[row, column]))
     return sums.tolist()
@@ -215,11 +231,13 @@ def _run_above(
     traced: Trace,
     chunk: _Chunk,
     layer: int,
+    active: Sequence[int],
     slots: Slots | None,
     first_row: int = 0,
     not_shared: Tensor | None = None,
 ) -> Tensor:
-    """The candidate without `layer`, run above it: the last layer's output (draft tokens, D) where it predicts these tokens.
+    """The candidate run from the input of `layer` on, through `active`: the last layer's output (draft tokens, D) where it predicts
+    these tokens.
 
     Its keys and values are written to `slots`, for the rows from `first_row` on. Below `layer` they are copies of the parent's: of
     all tokens, or of the tokens `not_shared` (packed_index) alone.
@@ -227,7 +245,6 @@ def _run_above(
     packed, hidden, first_row = chunk.packed, chunk.hidden[layer], first_row + chunk.first_row
     if slots is not None:
         _fill(slots, chunk, [below for below in traced.active if below < layer], first_row, not_shared)
-    active = [above for above in traced.active if above > layer]
     drafts = traced.drafts[chunk.first_row :][: len(packed.lengths)]
     return decoder.ends(hidden, packed, active, [len(draft) for draft in drafts], slots, first_row)
 

@@ -34,11 +34,26 @@ class Removal(BaseModel):
     )
 
 
-class PrunePlan(BaseModel):
-    """What to remove and why. By hand, `{"removals": [{"layer": 13}, {"layer": 3}]}` is enough."""
+class FewerBits(BaseModel):
+    """A part, named as in `quantize.bits`, and its number of bits."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    removals: list[Removal] = Field(min_length=1)
+    part: str
+    bits: int
+    round: int | None = None
+    score: float | None = None
+    saved_bytes: int | None = None
+
+
+class PrunePlan(BaseModel):
+    """What to remove, what to store in how many bits, and why. By hand, `{"removals": [{"layer": 13}, {"layer": 3}]}` is enough."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    removals: list[Removal]
+    bits: list[FewerBits] = Field(
+        default_factory=list, description="of a search under a budget; `quantize` stores them"
+    )
+    num_bytes: int | None = Field(default=None, description="of all that ships after a search under a budget, at most")
     strategy: str = "by hand"
     layers: dict[str, list[int]] | None = Field(
         default=None, description="layer map of the model that the plan was made for"
@@ -73,6 +88,8 @@ def read_plan(path: Path) -> PrunePlan:
         raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
     except (ValueError, ValidationError) as error:
         raise PlanError(f"{path} is not a prune plan: {error}") from error
+    if not plan.removals and not plan.bits and plan.num_bytes is None:
+        raise PlanError(f"{path} is not a prune plan: it removes no layer and gives no part other bits")
     named = [(removal.tower, removal.layer) for removal in plan.removals]
     twice = sorted({f"{tower} {layer}" for tower, layer in named if named.count((tower, layer)) > 1})
     if twice:

@@ -363,8 +363,8 @@ class Scorer:
             if any(clip not in self.parent for clip in block):
                 self.parent.update(self._translate(None, block))
             drafts = [ids if self._drafting else NO_DRAFT for clip in block for ids in self.parent[clip]]
-        active, allowed = self._active(None), self.candidates(self.lineage)
-        may_go = [i for i in active if Candidate("decoder", self.present["decoder"][i]) in allowed]
+        active = self._active(None)
+        may_go = self._may_change(active)
         needed = Trace.num_bytes(decoder, len(active), len(may_go), prompts, drafts)
         free = decoder.free_bytes()
         if needed > TRACE_SHARE * free:
@@ -375,6 +375,11 @@ class Scorer:
             return None
         self._traces[key] = trace(decoder, prompts, drafts, limits, active, may_go)
         return self._traces[key]
+
+    def _may_change(self, active: Sequence[int]) -> list[int]:
+        """The layers in which a candidate of this round can differ from the parent: a trace keeps their inputs."""
+        allowed = self.candidates(self.lineage)
+        return [i for i in active if Candidate("decoder", self.present["decoder"][i]) in allowed]
 
     def _prompts(
         self, block: Sequence[int], languages: Sequence[str], candidate: Candidate | None = None

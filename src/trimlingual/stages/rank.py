@@ -15,13 +15,16 @@ from trimlingual.data.splits import Split
 from trimlingual.models.inputs import TrainingData
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.saving import round_weights_, save_model
-from trimlingual.recipe import RankSettings, SharedSettings
+from trimlingual.recipe import QuantizeSettings, RankSettings, SharedSettings
 from trimlingual.run.artifacts import SCRATCH, machine, write_json
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.run.processes import is_main_process, wait_for_everyone
+from trimlingual.search.actions import Smaller
 from trimlingual.search.allowed import ranking_problems
+from trimlingual.search.budget import BudgetScorer, BudgetSearch
 from trimlingual.search.one_shot import at_random, block_influence, middle
 from trimlingual.search.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
+from trimlingual.search.rounded import RoundedModel
 from trimlingual.search.scorer import Scorer
 from trimlingual.search.search import JOURNAL_FILE, Search
 from trimlingual.training.optimizer import TrainingError
@@ -35,8 +38,11 @@ def rank(
     settings: RankSettings,
     training: TrainingData | None,
     out_dir: Path,
+    stored: QuantizeSettings | None = None,
 ) -> dict[str, Any]:
     """Find the layers to remove from the model in `folder` and write `plan.json` to `out_dir`.
+
+    With `settings.budget` the plan has bits of parts too, and `stored` says what the model is stored as before it.
 
     Every candidate's score is appended to `candidates.jsonl` at once; a killed search goes on from there. All processes of a
     distributed run take part. Raises ValueError when the layers asked for cannot go.
@@ -46,18 +52,12 @@ def rank(
     source, lineage = _latest_round(out_dir) or folder.path, folder.lineage
     if problems := [*ranking_problems(settings, lineage.layers)]:
         raise ValueError("; ".join(problems))
-    runs_only = settings.finetune_each_round is None
+    runs_only = settings.finetune_each_round is None and settings.budget is None
     model = load_model(source, shared.model.dtype, pick_device(shared.model.device), keep_packed=runs_only)
     processor = load_processor(folder.path, shared.model.audio_padding)
-    scorer = Scorer(model, processor, select, shared, settings, lineage, present=read_lineage(source).layers)
-    if settings.strategy == "greedy":
-        plan = _greedy_search(scorer, training, shared, out_dir)
-    elif settings.strategy == "middle":
-        plan = middle(settings, lineage)
-    elif settings.strategy == "random":
-        plan = at_random(settings, lineage, shared.seed)
-    else:
-        plan = block_influence(scorer)
+    kind = BudgetScorer if settings.budget else Scorer
+    scorer = kind(model, processor, select, shared, settings, lineage, present=read_lineage(source).layers)
+    plan = _planned(scorer, folder, shared, training, stored, out_dir)
     plan = plan.model_copy(
         update={
             "strategy": settings.strategy,
@@ -65,12 +65,7 @@ def rank(
             "base": lineage.base,
             "metric": {language: settings.metric_for(language) for language in shared.task.target_languages},
             "signatures": scorer.signatures if settings.strategy == "greedy" else {},
-            "selection": {
-                "hash": select.hash,
-                "num_clips": len(select.clips),
-                "hours": round(select.hours, 4),
-                "audio_sha256": sorted(clip.audio_sha256 for clip in select.clips),
-            },
+            "selection": _described(select),
             "decode": shared.decode.model_dump(),
             "seconds": round(time.perf_counter() - started, 3),
             "machine": machine(),
@@ -80,9 +75,58 @@ def rank(
         write_json(out_dir / PLAN_FILE, plan.model_dump())
     return {
         "removed": [f"{removal.tower}.{removal.layer}" for removal in plan.removals],
+        **(
+            {"bits": {fewer.part: fewer.bits for fewer in plan.bits}, "num_bytes": plan.num_bytes}
+            if settings.budget
+            else {}
+        ),
         "num_candidates": len(plan.candidates),
         "selection_hash": select.hash,
     }
+
+
+def _planned(
+    scorer: Scorer,
+    folder: ModelFolder,
+    shared: SharedSettings,
+    training: TrainingData | None,
+    stored: QuantizeSettings | None,
+    out_dir: Path,
+) -> PrunePlan:
+    """The plan, by the recipe's strategy."""
+    if isinstance(scorer, BudgetScorer):
+        assert stored is not None
+        return _within_budget(scorer, folder, shared, stored, out_dir)
+    if scorer.settings.strategy == "greedy":
+        return _greedy_search(scorer, training, shared, out_dir)
+    if scorer.settings.strategy == "middle":
+        return middle(scorer.settings, folder.lineage)
+    if scorer.settings.strategy == "random":
+        return at_random(scorer.settings, folder.lineage, shared.seed)
+    return block_influence(scorer)
+
+
+def _described(select: Split) -> dict[str, Any]:
+    """The selection clips, as the plan names them."""
+    return {
+        "hash": select.hash,
+        "num_clips": len(select.clips),
+        "hours": round(select.hours, 4),
+        "audio_sha256": sorted(clip.audio_sha256 for clip in select.clips),
+    }
+
+
+def _within_budget(
+    scorer: BudgetScorer, folder: ModelFolder, shared: SharedSettings, stored: QuantizeSettings, out_dir: Path
+) -> PrunePlan:
+    layers, dtype = folder.lineage.layers, shared.model.storage_dtype
+    beside = sum(
+        path.stat().st_size for path in folder.path.iterdir() if path.is_file() and path.suffix != ".safetensors"
+    )
+    smaller = Smaller(scorer.model, layers, scorer.settings, stored, dtype, beside)
+    search = BudgetSearch(scorer, smaller, out_dir / JOURNAL_FILE)
+    scorer.rounded = RoundedModel(scorer.model, layers, stored, dtype)
+    return search.run()
 
 
 def _greedy_search(scorer: Scorer, training: TrainingData | None, shared: SharedSettings, out_dir: Path) -> PrunePlan:

@@ -1,0 +1,284 @@
+"""The search for the best model of a size: layers and bits, by translation score lost per byte saved.
+
+It starts from the model as `quantize` would store it. In every round each possible action (actions.py) is scored by real
+translations, as the layer search does it: an action in a decoder layer shares with its parent all that is below, and the parent's
+translations are its drafts. The action that loses least per byte is done, or the best few, each in a layer of its own; then
+everything is scored again, until the budget holds. A score above the parent's counts as no loss, and of actions without loss
+the one that saves most goes first. Bytes below the budget count for nothing.
+
+The processes of a distributed run share a round's actions. Each score is in the journal with the actions before it, so a search that
+was killed goes on, and one for another budget finds what they have in common.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimlingual.recipe import ROW_PARTS, TOWERS
+from trimlingual.run.artifacts import append_jsonl, read_journal
+from trimlingual.run.processes import gather, is_main_process, num_processes, process_index
+from trimlingual.run.progress import progress, say
+from trimlingual.search.actions import GONE, Action, Smaller, bits_after, layer_of, removed_by
+from trimlingual.search.allowed import Candidate
+from trimlingual.search.from_parent import translate_changed
+from trimlingual.search.plan import FewerBits, PrunePlan, Removal
+from trimlingual.search.rounded import RoundedModel
+from trimlingual.search.scorer import Scorer, Tally
+
+State = tuple[Action, ...]
+
+
+class BudgetScorer(Scorer):
+    """Scores actions. `rounded` holds the model's weights as they ship."""
+
+    rounded: RoundedModel
+
+    def _may_change(self, active: Sequence[int]) -> list[int]:
+        return list(active)
+
+    def tally(self, action: Action, floor: float | None) -> Tally | None:
+        """The tally of the parent with this action done; None where it is certain to stay below `floor`."""
+        tally = Tally(self)
+        for block in self.blocks:
+            if not self._add(action, tally, block, floor) or (floor is not None and tally.bound() < floor):
+                return None
+        return tally
+
+    def _add(self, action: Action, tally: Tally, block: Sequence[int], floor: float | None) -> bool:
+        if action.bits == GONE:
+            candidate = Candidate(*layer_of(action))
+            return self.add({candidate: tally}, block, floor)[candidate]
+        if action.part in ROW_PARTS:
+            with self.rounded.tried(*action):
+                tally.add(self._translate(None, block))
+            return True
+        traced = self._trace(block)  # before the weights change
+        keys = [(clip, self.translated.index(language)) for clip in block for language in self.languages(clip)]
+
+        def hopeless(_number: int, rows: list[list[int]]) -> bool:
+            return floor is not None and tally.bound(dict(zip(keys, rows))) < floor
+
+        with self.rounded.tried(*action):
+            if traced is None:
+                tally.add(self._translate(None, block))
+                return True
+            position = self.present["decoder"].index(int(action.part.split(".")[1]))
+            rows = translate_changed(self._stepper, traced, position, hopeless if floor is not None else None)
+        if rows is None:
+            return False
+        self._count_accepted(traced.drafts, rows)
+        tally.add(self._by_clip(block, rows))
+        return True
+
+
+@dataclass
+class BudgetSearch:
+    """The search and its results so far. Every process has one, with the same results."""
+
+    scorer: BudgetScorer
+    smaller: Smaller
+    journal: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)  # per round: layers removed, bytes, score and share kept
+
+    def run(self) -> PrunePlan:
+        """Run all rounds. ValueError, before anything is scored, if no actions reach the budget."""
+        settings = self.scorer.settings.budget
+        assert settings is not None
+        target, smallest = settings.num_bytes, self.smaller.smallest()
+        if smallest > target:
+            raise ValueError(
+                f"rank.budget.size is {settings.size}, but {smallest / 1e6:,.2f} MB is the least that this recipe can reach; let more "
+                "layers go (rank.num_layers_to_remove), allow fewer bits (rank.budget.bits), or trim the vocabulary"
+            )
+        self.known = {_identity(r): r for r in gather(read_journal(self.journal) if is_main_process() else [])[0]}
+        state: State = ()
+        parent = baseline = self._parent(state, None)
+        taken: list[tuple[Action, dict[str, Any]]] = []
+        self._add_to_curve(state, baseline)
+        start = self.smaller.num_bytes()
+        say(
+            f"search under a budget: {start / 1e6:.1f} MB before it, score {baseline['score']:.2f}; to reach {settings.size}"
+        )
+        while (size := self.smaller.num_bytes(state)) > target:
+            number, started = len({record["round"] for record in self.records}) + 1, time.perf_counter()
+            scored = self._round(number, state, parent, size - target)
+            chosen = self._choose(scored, size - target)
+            for record in chosen:
+                action = Action(record["part"], record["bits"])
+                state = (*state, action)
+                taken.append((action, record))
+                if action.bits != GONE:
+                    self.scorer.rounded.round_(*action)
+            parent = self._parent(state, chosen[0] if len(chosen) == 1 else None)
+            self._add_to_curve(state, parent)
+            done = ", ".join(f"{r['part']} {'goes' if r['bits'] == GONE else str(r['bits']) + ' bits'}" for r in chosen)
+            say(
+                f"  round {number}: {done}; {self.smaller.num_bytes(state) / 1e6:.1f} MB, score {parent['score']:.2f}, "
+                f"{time.perf_counter() - started:.1f} s"
+            )
+        return self._plan(taken, baseline)
+
+    def _parent(self, state: State, record: dict[str, Any] | None) -> dict[str, Any]:
+        """The record of the model after `state`, from which the next round starts. `record` has it where it is known already."""
+        scorer = self.scorer
+        removed = removed_by(state)
+        found = self.known.get((_words(state), None, None))
+        tokens = _tokens(record or found or {"tokens": {}})
+        scorer.begin_round(removed, tokens or None)
+        if not record and not found:
+            started, made = time.perf_counter(), None
+            if is_main_process():
+                made = _record(0, state, None, scorer.parent_tally(), 0, started)
+            found = gather(made)[0]
+            self._add_to_journal(found)
+            scorer.begin_round(removed, _tokens(found))
+        result = record or found
+        assert result is not None
+        return result
+
+    def _round(self, number: int, state: State, parent: dict[str, Any], missing: int) -> list[dict[str, Any]]:
+        """The records of all actions that are possible now."""
+        size = self.smaller.num_bytes(state)
+        saves = {a: size - self.smaller.num_bytes([*state, a]) for a in self.smaller.possible(state)}
+        actions = [action for action, saved in saves.items() if saved > 0]
+        records = [self.known[key] for a in actions if (key := (_words(state), a.part, a.bits)) in self.known]
+        have = {(record["part"], record["bits"]) for record in records}
+        pending = sorted((a for a in actions if (a.part, a.bits) not in have), key=lambda a: -min(saves[a], missing))
+        with progress(f"round {number}", len(actions)) as advance:
+            advance(len(records))
+            for first in range(0, len(pending), num_processes()):
+                wave = pending[first : first + num_processes()]
+                limit = self._worst_of_the_best(records, missing)
+                here = [
+                    self._scored(number, state, a, saves[a], parent, missing, limit)
+                    for a in wave[process_index() :][:1]
+                ]
+                for record in [r for part in gather(here) for r in part]:
+                    self._add_to_journal(record)
+                    records.append(record)
+                advance(len(wave))
+        for record in records:
+            record["lost"] = None if record["score"] is None else parent["score"] - record["score"]
+        self.records += [{**record, "round": number} for record in records]
+        return records
+
+    def _scored(
+        self,
+        number: int,
+        state: State,
+        action: Action,
+        saved: int,
+        parent: dict[str, Any],
+        missing: int,
+        limit: float | None,
+    ) -> dict[str, Any]:
+        """An action's record. It is given up once it must lose more than `limit` per byte."""
+        started = time.perf_counter()
+        floor = None if limit is None else parent["score"] - limit * min(saved, missing) - 1e-9
+        record = _record(number, state, action, self.scorer.tally(action, floor), saved, started)
+        record["lost"] = None if record["score"] is None else parent["score"] - record["score"]
+        return record
+
+    def _worst_of_the_best(self, records: Sequence[dict[str, Any]], missing: int) -> float | None:
+        """Loss per byte that an action must stay below, to be among those that are done in this round."""
+        settings = self.scorer.settings
+        assert settings.budget is not None
+        if not settings.early_stopping:
+            return None
+        # One more than are done, because of two in the same layer only one is.
+        values = sorted(_loss_per_byte(r, missing) for r in records if r["score"] is not None)
+        count = 2 * settings.budget.actions_per_round
+        return values[count - 1] if len(values) >= count else None
+
+    def _choose(self, records: Sequence[dict[str, Any]], missing: int) -> list[dict[str, Any]]:
+        """The best actions that do not touch the same layer, until the budget holds."""
+        budget = self.scorer.settings.budget
+        assert budget is not None
+        ordered = sorted(
+            (r for r in records if r["score"] is not None),
+            key=lambda r: (_loss_per_byte(r, missing), -min(r["saved_bytes"], missing), r["part"], r["bits"]),
+        )
+        chosen: list[dict[str, Any]] = []
+        touched: set[str | None] = set()
+        for record in ordered:
+            action = Action(record["part"], record["bits"])
+            place = action.layer or action.part
+            if place in touched or (chosen and record["bits"] == GONE):  # a layer that goes changes all others
+                continue
+            chosen.append(record)
+            touched.add(place)
+            missing -= record["saved_bytes"]
+            if len(chosen) == budget.actions_per_round or missing <= 0 or record["bits"] == GONE:
+                break
+        return chosen
+
+    def _add_to_curve(self, state: State, record: Mapping[str, Any]) -> None:
+        first = self.curve[0]["score"] if self.curve else record["score"]
+        entry = {"num_removed": sum(map(len, removed_by(state).values())), "num_bytes": self.smaller.num_bytes(state)}
+        self.curve.append({**entry, "score": record["score"], "retained": record["score"] / first if first else 1.0})
+
+    def _add_to_journal(self, record: dict[str, Any]) -> None:
+        self.known[_identity(record)] = record
+        if is_main_process():
+            append_jsonl(self.journal, record)
+
+    def _plan(self, taken: Sequence[tuple[Action, dict[str, Any]]], baseline: dict[str, Any]) -> PrunePlan:
+        state = tuple(action for action, _ in taken)
+        final = bits_after(state)
+        removals, fewer = [], []
+        for action, record in taken:
+            if action.bits == GONE:
+                tower, layer = layer_of(action)
+                removals.append(Removal(tower=tower, layer=layer, round=record["round"], score=record["score"]))
+            elif final.get(action.part) == action.bits:
+                fewer.append(FewerBits(**{k: record[k] for k in ("part", "bits", "round", "score", "saved_bytes")}))
+        return PrunePlan(
+            removals=removals,
+            bits=fewer,
+            num_bytes=self.smaller.num_bytes(state),
+            baseline_score=baseline["score"],
+            baseline_scores=baseline["scores"],
+            candidates=[{k: v for k, v in record.items() if k not in ("tokens", "state")} for record in self.records],
+            curve=self.curve,
+            selection_mode="budget",
+        )
+
+
+def _loss_per_byte(record: Mapping[str, Any], missing: int) -> float:
+    return max(0.0, record["lost"]) / max(1, min(record["saved_bytes"], missing))
+
+
+def _record(
+    number: int, state: State, action: Action | None, tally: Tally | None, saved: int, started: float
+) -> dict[str, Any]:
+    scores = tally.scores() if tally else {}
+    return {
+        "round": number,
+        "state": _words(state),
+        "part": action.part if action else None,
+        "bits": action.bits if action else None,
+        "saved_bytes": saved,
+        "score": sum(scores.values()) / len(scores) if scores else None,
+        "scores": scores,
+        "seconds": round(time.perf_counter() - started, 4),
+        "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if tally else {},
+    }
+
+
+def _words(state: State) -> str:
+    """A state by its last bits and missing layers: in what order actions were done does not matter to the model."""
+    gone = [f"{tower}.{layer}=0" for tower in TOWERS for layer in removed_by(state)[tower]]
+    return " ".join(sorted([*gone, *(f"{part}={bits}" for part, bits in bits_after(state).items())]))
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[str, str | None, int | None]:
+    return record["state"], record["part"], record["bits"]
+
+
+def _tokens(record: Mapping[str, Any]) -> dict[int, list[list[int]]]:
+    return {int(clip): rows for clip, rows in record["tokens"].items()}

@@ -1,0 +1,243 @@
+"""The search under a budget: its candidates are what they claim to be, it takes what loses least per byte, and its sizes hold."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from trimlingual.data.splits import Split
+from trimlingual.decoding.decoder import PackedDecoder
+from trimlingual.decoding.loop import Stepper
+from trimlingual.decoding.translate_clips import greedy, translate_clips
+from trimlingual.evaluation.quality import corpus_score
+from trimlingual.models.layers import without_layers
+from trimlingual.models.loading import load_model
+from trimlingual.models.saving import save_model
+from trimlingual.pipeline import compress, run_stage
+from trimlingual.preflight import PreflightError
+from trimlingual.recipe import (
+    DecodeSettings,
+    ModelSettings,
+    QuantizeSettings,
+    RankSettings,
+    RecipeError,
+    SharedSettings,
+    load_recipe,
+)
+from trimlingual.run.lineage import ModelFolder, read_lineage
+from trimlingual.search.actions import GONE, Action, Smaller, bits_after
+from trimlingual.search.from_parent import trace, translate_changed
+from trimlingual.search.plan import PlanError, read_plan
+from trimlingual.search.rounded import RoundedModel
+from trimlingual.stages.rank import JOURNAL_FILE, rank
+
+from .test_from_parent import random_case
+from .test_pipeline import SMALL
+
+CPU = torch.device("cpu")
+METRICS = {"de": "chrfpp", "zh": "chrf"}
+EVERY = {"attention": [3, 2], "mlp": [3, 2], "embeddings": [4, 2], "lm_head": [4]}
+STORED = QuantizeSettings(scheme="int4", group_size=32, eight_bit=["embeddings", "lm_head"], train=None)
+DECODE = DecodeSettings(batch_size=4, max_new_tokens=8)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path, processor):
+    model = make_model(layers=4, heads=2, kv_heads=1, width=64, seed=5)
+    save_model(model, processor, tmp_path / "model", "bfloat16")
+    return tmp_path / "model"
+
+
+def shared(task):
+    return SharedSettings(task, ModelSettings(base="tiny", dtype="float32", device="cpu"), DECODE)
+
+
+def searched(folder, split, task, out, size, stored=STORED, **more):
+    out.mkdir(parents=True, exist_ok=True)
+    settings = RankSettings.model_validate(
+        {
+            "num_layers_to_remove": 2,
+            "metric": METRICS,
+            "protect_first": 0,
+            "protect_last": 0,
+            "budget": {"size": size, "bits": EVERY},
+        }
+        | more
+    )
+    rank(ModelFolder(folder, read_lineage(folder, "tiny")), split, shared(task), settings, None, out, stored)
+    return read_plan(out)
+
+
+def bytes_of(folder, stored=STORED, **rank_settings):
+    model = load_model(folder, "float32", CPU)
+    settings = RankSettings.model_validate({"budget": {"size": "1 MB", "bits": EVERY}, **rank_settings})
+    layers = read_lineage(folder, "tiny").layers
+    beside = sum(p.stat().st_size for p in folder.iterdir() if p.suffix != ".safetensors")
+    return Smaller(model, layers, settings, stored, "bfloat16", beside)
+
+
+@pytest.mark.parametrize("number", [0, 2, 5, 9])
+@torch.no_grad()
+def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task, number):
+    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
+    stepper = Stepper(PackedDecoder(model), eos)
+    parent = greedy(stepper, prompts, limits, 5)
+    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    different = 0
+    for position in layers:
+        weight = stepper.decoder.layers[position].mlp.down_proj.weight
+        before = weight.clone()
+        weight.add_(torch.randn_like(weight) * weight.std())
+        anew = greedy(stepper, prompts, limits, 5)
+        assert translate_changed(stepper, traced, position) == anew, f"layer {position}"
+        different += sum(a != b for a, b in zip(anew, parent))
+        weight.copy_(before)
+    assert different
+    assert translate_changed(stepper, traced, layers[0]) == parent
+
+
+def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_path):
+    """Every candidate of the first round scores as the rounded model does, translated plainly, and the least loss per byte wins."""
+    split = Split("select", split.clips[:4])
+    start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
+    out = tmp_path / "rank"
+    plan = searched(folder, split, task, out, f"{start * 0.8 / 1e3:.1f} kB", early_stopping=False)
+    assert plan.num_bytes <= start * 0.8
+    model = load_model(folder, "float32", CPU)
+    layers = read_lineage(folder, "tiny").layers
+    rounded = RoundedModel(model, layers, STORED, "bfloat16")
+
+    def score(part, bits):
+        def said():
+            return translate_clips(model, processor, task, split.clips, DECODE)
+
+        if bits == GONE:
+            with without_layers(model, {"decoder": [int(part.split(".")[1])]}):
+                translations = said()
+        else:
+            with rounded.tried(part, bits):
+                translations = said()
+        scores = []
+        for language, metric in METRICS.items():
+            mine = {t.id: t.hypothesis for t in translations if t.language == language}
+            texts = [mine[c.id] for c in split.clips]
+            references = [c.references[language] for c in split.clips]
+            scores.append(corpus_score(metric, texts, references, language).value)
+        return sum(scores) / len(scores)
+
+    first = [c for c in plan.candidates if c["round"] == 1]
+    assert {c["bits"] for c in first} == {0, 3, 4}
+    assert {c["part"] for c in first} >= {"decoder.0", "decoder.3.mlp", "decoder.2.attention", "embeddings", "lm_head"}
+    for candidate in first:
+        assert candidate["score"] == pytest.approx(score(candidate["part"], candidate["bits"]), abs=1e-6), candidate
+    missing = start - start * 0.8
+    per_byte = {
+        (c["part"], c["bits"]): max(0, plan.baseline_score - c["score"]) / min(c["saved_bytes"], missing) for c in first
+    }
+    taken = next((r.part, r.bits) for r in plan.bits if r.round == 1) if not _gone_in(plan, 1) else _gone_in(plan, 1)
+    assert per_byte[taken] == min(per_byte.values())
+
+
+def _gone_in(plan, number):
+    return next(((f"{r.tower}.{r.layer}", GONE) for r in plan.removals if r.round == number), None)
+
+
+def test_early_stopping_and_a_restart_give_the_same_plan(folder, split, task, tmp_path):
+    size = f"{bytes_of(folder, num_layers_to_remove=2).num_bytes() * 0.75 / 1e3:.1f} kB"
+    plain = searched(folder, split, task, tmp_path / "plain", size, early_stopping=False)
+    quick = searched(folder, split, task, tmp_path / "quick", size)
+    assert (quick.removals, quick.bits) == (plain.removals, plain.bits)
+    assert any(c["score"] is None for c in quick.candidates) or len(quick.candidates) == len(plain.candidates)
+    lines = (tmp_path / "plain" / JOURNAL_FILE).read_text().splitlines(keepends=True)
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / JOURNAL_FILE).write_text("".join(lines[: len(lines) // 2]))
+    resumed = searched(folder, split, task, again, size, early_stopping=False)
+    assert (resumed.removals, resumed.bits) == (plain.removals, plain.bits)
+    found = [json.loads(line) for line in (again / JOURNAL_FILE).read_text().splitlines()]
+    assert len({(r["state"], r["part"], r["bits"]) for r in found}) == len(found) == len(lines)
+
+
+def test_several_actions_of_a_round_are_in_layers_of_their_own(folder, split, task, tmp_path):
+    size = f"{(bytes_of(folder, num_layers_to_remove=1).num_bytes() - 9_000) / 1e3:.1f} kB"
+    budget = {"size": size, "actions_per_round": 3, "bits": {"attention": [3, 2], "mlp": [3, 2]}}
+    plan = searched(folder, split, task, tmp_path / "rank", size, budget=budget, protected=[0, 1, 2, 3])
+    assert not plan.removals
+    rounds = [[Action(b.part, b.bits).layer for b in plan.bits if b.round == n] for n in {b.round for b in plan.bits}]
+    assert max(map(len, rounds)) > 1
+    assert all(len(set(layers)) == len(layers) for layers in rounds)
+
+
+def test_a_budget_that_cannot_be_reached_is_refused_before_anything_is_scored(folder, split, task, tmp_path):
+    with pytest.raises(ValueError, match="is the least that this recipe can reach"):
+        searched(folder, split, task, tmp_path / "rank", "10 kB")
+    assert not (tmp_path / "rank" / JOURNAL_FILE).exists()
+
+
+def test_bytes_fall_with_every_action(folder):
+    smaller = bytes_of(folder, num_layers_to_remove=1, protect_first=0, protect_last=0)
+    actions, sizes = [], [smaller.num_bytes()]
+    while possible := smaller.possible(actions):
+        actions.append(possible[0])
+        sizes.append(smaller.num_bytes(actions))
+    assert all(a > b for a, b in pairwise(sizes))
+    assert sizes[-1] == smaller.smallest()
+    assert bits_after(actions)["embeddings"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rank.budget={size: 3 GiB}", "quantize.scheme=int4"], "such as 3.3 GB"),
+        (["rank.budget={size: 5 MB}"], "needs quantize.scheme int4"),
+        (["rank.budget={size: 5 MB, bits: {mlp: [5]}}", "quantize.scheme=int4"], "mlp 5 bits; allowed"),
+        (["rank.budget={size: 5 MB}", "quantize.scheme=int4", "rank.metric=loss"], "does not go with rank.metric"),
+        (["rank.budget={size: 5 MB}", "quantize.scheme=int4", "quantize.start=teacher"], "start pruned or recovered"),
+    ],
+)
+def test_what_a_budget_needs_is_said(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("mini", settings)
+
+
+def test_what_no_runtime_loads_is_refused_before_the_search(manifests, tmp_path):
+    budget = "rank.budget={size: 5 MB, bits: {mlp: [3], embeddings: [4]}}"
+    recipe = load_recipe("mini", [*manifests, budget, "quantize.scheme=int4", "quantize.group_size=64"])
+    with pytest.raises(PreflightError, match=r"no embedding table of 4 bits; set rank\.budget\.bits"):
+        compress(recipe, tmp_path)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_empty_plan_is_none(tmp_path):
+    (tmp_path / "plan.json").write_text('{"removals": []}')
+    with pytest.raises(PlanError, match="removes no layer and gives no part other bits"):
+        read_plan(tmp_path)
+
+
+def test_the_stages_make_a_model_of_that_size(manifests, tmp_path):
+    recipe = load_recipe(
+        "mini",
+        [
+            *SMALL, *manifests, "finetune=null", "distill=null", "recover=null", "quantize.start=pruned", "quantize.train=null",
+            "quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]", "decode.max_new_tokens=8",
+            "rank.budget={size: 4.9 MB, actions_per_round: 4}", "rank.protect_first=5", "rank.protect_last=5",
+        ],
+    )  # fmt: skip
+    for stage in ("data", "rank", "pruned", "quantized"):
+        artifact = run_stage(recipe, tmp_path, stage)
+    plan = read_plan(tmp_path / "rank")
+    assert plan.bits
+    assert plan.num_bytes <= 4_900_000
+    lineage = read_lineage(tmp_path / "quantized")
+    assert len(lineage.layers["decoder"]) == 12 - len(plan.removals)
+    planned = {b.part: b.bits for b in plan.bits}
+    assert lineage.quantization["bits"] == planned
+    shipped = [
+        p for p in (tmp_path / "quantized").iterdir() if p.name not in ("artifact.json", "log.txt", "lineage.json")
+    ]
+    assert sum(p.stat().st_size for p in shipped) <= plan.num_bytes
+    assert sum(p.stat().st_size for p in shipped) > 0.97 * plan.num_bytes
+    assert artifact.info["num_3bit_modules" if 3 in planned.values() else "num_4bit_modules"]
