@@ -19,7 +19,7 @@ from trimlingual.app import outputs
 from trimlingual.app import recordings as app_recordings
 from trimlingual.app.outputs import JOURNAL_FILE, MADE_FILE, OutputFolder, rendered
 from trimlingual.app.recordings import Given, readable, recordings
-from trimlingual.app.translate import App
+from trimlingual.app.translate import App, translate_files
 from trimlingual.cli import app
 from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.rows import MINI_DATA
@@ -196,6 +196,12 @@ def test_patterns_folders_and_standard_input(talks, tmp_path, monkeypatch):
     (given,) = recordings(["-"], tmp_path)
     assert (given.name, given.stem) == ("-", "stdin")
     assert given.path.read_bytes() == (talks / "0.ogg").read_bytes()
+
+
+def test_messages_name_standard_input_and_no_scratch_file(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": io.BytesIO(b"no sound at all")}))
+    (record,) = translate_files("builtin:mini", ["-"], ["de"])
+    assert record["error"].startswith("standard input is not audio")
 
 
 def test_a_video_says_that_it_needs_ffmpeg(tmp_path, monkeypatch):

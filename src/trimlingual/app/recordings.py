@@ -32,6 +32,11 @@ class Given:
     path: Path
 
     @property
+    def shown(self) -> str:
+        """What it is called in messages."""
+        return "standard input" if self.name == STANDARD_INPUT else self.name
+
+    @property
     def stem(self) -> str:
         """What output files are called."""
         return "stdin" if self.name == STANDARD_INPUT else Path(self.name).stem

@@ -135,11 +135,7 @@ class Server:
     async def _record(self, request: Request, asked: Asked, heard: Heard, is_clip: bool) -> dict[str, Any]:
         said = await self._said(heard, is_clip, request.is_disconnected)
         if heard.error:
-            message = (
-                str(heard.error)
-                .replace(str(heard.given.path), asked.filename)
-                .replace(heard.given.name, asked.filename)
-            )
+            message = str(heard.error).replace(heard.given.name, asked.filename)
             if isinstance(heard.error, TooLongError):
                 raise Refusal(413, "audio_too_long", message, "file")
             raise Refusal(400, "unreadable_audio", message, "file")

@@ -209,7 +209,7 @@ class App:
 
     def pieces(self, heard: Heard, scratch: Path, said: Mapping[Key, Segment]) -> Iterator[Piece]:
         """The segments of a recording that are to be translated; what is wrong with it is noted in `heard`."""
-        name = heard.given.name
+        name, path = heard.given.name, heard.given.path
         try:
             path, suspicious = readable(heard.given, scratch, self.longest_s, heard.check)
             found = describe_audio(path, self.longest_s, heard.check)
@@ -228,7 +228,7 @@ class App:
                 clip = Clip(f"{name}\n{span.start}", path, wanted, None, span.duration_s, "")
                 yield Piece(heard, span, samples, clip)
         except DataError as error:
-            heard.error = error
+            heard.error = type(error)(str(error).replace(str(path), heard.given.shown))
 
     def _spans(self, heard: Heard, path: Path) -> list[Span]:
         if heard.duration_s <= self.max_s:
