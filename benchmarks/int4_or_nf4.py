@@ -49,7 +49,7 @@ WAYS = {
 def quantized(run: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """The result of the 4-bit model that the recipe makes; earlier stages are made where they are not there."""
     words = [f"seed={seed}", *overrides]
-    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(run)]
+    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(run), "--force"]
     subprocess.run([*command, *(word for each in words for word in ("--set", each))], check=True)
     return read_result(run / "evaluations" / "quantized")
 
