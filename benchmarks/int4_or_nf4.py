@@ -1,12 +1,14 @@
 """Which 4-bit format keeps more of the built-in model: nf4 by QLoRA, or int4 in each way that the recipe offers.
 
-    python benchmarks/int4_or_nf4.py [--seeds 0] [--only "int4 by QLoRA"] [--run-dir runs/int4-or-nf4]
+    python benchmarks/int4_or_nf4.py [--seeds 0] [--only "by QLoRA" ...] [--run-dir runs/int4-or-nf4]
 
-Each seed is one run of the mini recipe, whose teacher, pruned and recovered model all ways share. Each 4-bit model's translations
-of the test clips are scored in the language's main metric and compared with nf4's: the share of its score by language, and the mean
-over the languages of the difference in points. Both have 95 % intervals from the same resampled clips (paired bootstrap). int4 is as
-good where the interval of the difference includes 0 or is above it. Prints one JSON document and writes it to
-benchmarks/results/int4_or_nf4_mini.json (or --out) after every model.
+Each seed is one run of the mini recipe, whose teacher, pruned and recovered model all ways share. QLoRA trains one adapter for
+both formats, because it always trains on nf4: int4 gets the adapter of the run's nf4 model, merged onto the recovered model as the
+stage does it. Each 4-bit model's translations of the test clips are scored in the language's main metric and compared with nf4's:
+the share of its score by language, and the mean over the languages of the difference in points. Both have 95 % intervals from the
+same resampled clips (paired bootstrap). int4 is as good where the interval of the difference includes 0 or is above it. What stands
+in the run's folder is not made again. Prints one JSON document and writes it to benchmarks/results/int4_or_nf4_mini.json (or --out)
+after every model.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from commit import commit
+from peft import PeftModel
 
 from trimlingual.evaluation.quality import (
     SentenceStatistics,
@@ -28,43 +32,72 @@ from trimlingual.evaluation.quality import (
     sentence_statistics,
 )
 from trimlingual.evaluation.results import read_result, read_translations
+from trimlingual.models.loading import load_model, load_processor
+from trimlingual.models.saving import save_model
 from trimlingual.run.artifacts import machine, write_json
+from trimlingual.run.lineage import read_lineage
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "nf4 by QLoRA"
-INT4 = ["quantize.scheme=int4", "quantize.group_size=64"]  # 64, because the built-in model's widths are multiples of it
-CALIBRATED = "quantize.rounding=calibrated"
+CALIBRATED, UNTRAINED = "quantize.rounding=calibrated", "quantize.train=null"
+# For each way of int4 the model that it begins with, and settings.
 WAYS = {
-    REFERENCE: [],
-    "int4 by QLoRA, nearest": INT4,
-    "int4 by QLoRA, calibrated": [*INT4, CALIBRATED],
-    "int4 by QLoRA, nearest, embeddings and head in 8 bits": [*INT4, "quantize.eight_bit=[embeddings, lm_head]"],
-    "int4 trained as it ships, nearest": [*INT4, "quantize.train.method=full"],
-    "int4 trained as it ships, calibrated": [*INT4, "quantize.train.method=full", CALIBRATED],
-    "int4 without training, nearest": [*INT4, "quantize.train=null"],
-    "int4 without training, calibrated": [*INT4, "quantize.train=null", CALIBRATED],
-}
+    "int4 by QLoRA, nearest": ("merged", [UNTRAINED]),
+    "int4 by QLoRA, calibrated": ("merged", [UNTRAINED, CALIBRATED]),
+    "int4 by QLoRA, nearest, embeddings and head in 8 bits": (
+        "merged", [UNTRAINED, "quantize.eight_bit=[embeddings, lm_head]"],
+    ),
+    "int4 without training, nearest": ("recovered", [UNTRAINED]),
+    "int4 without training, calibrated": ("recovered", [UNTRAINED, CALIBRATED]),
+    "int4 trained as it ships, nearest": ("recovered", ["quantize.train.method=full"]),
+    "int4 trained as it ships, calibrated": ("recovered", ["quantize.train.method=full", CALIBRATED]),
+}  # fmt: skip
 
 
-def quantized(run: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """The result of the 4-bit model that the recipe makes; earlier stages are made where they are not there."""
-    words = [f"seed={seed}", *overrides]
-    command = [sys.executable, "-m", "trimlingual", "compress", "mini", "--run-dir", str(run), "--force"]
-    subprocess.run([*command, *(word for each in words for word in ("--set", each))], check=True)
-    return read_result(run / "evaluations" / "quantized")
+class Run:
+    """A run of the mini recipe, and what is made beside its own models."""
 
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        if not (folder / "report" / "report.json").is_file():
+            self.do("compress")
 
-def statistics(run: Path, model: str, languages: Sequence[str]) -> dict[str, SentenceStatistics]:
-    """The counts of a model's translations in each language's main metric."""
-    folder = run / "evaluations" / model
-    metrics = {code: read_result(folder)["languages"][code]["main_metric"] for code in languages}
-    rows = {code: read_translations(folder, code) for code in languages}
-    return {
-        code: sentence_statistics(
-            metrics[code], *([row[key] for row in rows[code]] for key in ("hypothesis", "reference")), code
+    def do(self, verb: str, *words: str) -> None:
+        """A command of trimlingual on this run."""
+        command = [sys.executable, "-m", "trimlingual", verb, "mini", "--run-dir", str(self.folder)]
+        subprocess.run([*command, "--set", f"seed={self.seed}", *words], check=True)
+
+    def merged(self) -> None:
+        """The recovered model with the adapter of the nf4 model."""
+        given, out = self.folder / "recovered", self.folder / "merged"
+        adapted = PeftModel.from_pretrained(
+            load_model(given, "float32", torch.device("cpu")), self.folder / "quantized" / "adapter"
         )
-        for code in languages
-    }
+        save_model(adapted.merge_and_unload(), load_processor(given), out, "bfloat16")
+        read_lineage(given, "builtin:mini").save(out)
+
+    def scores(self, way: str) -> Path:
+        """Folder with the evaluation of the model that this way makes."""
+        out = self.folder / "ways" / way.replace(",", "").replace(" ", "-")
+        start, overrides = WAYS[way]
+        if start == "merged" and not (self.folder / start).is_dir():
+            self.merged()
+        # 64 weights a scale: the built-in model's widths are multiples of it.
+        settings = ["quantize.scheme=int4", "quantize.group_size=64", *overrides]
+        words = [word for setting in settings for word in ("--set", setting)]
+        self.do("quantize", "--model", str(self.folder / start), "--out", str(out / "model"), *words)
+        self.do("evaluate", "--model", str(out / "model"), "--out", str(out / "scores"))
+        return out / "scores"
+
+
+def statistics(folder: Path) -> dict[str, SentenceStatistics]:
+    """The counts of an evaluation's translations in each language's main metric."""
+    counts = {}
+    for code, scores in read_result(folder)["languages"].items():
+        rows = read_translations(folder, code)
+        hypotheses, references = ([row[key] for row in rows] for key in ("hypothesis", "reference"))
+        counts[code] = sentence_statistics(scores["main_metric"], hypotheses, references, code)
+    return counts
 
 
 def compared(ours: dict[str, SentenceStatistics], reference: dict[str, SentenceStatistics]) -> dict[str, Any]:
@@ -82,7 +115,7 @@ def compared(ours: dict[str, SentenceStatistics], reference: dict[str, SentenceS
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", default="", help="ways whose name has this, beside nf4")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways of int4 whose name has one of these")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/int4-or-nf4"))
     parser.add_argument("--out", type=Path, default=RESULTS / "int4_or_nf4_mini.json")
     args = parser.parse_args(arguments)
@@ -93,21 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": [],
     }
     for seed in args.seeds:
-        run = args.run_dir / str(seed)
-        reference: dict[str, SentenceStatistics] = {}
-        for way, overrides in WAYS.items():
-            if way != REFERENCE and args.only not in way:
-                continue
-            found = quantized(run, seed, overrides)
-            counts = statistics(run, "quantized", list(found["languages"]))
-            reference = reference or counts
+        run = Run(args.run_dir / str(seed), seed)
+        own = run.folder / "evaluations"
+        teacher, nf4 = statistics(own / "teacher"), statistics(own / "quantized")
+        for way in (REFERENCE, *(way for way in WAYS if any(word in way for word in args.only))):
+            folder = own / "quantized" if way == REFERENCE else run.scores(way)
+            counts = statistics(folder)
             row = {
                 "way": way,
                 "seed": seed,
-                "disk_bytes": found["disk_bytes"],
+                "disk_bytes": read_result(folder)["disk_bytes"],
                 "score": {code: round(counts[code].score(), 2) for code in counts},
-                "kept_of_teacher": {code: round(of["retained"]["ratio"], 4) for code, of in found["languages"].items()},
-            } | compared(counts, reference)
+                "kept_of_teacher": {code: round(counts[code].score() / teacher[code].score(), 4) for code in counts},
+            } | ({} if way == REFERENCE else compared(counts, nf4))
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)
