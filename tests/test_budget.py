@@ -16,7 +16,7 @@ from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.layers import without_layers
 from trimlingual.models.loading import load_model
 from trimlingual.models.saving import save_model
-from trimlingual.pipeline import compress, run_stage
+from trimlingual.pipeline import compress
 from trimlingual.preflight import PreflightError
 from trimlingual.recipe import (
     DecodeSettings,
@@ -27,6 +27,9 @@ from trimlingual.recipe import (
     SharedSettings,
     load_recipe,
 )
+from trimlingual.report.figures import removal_curve
+from trimlingual.report.heat_map import heat_maps
+from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
 from trimlingual.search.from_parent import trace, translate_changed
@@ -223,11 +226,11 @@ def test_the_stages_make_a_model_of_that_size(manifests, tmp_path):
         [
             *SMALL, *manifests, "finetune=null", "distill=null", "recover=null", "quantize.start=pruned", "quantize.train=null",
             "quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]", "decode.max_new_tokens=8",
-            "rank.budget={size: 4.9 MB, actions_per_round: 4}", "rank.protect_first=5", "rank.protect_last=5",
+            "rank.budget={size: 4.9 MB, actions_per_round: 4}", "evaluate.models=[quantized]",
+            "rank.protect_first=5", "rank.protect_last=5",
         ],
     )  # fmt: skip
-    for stage in ("data", "rank", "pruned", "quantized"):
-        artifact = run_stage(recipe, tmp_path, stage)
+    report = compress(recipe, tmp_path)
     plan = read_plan(tmp_path / "rank")
     assert plan.bits
     assert plan.num_bytes <= 4_900_000
@@ -240,4 +243,11 @@ def test_the_stages_make_a_model_of_that_size(manifests, tmp_path):
     ]
     assert sum(p.stat().st_size for p in shipped) <= plan.num_bytes
     assert sum(p.stat().st_size for p in shipped) > 0.97 * plan.num_bytes
-    assert artifact.info["num_3bit_modules" if 3 in planned.values() else "num_4bit_modules"]
+    assert read_artifact(tmp_path / "quantized").info[
+        "num_3bit_modules" if 3 in planned.values() else "num_4bit_modules"
+    ]
+    assert removal_curve(report, "run").title == "Score against size"
+    assert heat_maps(report)
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert all(f"| {part} | {bits} |" in text for part, bits in planned.items())
+    assert next(iter(planned)) in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -131,15 +131,17 @@ def _others(report: dict[str, Any], code: str) -> list[tuple[Entry, int, float]]
 
 
 def removal_curve(report: dict[str, Any], name: str) -> Plot | None:
-    """The selection score by number of layers removed; None without a search."""
-    curve = (report["plan"] or {}).get("curve") or []
-    points = [
-        Point(p["num_removed"], p["score"], f"{p['num_removed']} removed: {p['score']:.4g}")
-        for p in curve
-        if p.get("score") is not None
-    ]
-    if len(points) < 2:
+    """The selection score by number of layers removed, or by bytes where the search was under a budget; None without a search."""
+    curve = [p for p in (report["plan"] or {}).get("curve") or [] if p.get("score") is not None]
+    if len(curve) < 2:
         return None
+    if "num_bytes" in curve[0]:
+        sizes = [
+            Point(p["num_bytes"] / 1e6, p["score"], f"{megabytes_text(p['num_bytes'])} MB: {p['score']:.4g}")
+            for p in curve
+        ]
+        return plot(f"removed-{name}", "Score against size", "megabytes", "score", [Series("score", sizes)])
+    points = [Point(p["num_removed"], p["score"], f"{p['num_removed']} removed: {p['score']:.4g}") for p in curve]
     return plot(f"removed-{name}", "Score against layers removed", "layers removed", "score", [Series("score", points)])
 
 

@@ -243,7 +243,7 @@ class BudgetSearch:
             num_bytes=self.smaller.num_bytes(state),
             baseline_score=baseline["score"],
             baseline_scores=baseline["scores"],
-            candidates=[{k: v for k, v in record.items() if k not in ("tokens", "state")} for record in self.records],
+            candidates=[_for_plan(record) for record in self.records],
             curve=self.curve,
             selection_mode="budget",
         )
@@ -268,6 +268,14 @@ def _record(
         "seconds": round(time.perf_counter() - started, 4),
         "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if tally else {},
     }
+
+
+def _for_plan(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as the plan has it; a layer that may go is named as the layer search names it."""
+    kept = {key: value for key, value in record.items() if key not in ("tokens", "state")}
+    if record["bits"] == GONE:
+        kept |= dict(zip(("tower", "layer"), layer_of(Action(record["part"], GONE))))
+    return kept
 
 
 def _words(state: State) -> str:
