@@ -180,6 +180,19 @@ def test_a_budget_that_cannot_be_reached_is_refused_before_anything_is_scored(fo
     assert not (tmp_path / "rank" / JOURNAL_FILE).exists()
 
 
+def test_an_action_that_puts_the_budget_out_of_reach_is_none(make_model, processor, split, task, tmp_path):
+    """One layer may go, and only without a decoder layer the budget holds: no layer of the encoder is tried."""
+    save_model(make_model(layers=3, width=64, encoder_layers=3, seed=8), processor, tmp_path / "model", "bfloat16")
+    rank_settings = {"num_layers_to_remove": 1, "towers": "both", "protect_first": 0, "protect_last": 0}
+    smaller = bytes_of(tmp_path / "model", **rank_settings)
+    size = smaller.num_bytes([Action("decoder.1", GONE)])
+    assert smaller.num_bytes([Action("encoder.1", GONE)]) > size
+    budget = {"size": f"{(size + 10) / 1e3:.2f} kB", "bits": {}}
+    plan = searched(tmp_path / "model", split, task, tmp_path / "rank", "", budget=budget, **rank_settings)
+    assert [removal.tower for removal in plan.removals] == ["decoder"]
+    assert {candidate["part"] for candidate in plan.candidates} == {"decoder.0", "decoder.1", "decoder.2"}
+
+
 def test_bytes_fall_with_every_action(folder):
     smaller = bytes_of(folder, num_layers_to_remove=1, protect_first=0, protect_last=0)
     actions, sizes = [], [smaller.num_bytes()]

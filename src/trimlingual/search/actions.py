@@ -154,9 +154,9 @@ class Smaller:
             if fewer := [bits for bits in allowed.get(block, ()) if bits < now]:
                 yield Action(part, max(fewer))
 
-    def smallest(self) -> int:
-        """The fewest bytes that actions can reach, whatever they cost."""
-        actions: list[Action] = []
+    def smallest(self, after: Sequence[Action] = ()) -> int:
+        """The fewest bytes that more actions can reach after these, whatever they cost."""
+        actions = [*after]
         while removals := list(self._removals(actions)):
             actions.append(max(removals, key=lambda action: -self.num_bytes([*actions, action])))
         while fewer := list(self._fewer_bits(actions)):

@@ -6,8 +6,7 @@ translations are its drafts. The action that loses least per byte is done, or th
 everything is scored again, until the budget holds. A score above the parent's counts as no loss, and of actions without loss
 the one that saves most goes first. Bytes below the budget count for nothing.
 
-The processes of a distributed run share a round's actions. Each score is in the journal with the actions before it, so a search that
-was killed goes on, and one for another budget finds what they have in common.
+The processes of a distributed run share a round's actions. Each score is in the journal, so a search that was killed goes on.
 """
 
 from __future__ import annotations
@@ -145,7 +144,10 @@ class BudgetSearch:
         """The records of all actions that are possible now."""
         size = self.smaller.num_bytes(state)
         saves = {a: size - self.smaller.num_bytes([*state, a]) for a in self.smaller.possible(state)}
-        actions = [action for action, saved in saves.items() if saved > 0]
+        # A small layer that goes instead of a large one can put the budget out of reach.
+        actions = [
+            a for a, saved in saves.items() if saved > 0 and self.smaller.smallest([*state, a]) <= size - missing
+        ]
         records = [self.known[key] for a in actions if (key := (_words(state), a.part, a.bits)) in self.known]
         have = {(record["part"], record["bits"]) for record in records}
         pending = sorted((a for a in actions if (a.part, a.bits) not in have), key=lambda a: -min(saves[a], missing))
