@@ -12,6 +12,7 @@ from trimlingual.data.splits import Split
 from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.translate_clips import greedy, translate_clips
+from trimlingual.estimate import estimate
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.layers import without_layers
 from trimlingual.models.loading import load_model
@@ -225,6 +226,13 @@ def test_what_no_runtime_loads_is_refused_before_the_search(manifests, tmp_path)
     with pytest.raises(PreflightError, match=r"no embedding table of 4 bits; set rank\.budget\.bits"):
         compress(recipe, tmp_path)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_dry_run_knows_the_size():
+    stored = ["quantize.scheme=int4", "quantize.group_size=64"]
+    plain, asked = (load_recipe("mini", [*stored, *more]) for more in ([], ["rank.budget={size: 4.2 MB}"]))
+    assert estimate(plain)["quantized"].disk > estimate(asked)["quantized"].disk == 4_200_000
+    assert estimate(asked)["pruned"].disk > estimate(plain)["pruned"].disk  # perhaps no layer goes
 
 
 def test_an_empty_plan_is_none(tmp_path):

@@ -78,7 +78,8 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
         sizes = trimmed
     full = sum(sizes.values())
     layers = sizes["decoder"] + sizes["decoder_other"]
-    removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" else 0
+    budget = recipe.rank.budget if recipe.rank else None  # how many layers go is not known then: as if none
+    removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" and not budget else 0
     gone = removed / num_decoder_layers(recipe)
     pruned = full - round(layers * gone)
     weight_bytes, stored_bytes = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
@@ -101,6 +102,8 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     if recipe.quantize:
         at_start = 0 if recipe.quantize.start in ("base", "teacher") else gone
         rows["quantized"] = _quantization(recipe, sizes, at_start, weight_bytes, stored_bytes)
+        if budget:
+            rows["quantized"] = replace(rows["quantized"], disk=min(rows["quantized"].disk, budget.num_bytes))
         shipped, left = rows["quantized"].disk, _quantized_bytes(trimmed, recipe.quantize, stored_bytes, at_start)
     if recipe.vocab and recipe.vocab.when == "after":
         rows["trimmed"], shipped = Estimate(left), left
