@@ -235,6 +235,17 @@ def test_a_dry_run_knows_the_size():
     assert estimate(asked)["pruned"].disk > estimate(plain)["pruned"].disk  # perhaps no layer goes
 
 
+@pytest.mark.parametrize(
+    ("part", "bits"), [("decoder.1.mlp", 5), ("decoder.01.mlp", 3), ("encoder.1.mlp", 3), ("rows", 4)]
+)
+def test_a_plan_edited_by_hand_is_read_strictly(tmp_path, part, bits):
+    (tmp_path / "plan.json").write_text(json.dumps({"removals": [], "bits": [{"part": part, "bits": bits}]}))
+    with pytest.raises(PlanError, match="is not a prune plan"):
+        read_plan(tmp_path)
+    (tmp_path / "plan.json").write_text('{"removals": [], "bits": [{"part": "decoder.10.attention", "bits": 3}]}')
+    assert read_plan(tmp_path).bits[0].bits == 3
+
+
 def test_an_empty_plan_is_none(tmp_path):
     (tmp_path / "plan.json").write_text('{"removals": []}')
     with pytest.raises(PlanError, match="removes no layer and gives no part other bits"):

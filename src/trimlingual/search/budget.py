@@ -192,7 +192,7 @@ class BudgetSearch:
         assert settings.budget is not None
         if not settings.early_stopping:
             return None
-        # One more than are done, because of two in the same layer only one is.
+        # Twice as many as are done, because of several in the same layer only one is.
         values = sorted(_loss_per_byte(r, missing) for r in records if r["score"] is not None)
         count = 2 * settings.budget.actions_per_round
         return values[count - 1] if len(values) >= count else None

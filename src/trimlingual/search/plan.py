@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trimlingual.recipe import TOWERS, Tower
+from trimlingual.recipe import LAYER_PART, ROW_PARTS, TOWERS, Tower
 from trimlingual.run.jsonl import parse_json
 from trimlingual.run.lineage import Lineage
 
@@ -38,8 +38,8 @@ class FewerBits(BaseModel):
     """A part, named as in `quantize.bits`, and its number of bits."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    part: str
-    bits: int
+    part: str = Field(pattern=rf"^({'|'.join(ROW_PARTS)}|{LAYER_PART.pattern})$")
+    bits: Literal[2, 3, 4, 8]
     round: int | None = None
     score: float | None = None
     saved_bytes: int | None = None
