@@ -33,7 +33,7 @@ from trimlingual.report.heat_map import heat_maps
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
-from trimlingual.search.from_parent import trace, translate_changed
+from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.stages.rank import JOURNAL_FILE, rank
@@ -101,6 +101,11 @@ def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task
         weight.copy_(before)
     assert different
     assert translate_changed(stepper, traced, layers[0]) == parent
+    halves = [slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)]
+    parts = [trace(stepper.decoder, prompts[h], parent[h], limits[h], layers, layers) for h in halves]
+    stepper.decoder.layers[1].mlp.down_proj.weight.neg_()
+    anew = greedy(stepper, prompts, limits, 5)
+    assert translate_changed(stepper, Trace.together(parts), 1) == anew != parent
 
 
 def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_path):
@@ -283,3 +288,20 @@ def test_the_stages_make_a_model_of_that_size(manifests, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert all(f"| {part} | {bits} |" in text for part, bits in planned.items())
     assert next(iter(planned)) in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_only_the_most_promising_are_scored_again_where_the_recipe_says_so(folder, split, task, tmp_path):
+    smaller = bytes_of(folder, num_layers_to_remove=1)
+    size = f"{smaller.num_bytes([Action(f'decoder.{layer}.mlp', 3) for layer in range(3)]) / 1e3:.3f} kB"
+    budget = {"size": size, "bits": {"mlp": [3]}, "scored_again": 2}
+    more = {"budget": budget, "early_stopping": False, "protected": [0, 1, 2, 3]}
+    plan = searched(folder, split, task, tmp_path / "rank", size, **more)
+    assert plan.selection_mode == "budget, 2 scored again"
+    rounds = [{c["part"]: max(0.0, c["lost"]) for c in plan.candidates if c["round"] == n} for n in (1, 2, 3)]
+    assert [len(scored) for scored in rounds] == [4, 2, 2]
+    best = {fewer.part: fewer.round for fewer in plan.bits}
+    last = rounds[0]
+    for number in (2, 3):
+        possible = [last[part] for part in last if best.get(part, 9) >= number]
+        assert sorted(last[part] for part in rounds[number - 1]) == sorted(possible)[:2]
+        last |= rounds[number - 1]

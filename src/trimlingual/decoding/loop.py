@@ -48,6 +48,10 @@ class Stepper:
         slots.assign(capacities)
         return slots
 
+    def release(self) -> None:
+        """Give the memory of slots and graphs back; the next batch makes its own."""
+        self._slots = self._graphs = None
+
     def room(self) -> int:
         """How many slots a batch may have: as many as the free memory allows, or as are there already."""
         present = len(self._slots.keys[0]) if self._slots else 0

@@ -26,6 +26,10 @@ class BudgetSettings(Section):
         default=1,
         description="done before everything is scored again, each in a layer of its own; more is faster and surer to miss the best",
     )
+    scored_again: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="candidates of the round before that are scored again, the most promising by their last score; null: all",
+    )
 
     @property
     def num_bytes(self) -> int:

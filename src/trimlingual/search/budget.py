@@ -3,75 +3,32 @@
 It starts from the model as `quantize` would store it. In every round each possible action (actions.py) is scored by real
 translations, as the layer search does it: an action in a decoder layer shares with its parent all that is below, and the parent's
 translations are its drafts. The action that loses least per byte is done, or the best few, each in a layer of its own; then
-everything is scored again, until the budget holds. A score above the parent's counts as no loss, and of actions without loss
-the one that saves most goes first. Bytes below the budget count for nothing.
+everything is scored again, or what was most promising by its last score (`scored_again`), until the budget holds. A score above
+the parent's counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for
+nothing.
 
 The processes of a distributed run share a round's actions. Each score is in the journal, so a search that was killed goes on.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimlingual.recipe import ROW_PARTS, TOWERS
+from trimlingual.recipe import TOWERS
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index
 from trimlingual.run.progress import progress, say
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after, layer_of, removed_by
-from trimlingual.search.allowed import Candidate
-from trimlingual.search.from_parent import translate_changed
+from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.plan import FewerBits, PrunePlan, Removal
-from trimlingual.search.rounded import RoundedModel
-from trimlingual.search.scorer import Scorer, Tally
+from trimlingual.search.scorer import Tally
 
 State = tuple[Action, ...]
-
-
-class BudgetScorer(Scorer):
-    """Scores actions. `rounded` holds the model's weights as they ship."""
-
-    rounded: RoundedModel
-
-    def _may_change(self, active: Sequence[int]) -> list[int]:
-        return list(active)
-
-    def tally(self, action: Action, floor: float | None) -> Tally | None:
-        """The tally of the parent with this action done; None where it is certain to stay below `floor`."""
-        tally = Tally(self)
-        for block in self.blocks:
-            if not self._add(action, tally, block, floor) or (floor is not None and tally.bound() < floor):
-                return None
-        return tally
-
-    def _add(self, action: Action, tally: Tally, block: Sequence[int], floor: float | None) -> bool:
-        if action.bits == GONE:
-            candidate = Candidate(*layer_of(action))
-            return self.add({candidate: tally}, block, floor)[candidate]
-        if action.part in ROW_PARTS:
-            with self.rounded.tried(*action):
-                tally.add(self._translate(None, block))
-            return True
-        traced = self._trace(block)  # before the weights change
-        keys = [(clip, self.translated.index(language)) for clip in block for language in self.languages(clip)]
-
-        def hopeless(_number: int, rows: list[list[int]]) -> bool:
-            return floor is not None and tally.bound(dict(zip(keys, rows))) < floor
-
-        with self.rounded.tried(*action):
-            if traced is None:
-                tally.add(self._translate(None, block))
-                return True
-            position = self.present["decoder"].index(int(action.part.split(".")[1]))
-            rows = translate_changed(self._stepper, traced, position, hopeless if floor is not None else None)
-        if rows is None:
-            return False
-        self._count_accepted(traced.drafts, rows)
-        tally.add(self._by_clip(block, rows))
-        return True
 
 
 @dataclass
@@ -132,7 +89,8 @@ class BudgetSearch:
         if not record and not found:
             started, made = time.perf_counter(), None
             if is_main_process():
-                made = _record(0, state, None, scorer.parent_tally(), 0, started)
+                made = _record(0, state, None, scorer.parent_tally(), 0, 0.0)
+                made["seconds"] = round(time.perf_counter() - started, 4)
             found = gather(made)[0]
             self._add_to_journal(found)
             scorer.begin_round(removed, _tokens(found))
@@ -141,50 +99,68 @@ class BudgetSearch:
         return result
 
     def _round(self, number: int, state: State, parent: dict[str, Any], missing: int) -> list[dict[str, Any]]:
-        """The records of all actions that are possible now."""
-        size = self.smaller.num_bytes(state)
-        saves = {a: size - self.smaller.num_bytes([*state, a]) for a in self.smaller.possible(state)}
-        # A small layer that goes instead of a large one can put the budget out of reach.
-        actions = [
-            a for a, saved in saves.items() if saved > 0 and self.smaller.smallest([*state, a]) <= size - missing
-        ]
-        records = [self.known[key] for a in actions if (key := (_words(state), a.part, a.bits)) in self.known]
+        """The records of the actions that are scored now."""
+        saves = self._candidates(state, missing)
+        records = [self.known[key] for a in saves if (key := (_words(state), a.part, a.bits)) in self.known]
         have = {(record["part"], record["bits"]) for record in records}
-        pending = sorted((a for a in actions if (a.part, a.bits) not in have), key=lambda a: -min(saves[a], missing))
-        with progress(f"round {number}", len(actions)) as advance:
+        pending = [a for a in saves if (a.part, a.bits) not in have]
+        if pending:
+            self.scorer.prepare()
+        with progress(f"round {number}", len(saves)) as advance:
             advance(len(records))
-            for first in range(0, len(pending), num_processes()):
-                wave = pending[first : first + num_processes()]
+            while pending:
+                wave = self._wave(pending)
+                pending = [a for a in pending if a not in wave]
                 limit = self._worst_of_the_best(records, missing)
-                here = [
-                    self._scored(number, state, a, saves[a], parent, missing, limit)
-                    for a in wave[process_index() :][:1]
-                ]
-                for record in [r for part in gather(here) for r in part]:
+                here = {a: saves[a] for a in wave[process_index() :: num_processes()]}
+                scored_here = self._scored(number, state, here, parent, missing, limit) if here else []
+                for record in [r for part in gather(scored_here) for r in part]:
                     self._add_to_journal(record)
                     records.append(record)
                 advance(len(wave))
-        for record in records:
-            record["lost"] = None if record["score"] is None else parent["score"] - record["score"]
         self.records += [{**record, "round": number} for record in records]
         return records
+
+    def _candidates(self, state: State, missing: int) -> dict[Action, int]:
+        """The actions that are scored in this round and the bytes that each saves; the most promising by their last score first."""
+        size = self.smaller.num_bytes(state)
+        saves = {a: size - self.smaller.num_bytes([*state, a]) for a in self.smaller.possible(state)}
+        last = {Action(r["part"], r["bits"]): _loss_per_byte(r, missing) for r in self.records}
+        # A small layer that goes instead of a large one can put the budget out of reach.
+        possible = [
+            a for a, saved in saves.items() if saved > 0 and self.smaller.smallest([*state, a]) <= size - missing
+        ]
+        possible.sort(key=lambda a: (last.get(a, 0.0), -min(saves[a], missing)))
+        budget = self.scorer.settings.budget
+        assert budget is not None
+        again = [a for a in possible if a in last][: budget.scored_again]
+        return {a: saves[a] for a in possible if a in again or a not in last}
+
+    def _wave(self, pending: Sequence[Action]) -> list[Action]:
+        """The next actions to be scored together: layers that go, as many as are decoded at once, or one action per process."""
+        if pending[0].bits != GONE:
+            return [a for a in pending if a.bits != GONE][: num_processes()]
+        return [a for a in pending if a.bits == GONE][: self.scorer.group_size() * num_processes()]
 
     def _scored(
         self,
         number: int,
         state: State,
-        action: Action,
-        saved: int,
+        saves: Mapping[Action, int],
         parent: dict[str, Any],
         missing: int,
         limit: float | None,
-    ) -> dict[str, Any]:
-        """An action's record. It is given up once it must lose more than `limit` per byte."""
+    ) -> list[dict[str, Any]]:
+        """The records of some actions and the bytes they save. One is given up once it must lose more than `limit` per byte."""
         started = time.perf_counter()
-        floor = None if limit is None else parent["score"] - limit * min(saved, missing) - 1e-9
-        record = _record(number, state, action, self.scorer.tally(action, floor), saved, started)
-        record["lost"] = None if record["score"] is None else parent["score"] - record["score"]
-        return record
+        most = max(min(saved, missing) for saved in saves.values())
+        floor = None if limit is None else parent["score"] - limit * most - 1e-9
+        tallies = self.scorer.tallies(list(saves), floor)
+        seconds = (time.perf_counter() - started) / len(saves)
+        records = [_record(number, state, a, t, saved, seconds) for (a, saved), t in zip(saves.items(), tallies)]
+        for record in records:
+            record["lost"] = None if record["score"] is None else parent["score"] - record["score"]
+        return records
 
     def _worst_of_the_best(self, records: Sequence[dict[str, Any]], missing: int) -> float | None:
         """Loss per byte that an action must stay below, to be among those that are done in this round."""
@@ -232,6 +208,8 @@ class BudgetSearch:
     def _plan(self, taken: Sequence[tuple[Action, dict[str, Any]]], baseline: dict[str, Any]) -> PrunePlan:
         state = tuple(action for action, _ in taken)
         final = bits_after(state)
+        assert self.scorer.settings.budget is not None
+        again = self.scorer.settings.budget.scored_again
         removals, fewer = [], []
         for action, record in taken:
             if action.bits == GONE:
@@ -247,16 +225,19 @@ class BudgetSearch:
             baseline_scores=baseline["scores"],
             candidates=[_for_plan(record) for record in self.records],
             curve=self.curve,
-            selection_mode="budget",
+            selection_mode="budget" if again is None else f"budget, {again} scored again",
         )
 
 
 def _loss_per_byte(record: Mapping[str, Any], missing: int) -> float:
+    """Of a candidate that was given up, infinite."""
+    if record["lost"] is None:
+        return math.inf
     return max(0.0, record["lost"]) / max(1, min(record["saved_bytes"], missing))
 
 
 def _record(
-    number: int, state: State, action: Action | None, tally: Tally | None, saved: int, started: float
+    number: int, state: State, action: Action | None, tally: Tally | None, saved: int, seconds: float
 ) -> dict[str, Any]:
     scores = tally.scores() if tally else {}
     return {
@@ -267,7 +248,7 @@ def _record(
         "saved_bytes": saved,
         "score": sum(scores.values()) / len(scores) if scores else None,
         "scores": scores,
-        "seconds": round(time.perf_counter() - started, 4),
+        "seconds": round(seconds, 4),
         "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if tally else {},
     }
 

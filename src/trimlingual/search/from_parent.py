@@ -17,7 +17,7 @@ decoding/__init__.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,16 @@ class Trace:
     chunks: list[_Chunk]
     # Block Influence per layer that may go: 1 - E[cos(input, output)] over the computed tokens (Men et al. 2024, ShortGPT, eq. 1).
     influence: dict[int, float]
+
+    @staticmethod
+    def together(traces: Sequence[Trace]) -> Trace:
+        """Traces of one parent over several batches as one over all rows, without a copy. `influence` is the first's."""
+        first, *others = traces
+        lengths, drafts, limits, chunks = [*first.lengths], [*first.drafts], [*first.limits], [*first.chunks]
+        for other in others:
+            chunks += [replace(chunk, first_row=chunk.first_row + len(lengths)) for chunk in other.chunks]
+            lengths, drafts, limits = lengths + other.lengths, drafts + other.drafts, limits + other.limits
+        return Trace(first.active, lengths, drafts, limits, chunks, first.influence)
 
     @staticmethod
     def num_bytes(

@@ -21,7 +21,8 @@ from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.search.actions import Smaller
 from trimlingual.search.allowed import ranking_problems
-from trimlingual.search.budget import BudgetScorer, BudgetSearch
+from trimlingual.search.budget import BudgetSearch
+from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.one_shot import at_random, block_influence, middle
 from trimlingual.search.plan import FINETUNED, PLAN_FILE, PrunePlan, Removal
 from trimlingual.search.rounded import RoundedModel
