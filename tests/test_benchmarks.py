@@ -100,3 +100,16 @@ def test_serve(tmp_path, model):
     assert (result["lost"], result["mixed_up"], result["own"] + result["different"]) == (0, 0, 40)
     assert result["own"] == 40 or model[0] == "--random"
     assert result["gain_of_many"] > 0
+
+
+def test_budget_search(tmp_path):
+    out = tmp_path / "budget_search.json"
+    small = ["--size", "small", "--clips", "3", "--layers", "2", "--actions-per-round", "3", "--scored-again", "6"]
+    result = benchmark("budget_search").main([*small, "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    first, *later = result["rounds"]
+    assert first["kinds"] == {"layer": 4, "attention": 6, "mlp": 6, "lm_head": 1, "embeddings": 1}
+    assert all(row["num_candidates"] < first["num_candidates"] for row in later)
+    short, long = (result[name] for name in ("whole_search", "whole_search_all_scored_again"))
+    assert sum(short["num_candidates"].values()) < sum(long["num_candidates"].values())
+    assert 0 < short["seconds"] < long["seconds"]

@@ -3,6 +3,7 @@
     python benchmarks/lab/experiments.py --lab runs/lab base                 # train the base (base.yaml), once
     python benchmarks/lab/experiments.py --lab runs/lab system-b int4 ...    # the experiments named below, seed by seed
     python benchmarks/lab/experiments.py --lab runs/lab --table
+    python benchmarks/lab/experiments.py --lab runs/lab --compare --seeds 0 1    # three ways to a size (budgets.py), of runs there are
 
 Everything resumes: a run goes on where it was stopped, and a stage that another run has made with the same fingerprint is taken from
 there. Each experiment's rows are in `LAB/results/`; `--out` copies them, with the table.
@@ -18,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import budgets
 
 from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
 from trimlingual.pipeline import plan, run_stage
@@ -97,7 +100,8 @@ RECOVERY = {
     "general-40000": [*SHORT, _set_of("out_of_domain", "general-40000")],
     "longer": [*NO_BITS, "recover.max_steps=1500"],
 }
-EXPERIMENTS: dict[str, list[str]] = {**SYSTEMS, **BITS, **LAYERS, **RECOVERY}
+BUDGETS = budgets.experiments()
+EXPERIMENTS: dict[str, list[str]] = {**SYSTEMS, **BITS, **LAYERS, **RECOVERY, **BUDGETS}
 VOICES = {"all": None, "heard": True, "unheard": False}
 SAMPLES = 1000
 
@@ -188,7 +192,10 @@ def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], co
         names = [name for name in names if not name.startswith("evaluate")]
         names = names[: names.index(until) + 1]
     for stage in names:
-        run_stage(recipe, run, stage)
+        if stage == "rank" and name.startswith("proxy-"):
+            budgets.rank_by_proxy(recipe, run)
+        else:
+            run_stage(recipe, run, stage)
     if until:
         return
     seconds = time.perf_counter() - started
@@ -210,6 +217,8 @@ def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], co
         "stage_seconds": stages,
         "rows": rows,
     }
+    if made := budgets.plan_of(run):
+        record["plan"] = made
     write_json(lab / "results" / f"lab_{name}_{seed}.json", record)
     show(rows)
 
@@ -222,6 +231,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             name = f"{row['experiment']} {row['seed']} {row['model']}"
             size = f"{row['disk_bytes'] / 1e6:.0f} MB"
             print(f"{name:40} {row['language']} {row['score']:6.2f} BLEU {row['bleu']:5.2f} {kept}, {size}", flush=True)
+
+
+def copy_results(lab: Path, out: Path | None) -> None:
+    """All results there are, to `out`."""
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (lab / "results").glob("*.json"):
+            shutil.copy(path, out)
 
 
 def main() -> None:
@@ -237,6 +254,9 @@ def main() -> None:
     )
     parser.add_argument("--commit", default="", help="where there is no Git: the commit that is written down")
     parser.add_argument("--table", action="store_true", help="show the rows there are")
+    parser.add_argument(
+        "--compare", action="store_true", help="write what the mixed models have over others of their size"
+    )
     parser.add_argument("--out", type=Path, help="copy the results there after each experiment")
     args = parser.parse_args()
     lab = args.lab.absolute()
@@ -246,13 +266,18 @@ def main() -> None:
                 train_base(lab, args.overrides)
             else:
                 run_experiment(lab, name, seed, args.overrides, args.commit, args.until)
-            if args.out:
-                args.out.mkdir(parents=True, exist_ok=True)
-                for path in (lab / "results").glob("*.json"):
-                    shutil.copy(path, args.out)
+            copy_results(lab, args.out)
+    if args.compare:
+        rows = budgets.compare(lab, args.seeds)
+        write_json(
+            lab / "results" / "lab_budgets.json", {"commit": args.commit, "machine": machine(), "compared": rows}
+        )
+        copy_results(lab, args.out)
+        for row in rows:
+            print(json.dumps(row), flush=True)
     if args.table:
         for path in sorted((lab / "results").glob("*.json")):
-            show(json.loads(path.read_text("utf-8"))["rows"])
+            show(json.loads(path.read_text("utf-8")).get("rows", []))
 
 
 if __name__ == "__main__":

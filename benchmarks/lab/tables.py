@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.lab.experiments import BITS, LAYERS, RECOVERY, SYSTEMS
+from experiments import BITS, BUDGETS, LAYERS, RECOVERY, SYSTEMS
 
 RESULTS = Path(__file__).parent.parent / "results"
 ORDER = ("base", "teacher", "pruned", "recovered", "quantized")
@@ -25,6 +25,7 @@ TABLES = {
     "Bits": (list(BITS), ("quantized",)),
     "Layers": (list(LAYERS), ("pruned", "recovered")),
     "Recovery": (["select-200", *RECOVERY], ("recovered",)),
+    "Three ways to a size": (list(BUDGETS), ("quantized",)),
 }
 Row = dict[str, Any]
 
