@@ -19,7 +19,8 @@ from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.packed_layers import EightBitLinear, PackedLinear, TorchLinear, head_of
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import QuantizeSettings, TrainSettings, load_recipe
-from trimlingual.search.from_parent import trace, translate_without
+from trimlingual.search.from_parent import Trace, trace, translate_changed, translate_without
+from trimlingual.search.rounded import RoundedModel
 from trimlingual.training.optimizer import flash_adamw
 from trimlingual.training.trainer import train_
 
@@ -80,6 +81,27 @@ def test_bfloat16_candidates_together(mini):
     together = translate_without(stepper, traced, [3, 5, 8])
     for gone, found in zip([3, 5, 8], together):
         anew = greedy(stepper, prompts, limits, 128, [i for i in layers if i != gone])
+        assert sum(a == b for a, b in zip(found, anew)) >= 0.9 * len(prompts)
+        assert found != parent
+
+
+def test_bfloat16_parts_in_fewer_bits(mini):
+    """Rounded in place under graphs that were captured before, and two batches together: as decoding anew."""
+    model, prompts, stepper = in_bfloat16(mini)
+    number = len(stepper.decoder.layers)
+    layers, limits, half = range(number), [64] * len(prompts), len(prompts) // 2
+    towers = {"decoder": [*layers], "encoder": [*range(len(model.model.audio_tower.layers))]}
+    rounded = RoundedModel(model, towers, QuantizeSettings(scheme="int4", group_size=64, train=None), "bfloat16")
+    parent = greedy(stepper, prompts, limits, 128)
+    parts = [
+        trace(stepper.decoder, prompts[some], parent[some], limits[some], layers, layers)
+        for some in (slice(0, half), slice(half, None))
+    ]
+    for layer, block in ((1, "mlp"), (number // 2, "attention"), (number - 2, "mlp")):
+        with rounded.tried(f"decoder.{layer}.{block}", 2):
+            found = translate_changed(stepper, Trace.together(parts), layer)
+            stepper.release()
+            anew = greedy(stepper, prompts, limits, 128)
         assert sum(a == b for a, b in zip(found, anew)) >= 0.9 * len(prompts)
         assert found != parent
 

@@ -36,7 +36,7 @@ from trimlingual.steps import folder_of
 
 SHORT_IN_BITS = [
     "finetune.epochs=1", "finetune.selection_checks=1", "data.select={kind: manifest, path: LAB/select-100.jsonl}",
-    "data.out_of_domain={kind: manifest, path: LAB/general-10000.jsonl}", "evaluate.models=[base, teacher, quantized]",
+    "data.out_of_domain={kind: manifest, path: LAB/general-5000.jsonl}", "evaluate.models=[base, teacher, quantized]",
     "recover.max_steps=300", "recover.batch_size=64", "recover.selection_checks=1", "quantize.train.max_steps=200",
     "quantize.train.batch_size=64", "quantize.train.selection_checks=1",
 ]  # fmt: skip
