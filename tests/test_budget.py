@@ -31,8 +31,9 @@ from trimlingual.recipe import (
 from trimlingual.report.figures import removal_curve
 from trimlingual.report.heat_map import heat_maps
 from trimlingual.run.artifacts import read_artifact
-from trimlingual.run.lineage import ModelFolder, read_lineage
+from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
+from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
@@ -106,6 +107,45 @@ def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task
     stepper.decoder.layers[1].mlp.down_proj.weight.neg_()
     anew = greedy(stepper, prompts, limits, 5)
     assert translate_changed(stepper, Trace.together(parts), 1) == anew != parent
+
+
+@pytest.mark.parametrize("number", [0, 2, 5, 9])
+@torch.no_grad()
+def test_other_tables_equal_decoding_anew(make_model, processor, split, task, number):
+    """A changed head goes on from the last layer, changed embeddings from a new pass over the parent's drafts."""
+    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
+    stepper = Stepper(PackedDecoder(model), eos)
+    parent = greedy(stepper, prompts, limits, 5)
+    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    tied = stepper.decoder.head.weight is stepper.decoder.decoder.embed_tokens.weight
+    for table in (stepper.decoder.decoder.embed_tokens, *([] if tied else [stepper.decoder.head])):
+        before = table.weight.clone()
+        table.weight.add_(0.3 * torch.randn_like(before) * before.std())
+        anew = greedy(stepper, prompts, limits, 5)
+        again = traced
+        if table is not stepper.decoder.head or tied:
+            again = trace(stepper.decoder, prompts, parent, limits, layers, layers[-1:])
+        assert translate_changed(stepper, again, layers[-1]) == anew != parent
+        table.weight.copy_(before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_in_fewer_bits_are_translated_by_drafts(make_model, processor, split, task, tied):
+    """The scorer's translations with rounded embeddings or head are those of decoding anew, and it does verify the parent's."""
+    model = make_model(layers=4, heads=2, kv_heads=1, width=64, seed=5, tied=tied)
+    layers = {"decoder": list(range(4)), "encoder": [0, 1]}
+    lineage = Lineage("tiny", layers, {tower: len(numbers) for tower, numbers in layers.items()})
+    settings = RankSettings.model_validate({"metric": METRICS, "budget": {"size": "1 MB", "bits": EVERY}})
+    scorer = BudgetScorer(model, processor, split, shared(task), settings, lineage, layers)
+    scorer.rounded = RoundedModel(model, layers, STORED, "float32")
+    scorer.parent.update(scorer.parent_tally().tokens)
+    scorer.prepare()
+    for action in (Action("embeddings", 2), Action("lm_head", 2)):
+        (tally,) = scorer.tallies([action], None)
+        with scorer.rounded.tried(*action):
+            anew = {clip: rows for block in scorer.blocks for clip, rows in scorer._translate(None, block).items()}
+        assert tally.tokens == anew != scorer.parent, action
+    assert scorer._num_drafted == 2 * sum(len(row) for rows in scorer.parent.values() for row in rows)
 
 
 def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_path):

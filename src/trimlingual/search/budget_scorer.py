@@ -1,20 +1,21 @@
 """Scores the actions of the search under a budget, by real translations of the selection set.
 
-Layers that go are decoded together, as in the layer search. A part in fewer bits is rounded in place once, and translates all clips;
-in the decoder it goes on from its parent's pass. Since a decoding step takes as long as reading the weights, such a candidate takes
-several blocks of clips at a time.
+Layers that go are decoded together, as in the layer search. A part in fewer bits is rounded in place once, and translates all clips.
+It goes on from its parent's pass: a block of the decoder from its layer, the head from the last one. Other embeddings change the
+pass from the first layer on, so that it is run again over the prompts and the parent's translations, which stay the drafts. Since a
+decoding step takes as long as reading the weights, a candidate of bits takes several blocks of clips at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimlingual.recipe import ROW_PARTS
+from trimlingual.models.tree import lm_head, text_decoder
 from trimlingual.search.actions import GONE, Action, layer_of
 from trimlingual.search.allowed import Candidate
-from trimlingual.search.from_parent import Trace, translate_changed
+from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.rounded import RoundedModel
-from trimlingual.search.scorer import Scorer, Tally
+from trimlingual.search.scorer import TRACE_SHARE, Scorer, Tally
 
 BLOCKS_AT_ONCE = 4  # on a GPU; all at once would leave none after which a candidate can be given up
 
@@ -47,13 +48,29 @@ class BudgetScorer(Scorer):
 
     def _changed(self, action: Action, floor: float | None) -> Tally | None:
         tally, lots = Tally(self), self._lots()
-        in_a_layer = action.part not in ROW_PARTS
-        traces = [self._traced(lot) if in_a_layer else None for lot in lots]  # before the weights change
+        traces = [self._traced(lot) for lot in lots]  # before the weights change
         with self.rounded.tried(*action):
             for lot, traced in zip(lots, traces):
-                if not self._add_changed(action, tally, [clip for block in lot for clip in block], traced, floor):
+                clips = [clip for block in lot for clip in block]
+                if traced and self._changes_input(action):
+                    traced = self._traced_anew(clips, traced)
+                if not self._add_changed(action, tally, clips, traced, floor):
                     return None
         return tally
+
+    def _changes_input(self, action: Action) -> bool:
+        """Whether other embeddings come into the first layer: they change, or they are the head's, which changes."""
+        tied = text_decoder(self.model).embed_tokens.weight is lm_head(self.model).weight
+        return action.part == "embeddings" or (tied and action.part == "lm_head")
+
+    def _traced_anew(self, clips: Sequence[int], traced: Trace) -> Trace | None:
+        """The pass over the same clips and drafts with the embeddings as they are now; None where memory does not allow it."""
+        decoder, last = self._stepper.decoder, traced.active[-1:]
+        prompts = self._prompts(clips, self.translated)
+        needed = Trace.num_bytes(decoder, len(traced.active), len(last), prompts, traced.drafts)
+        if needed > TRACE_SHARE * decoder.free_bytes():
+            return None
+        return trace(decoder, prompts, traced.drafts, traced.limits, traced.active, last)
 
     def _traced(self, lot: Sequence[Sequence[int]]) -> Trace | None:
         """The parent's pass over some blocks; None where memory does not allow it."""
@@ -73,7 +90,8 @@ class BudgetScorer(Scorer):
         if traced is None:
             tally.add(self._translate(None, clips))
         else:
-            position = self.present["decoder"].index(layer_of(action)[1])
+            in_a_layer = action.layer is not None
+            position = self.present["decoder"].index(layer_of(action)[1]) if in_a_layer else traced.active[-1]
             rows = translate_changed(self._stepper, traced, position, hopeless if floor is not None else None)
             if rows is None:
                 return False

@@ -145,7 +145,10 @@ def translate_without(
 def translate_changed(
     stepper: Stepper, traced: Trace, layer: int, hopeless: Hopeless | None = None
 ) -> list[list[int]] | None:
-    """What the traced parent would translate with `layer` as it is now: its weights have changed since the trace."""
+    """What the traced parent would translate with `layer`, and all that follows it, as it is now: weights have changed since the trace.
+
+    What only the head has changed in is translated from the last layer.
+    """
     return _translate(stepper, traced, [layer], False, hopeless)[0]
 
 
