@@ -349,6 +349,9 @@ def test_stored_audio_survives_a_restart(make_model, processor, split, tmp_path,
     again = stored_states(model, processor, split.clips, tmp_path / "killed")
     assert len(calls) == 5
     assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+    by_workers = stored_states(make_model(), processor, split.clips, tmp_path / "workers", num_workers=2)
+    assert all(torch.equal(a, b) for a, b in zip(straight, by_workers, strict=True))
+    del calls[5:]
     stored_states(model, processor, split.clips[::-1], tmp_path / "killed")
     assert len(calls) == 9  # in another order they are other states
 

@@ -12,7 +12,7 @@ from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.loading import load_model, pick_device
 from trimlingual.pipeline import run_stage
 from trimlingual.quantization.int4 import best_scale, round_to_integers
-from trimlingual.quantization.rounding import Moments, round_columns, walk_layers
+from trimlingual.quantization.rounding import Moments, of_equal_inputs, round_columns, walk_layers
 from trimlingual.recipe import QuantizeSettings, load_recipe
 from trimlingual.stages.quantize import quantize
 
@@ -57,6 +57,20 @@ def test_inputs_that_are_never_used_do_no_harm() -> None:
     rounded = round_columns(torch.randn(8, 64), moments.mean(), 4, 32, _scale)[1]
     assert rounded.isfinite().all()
     assert rounded[:, 5].abs().max() == 0
+
+
+def test_modules_of_equal_inputs_are_rounded_as_one_and_come_out_the_same() -> None:
+    inputs = torch.randn(200, 64)
+    moments = {name: Moments(64, torch.device("cpu")) for name in ("q", "k", "v", "down")}
+    for name, found in moments.items():
+        found.add(inputs if name != "down" else inputs.flip(0) * 2)
+    groups = of_equal_inputs(moments, {"q": 4, "k": 4, "v": 3, "down": 4})
+    assert [names for names, _ in groups] == [["q", "k"], ["v"], ["down"]]
+    weights = [torch.randn(8, 64), torch.randn(4, 64)]
+    together = round_columns(torch.cat(weights), groups[0][1], 4, 32, _scale)
+    alone = [round_columns(weight, groups[0][1], 4, 32, _scale) for weight in weights]
+    for part, parts in zip(together, zip(*alone), strict=True):
+        torch.testing.assert_close(part, torch.cat(parts))
 
 
 def test_moments_that_are_not_finite_are_refused() -> None:

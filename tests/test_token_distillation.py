@@ -75,6 +75,8 @@ def test_store_is_read_again_without_the_teacher(model_dir, examples, collator, 
     first = teacher_tokens(lambda: model, collator, examples, TokenDistillation(top_k=4), store)
     again = teacher_tokens(lambda: pytest.fail("loaded"), collator, examples, TokenDistillation(top_k=4), store)
     plain = read_examples(model, collator, examples, 4, 1.0)
+    by_workers = read_examples(model, collator, examples, 4, 1.0, num_workers=2)
+    assert all(torch.equal(a, b) for one, other in zip(plain, by_workers, strict=True) for a, b in zip(one, other))
     for example, (ids, log_probs) in zip(examples, plain, strict=True):
         for stored in (first[example], again[example]):
             assert torch.equal(stored[0], ids)

@@ -10,7 +10,7 @@ Shapes: N tokens, I inputs, O outputs, G groups of inputs that share a scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,17 +55,19 @@ def round_calibrated_(
         with progress(f"calibrated rounding of the {tower}, layer", len(layers)) as advance:
 
             def visit(position: int, moments: dict[str, Moments], layers: Any = layers, advance: Any = advance) -> None:
-                for inner, found in moments.items():
-                    module = layers[position].get_submodule(inner)
-                    name = names[id(module)]
-                    num_bits = bits_of.get(name, 8)
-                    if num_bits < 8:
-                        scale_of = partial(best_scale, num_bits=num_bits, dtype=dtype)
-                        done = round_columns(module.weight, found.mean(), num_bits, settings.group_size, scale_of)
-                        module.weight.copy_(done.weight.to(dtype))
-                        scales[name] = done.scales.to(dtype)
+                modules = {inner: layers[position].get_submodule(inner) for inner in moments}
+                few = {inner: bits for inner, m in modules.items() if (bits := bits_of.get(names[id(m)], 8)) < 8}
+                for together, found in of_equal_inputs({inner: moments[inner] for inner in few}, few):
+                    chosen, num_bits = [modules[inner] for inner in together], few[together[0]]
+                    scale_of = partial(best_scale, num_bits=num_bits, dtype=dtype)
+                    weight = torch.cat([module.weight for module in chosen])
+                    done = round_columns(weight, found, num_bits, settings.group_size, scale_of)
+                    parts = zip(*(part.split([len(m.weight) for m in chosen]) for part in done))
+                    for module, part in zip(chosen, map(Rounded._make, parts)):
+                        module.weight.copy_(part.weight.to(dtype))
+                        scales[names[id(module)]] = part.scales.to(dtype)
                         if keep_unrounded:
-                            unrounded[name] = done.unrounded.to("cpu", module.weight.dtype)
+                            unrounded[names[id(module)]] = part.unrounded.to("cpu", module.weight.dtype)
                 advance(1)
 
             walk_layers(list(layers), passes, visit)
@@ -90,6 +92,23 @@ class Moments:
     def mean(self) -> Tensor:
         """X'X / N (I, I)."""
         return self.sum / max(1, self.count)
+
+
+def of_equal_inputs(moments: Mapping[str, Moments], bits_of: Mapping[str, int]) -> list[tuple[list[str], Tensor]]:
+    """Modules of equal bits that have the same inputs, as query, key and value have, with their moments: they are rounded as one.
+
+    A weight's rows are rounded independently, so nothing but the time changes.
+    """
+    groups: list[tuple[list[str], Tensor]] = []
+    for name, found in moments.items():
+        mean = found.mean()
+        for names, known in groups:
+            if bits_of[names[0]] == bits_of[name] and torch.equal(known, mean):
+                names.append(name)
+                break
+        else:
+            groups.append(([name], mean))
+    return groups
 
 
 class Rounded(NamedTuple):

@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,16 +26,20 @@ from trimlingual.decoding.translate_clips import encode_audio, split_on_oom
 from trimlingual.run import interruptions
 from trimlingual.run.processes import gather, num_processes, process_index, wait_for_everyone
 from trimlingual.run.progress import progress, say
+from trimlingual.training.ahead import prepared_ahead
 
 FOLDER = "audio-states"
 BATCH = 16  # clips encoded at once; not a result-changing setting
 PART_S = 2.0  # seconds of work that are written together
 
 
-def stored_states(model: Any, processor: Any, clips: Sequence[Clip], work_dir: Path) -> list[Tensor]:
+def stored_states(
+    model: Any, processor: Any, clips: Sequence[Clip], work_dir: Path, num_workers: int = 0
+) -> list[Tensor]:
     """Audio tower output of every clip, (F, A), on the CPU. What stands in `work_dir` of the same clips is not computed again.
 
-    That the model is the same one is for the caller to see to: `work_dir` belongs to one stage with one fingerprint.
+    `num_workers` processes load the audio. That the model is the same one is for the caller to see to: `work_dir` belongs to one
+    stage with one fingerprint.
     """
     folder = work_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,35 +50,38 @@ def stored_states(model: Any, processor: Any, clips: Sequence[Clip], work_dir: P
     if states:
         say(f"  {len(states)} of {len(clips)} clips were encoded by an earlier run")
     mine = missing[process_index() :: num_processes()]
-    with progress("encoding audio", sum(map(len, mine))) as advance:
-        states |= _encode(model, processor, clips, mine, folder, digest, advance)
+    with (
+        progress("encoding audio", sum(map(len, mine))) as advance,
+        closing(prepared_ahead(partial(_samples, clips), mine, num_workers)) as loaded,
+    ):
+        states |= _encode(model, processor, loaded, folder, digest, advance)
     wait_for_everyone()
     if num_processes() > 1:
         states |= _read(folder, digest)
     return [states[i] for i in range(len(clips))]
 
 
+def _samples(clips: Sequence[Clip], batch: Sequence[int]) -> dict[int, np.ndarray]:
+    return {i: load_audio(clips[i].audio) for i in batch}
+
+
 @torch.inference_mode()
 def _encode(
     model: Any,
     processor: Any,
-    clips: Sequence[Clip],
-    batches: Iterable[range],
+    loaded: Iterable[Mapping[int, np.ndarray]],
     folder: Path,
     digest: str,
     advance: Callable[..., None],
 ) -> dict[int, Tensor]:
-    """These batches' states, written every few seconds."""
-
-    def encode(indices: Sequence[int]) -> list[Tensor]:
-        return encode_audio(model, processor, [load_audio(clips[i].audio) for i in indices])
-
+    """The states of these batches of samples, written every few seconds."""
     states: dict[int, Tensor] = {}
     part: dict[int, Tensor] = {}
     written = time.monotonic()
-    for batch in batches:
+    for batch in loaded:
+        encoded = split_on_oom(partial(encode_audio, model, processor), list(batch.values()))
         # Copies: what the tower returns are rows of a padded batch, which would be kept whole.
-        part |= {i: row.to("cpu", copy=True) for i, row in zip(batch, split_on_oom(encode, batch))}
+        part |= {i: row.to("cpu", copy=True) for i, row in zip(batch, encoded)}
         if time.monotonic() - written >= PART_S or interruptions.asked():
             states |= _write(folder, digest, part)
             part, written = {}, time.monotonic()

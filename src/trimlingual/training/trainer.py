@@ -144,9 +144,11 @@ def read_teacher(
     assert guide.teacher_dir is not None
     device = pick_device(shared.model.device)
     load_teacher = partial(load_model, guide.teacher_dir, shared.model.dtype, device)
-    collator = Collator(Prompter(processor, shared.task), partial(_load_clip, data.clips), mels_on=device)
+    mels_on = "cpu" if settings.num_workers else device
+    collator = Collator(Prompter(processor, shared.task), partial(_load_clip, data.clips), mels_on=mels_on)
+    store = work_dir / "teacher.safetensors"
     return teacher_tokens(
-        load_teacher, collator, data.examples, settings.token_distillation, work_dir / "teacher.safetensors"
+        load_teacher, collator, data.examples, settings.token_distillation, store, settings.num_workers
     )
 
 
@@ -232,7 +234,7 @@ def make_trainer(
     optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
     states = None
     if not any(parameter.requires_grad for parameter in audio_tower(model).parameters()):
-        states = stored_states(model, processor, data.clips, work_dir)
+        states = stored_states(model, processor, data.clips, work_dir, settings.num_workers)
     trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
         True  # answer_forward divides by num_items_in_batch itself
     )
