@@ -55,6 +55,21 @@ def table(rows: dict[str, list[Row]], names: Sequence[str], models: Sequence[str
             yield f"| {' | '.join(cells)} | {len({row['seed'] for row in chosen})} |"
 
 
+def compared(folder: Path) -> Iterable[str]:
+    """What the mixed models have over the others of their size, in points of the score."""
+    path = folder / "lab_budgets.json"
+    if not path.is_file():
+        return
+    yield "| size | seed | mixed less | MB, both | de chrF++ | zh chrF |"
+    yield "|---:|---:|---|---|---|---|"
+    for row in json.loads(path.read_text("utf-8"))["compared"]:
+        sizes = " and ".join(f"{size / 1e6:.1f}" for size in row["disk_bytes"])
+        cells = [
+            f"{row[code]['value']:+.1f} [{row[code]['low']:.1f}, {row[code]['high']:.1f}]" for code in ("de", "zh")
+        ]
+        yield f"| {row['size_mb']} | {row['seed']} | {row['mixed_less']} | {sizes} | {' | '.join(cells)} |"
+
+
 def _range(numbers: Iterable[int]) -> str:
     low, high = min(every := sorted(numbers)), max(every)
     return str(low) if low == high else f"{low}-{high}"
@@ -79,6 +94,8 @@ def main() -> None:
             lines = list(table(rows, names, models, voice))
             if len(lines) > 2:
                 print(f"\n### {title}{'' if voice == 'all' else f', {voice} voices'}\n", *lines, sep="\n")
+    if lines := list(compared(args.results)):
+        print("\n### Mixed less the others of its size\n", *lines, sep="\n")
 
 
 if __name__ == "__main__":
