@@ -34,15 +34,15 @@ from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.models.tree import fine_part_of
 from trimlingual.recipe import QuantizeSettings, RankSettings
 from trimlingual.run.artifacts import machine, write_json
-from trimlingual.search.actions import GONE, Action, Smaller, bits_after, removed_by
+from trimlingual.search.actions import GONE, Action, Smaller, bits_after, layer_of, removed_by
 
 RESULTS = Path(__file__).parent / "results"
 ORDER = (13, 3, 20, 9, 29, 1, 19, 27)  # in which the paper's search for German removed layers
 CPU = torch.device("cpu")
 
 
-def actions(num_gone: int, bits: Mapping[str, int], mlps_of_two: Sequence[int], num_layers: int) -> list[Action]:
-    """Layers gone, and the bits of all attentions, all MLPs (some have 2), embeddings and head."""
+def actions(num_gone: int, bits: Mapping[str, int], fewer: Sequence[Action], num_layers: int) -> list[Action]:
+    """Layers gone, and the bits of all attentions, all MLPs, embeddings and head; some of the first two have `fewer`."""
     gone = [layer for layer in ORDER if layer < num_layers - 1][:num_gone]
     left = [layer for layer in range(num_layers) if layer not in gone]
     found = [Action(f"decoder.{layer}", GONE) for layer in gone]
@@ -50,14 +50,15 @@ def actions(num_gone: int, bits: Mapping[str, int], mlps_of_two: Sequence[int], 
     for block in ("attention", "mlp"):
         if bits[block] != 4:
             found += [Action(f"decoder.{layer}.{block}", bits[block]) for layer in left]
-    return found + [Action(f"decoder.{layer}.mlp", 2) for layer in mlps_of_two if layer in left]
+    return found + [action for action in fewer if layer_of(action)[1] in left]
 
 
 def plans(num_layers: int) -> dict[str, list[Action]]:
     rows = {"embeddings": 2, "lm_head": 4}
+    of_two = [Action(f"decoder.{layer}.mlp", 2) for layer in (10, 11, 12, 14)]
     return {
-        "3.3 GB": actions(4, {**rows, "attention": 4, "mlp": 3}, (), num_layers),
-        "2.7 GB": actions(8, {**rows, "attention": 3, "mlp": 3}, (10, 11, 12, 14), num_layers),
+        "3.3 GB": actions(4, {**rows, "attention": 4, "mlp": 3}, [Action("decoder.10.attention", 3)], num_layers),
+        "2.7 GB": actions(8, {**rows, "attention": 3, "mlp": 3}, of_two, num_layers),
     }
 
 
