@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,7 +85,6 @@ def measure(size: str, state: Sequence[Action], args: argparse.Namespace, folder
     group = 128 if args.size == "7b" else 32
     stored = QuantizeSettings(scheme="int4", group_size=group, eight_bit=["embeddings", "lm_head"], train=None)
     rank = RankSettings.model_validate({"budget": {"size": size, "bits": {}}})
-    started = time.perf_counter()
     counted = Smaller(meta_model(shapes), layers, rank, stored, "bfloat16")
     left = [layer for layer in layers["decoder"] if layer not in removed_by(state)["decoder"]]
     shapes.text_config.num_hidden_layers = len(left)
@@ -97,7 +95,7 @@ def measure(size: str, state: Sequence[Action], args: argparse.Namespace, folder
     result: dict[str, Any] = {
         "layers": len(left), "rows": shapes.text_config.vocab_size, "removed": removed_by(state)["decoder"],
         "bits": bits_after(state), "disk_bytes": disk_bytes(folder), "bytes_by_part": parts,
-        "counted_by_the_search": counted.num_bytes(state) + parts["other files"], "seconds_to_write": time.perf_counter() - started,
+        "counted_by_the_search": counted.num_bytes(state) + parts["other files"],
     }  # fmt: skip
     return result | one_token(folder)
 
@@ -105,9 +103,7 @@ def measure(size: str, state: Sequence[Action], args: argparse.Namespace, folder
 @torch.inference_mode()
 def one_token(folder: Path) -> dict[str, Any]:
     """The model loaded packed, and its next token after four."""
-    started = time.perf_counter()
     model = load_model(folder, "bfloat16", CPU, keep_packed=True)
-    loaded = time.perf_counter() - started
     decoder = PackedDecoder(model)
     prompt = decoder.embed(torch.arange(4))
     hidden = decoder.prefill([prompt], range(len(decoder.layers)), decoder.slots(1, 8, 8))
@@ -115,8 +111,6 @@ def one_token(folder: Path) -> dict[str, Any]:
     assert logits.isfinite().all()
     packed = [module for module in model.modules() if type(module).__module__.endswith("packed_layers")]
     return {
-        "seconds_to_load": loaded,
-        "seconds_to_a_token": time.perf_counter() - started - loaded,
         "num_logits": logits.shape[-1],
         "packed_modules": Counter(type(module).__name__ for module in packed),
     }
