@@ -113,3 +113,17 @@ def test_budget_search(tmp_path):
     short, long = (result[name] for name in ("whole_search", "whole_search_all_scored_again"))
     assert sum(short["num_candidates"].values()) < sum(long["num_candidates"].values())
     assert 0 < short["seconds"] < long["seconds"]
+
+
+def test_mixed_folders(tmp_path):
+    """The parts add up to the folder, the search counts no less, and the model computes as it is stored."""
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "folders.json"
+    result = benchmark("mixed_folders").main(["--size", "small", "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    large, small = result["folders"].values()
+    for folder in (large, small):
+        assert sum(folder["bytes_by_part"].values()) == folder["disk_bytes"] <= folder["counted_by_the_search"]
+        assert folder["num_logits"] == folder["rows"]
+    assert small["disk_bytes"] < large["disk_bytes"]
+    assert set(small["bits"].values()) == {2, 3, 4}
