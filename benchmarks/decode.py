@@ -35,6 +35,7 @@ import torch
 from commit import commit
 from random_int4 import write_random_int4
 from torch import Tensor
+from torch._dynamo.utils import counters
 from true_size import quantize_
 
 from trimlingual.data.audio import SAMPLE_RATE
@@ -173,8 +174,14 @@ class Bench:
         return _row(batch, inputs.shape[1], num_tokens, encode_s, prefill_s, whole_s - prefill_s)
 
     def compiled(self, model: Any, batch: int) -> dict[str, Any]:
-        """`generate` with a static cache, for which transformers compiles the model."""
-        return self.generate(model, batch, cache_implementation="static")
+        """`generate` with a static cache, for which transformers compiles the model on a GPU; each row compiles for its own shapes.
+
+        Without the reset PyTorch would go over to dynamic shapes, and after eight compilations give up without a word.
+        """
+        torch.compiler.reset()
+        counters.clear()
+        row = self.generate(model, batch, cache_implementation="static")
+        return row | {"compiled_graphs": counters["stats"]["unique_graphs"]}
 
     def memory(self, form: str, num_layers: int, limits: tuple[float, float]) -> dict[str, Any]:
         """Peaks of PyTorch's allocator while loading, and for one clip after it; int4 held to limits in bytes (loading, after)."""
