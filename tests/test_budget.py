@@ -33,6 +33,7 @@ from trimlingual.report.heat_map import heat_maps
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
+from trimlingual.search.budget import _identity, _known
 from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.plan import PlanError, read_plan
@@ -60,7 +61,7 @@ def shared(task):
     return SharedSettings(task, ModelSettings(base="tiny", dtype="float32", device="cpu"), DECODE)
 
 
-def searched(folder, split, task, out, size, stored=STORED, **more):
+def searched(folder, split, task, out, size, stored=STORED, others=(), **more):
     out.mkdir(parents=True, exist_ok=True)
     settings = RankSettings.model_validate(
         {
@@ -72,7 +73,7 @@ def searched(folder, split, task, out, size, stored=STORED, **more):
         }
         | more
     )
-    rank(ModelFolder(folder, read_lineage(folder, "tiny")), split, shared(task), settings, None, out, stored)
+    rank(ModelFolder(folder, read_lineage(folder, "tiny")), split, shared(task), settings, None, out, stored, others)
     return read_plan(out)
 
 
@@ -208,6 +209,52 @@ def test_early_stopping_and_a_restart_give_the_same_plan(folder, split, task, tm
     assert (resumed.removals, resumed.bits) == (plain.removals, plain.bits)
     found = [json.loads(line) for line in (again / JOURNAL_FILE).read_text().splitlines()]
     assert len({(r["state"], r["part"], r["bits"]) for r in found}) == len(found) == len(lines)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_searches_for_other_sizes_share_scores_and_choose_as_alone(folder, split, task, tmp_path, early_stopping):
+    """Whichever goes first: each plan is the one that the search makes alone, and what was scored is not scored again."""
+    split = Split("select", split.clips[:4])
+    start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
+    sizes = [f"{start * share / 1e3:.1f} kB" for share in (0.92, 0.84, 0.75)]
+    more = {"early_stopping": early_stopping}
+    alone = {size: searched(folder, split, task, tmp_path / f"alone {size}", size, **more) for size in sizes}
+    for number, order in enumerate([sizes, sizes[::-1]]):
+        done = []
+        for size in order:
+            out = tmp_path / f"{number} {size}"
+            plan = searched(folder, split, task, out, size, others=done, **more)
+            wanted = alone[size]
+            assert (plan.removals, plan.bits, plan.num_bytes) == (wanted.removals, wanted.bits, wanted.num_bytes)
+            scores = {(c["round"], c["part"], c["bits"]): c["score"] for c in wanted.candidates}
+            for candidate in plan.candidates:
+                expected = scores[candidate["round"], candidate["part"], candidate["bits"]]
+                assert None in (candidate["score"], expected) or candidate["score"] == expected
+            shared_ones = [c for c in plan.candidates if c.get("shared")]
+            assert bool(shared_ones) == bool(done)
+            if not early_stopping:
+                own = [json.loads(line) for line in _lines(out / JOURNAL_FILE)]
+                assert sum(record["part"] is not None for record in own) == len(plan.candidates) - len(shared_ones)
+                before = [json.loads(line) for other in done for line in _lines(other / JOURNAL_FILE)]
+                assert not {_identity(r) for r in own} & {_identity(r) for r in before}
+            done.append(out)
+
+
+def _lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_candidate_that_was_given_up_is_scored_where_more_must_be_known():
+    """A lower bound is kept, a score is kept over a bound, and what an earlier version gave up is not known."""
+    state = {"state": "", "part": "lm_head", "bits": 4}
+    high, low, scored = (
+        {**state, "score": None, "below": 30.0},
+        {**state, "score": None, "below": 20.0},
+        {**state, "score": 19.0},
+    )
+    for records, best in (([high, low], low), ([low, high], low), ([scored, low], scored), ([low, scored], scored)):
+        assert list(_known(records).values()) == [best]
+    assert not _known([{**state, "score": None}])
 
 
 def test_several_actions_of_a_round_are_in_layers_of_their_own(folder, split, task, tmp_path):

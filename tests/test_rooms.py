@@ -11,9 +11,9 @@ import trimlingual
 PACKAGE = Path(trimlingual.__file__).parent
 # From the top down. A room imports from itself and from rooms below it.
 ROOMS = [
-    "__main__", "__init__", "cli", "cli_use", "api", "pipeline", "preflight", "steps", "app", "stages", "step_inputs", "resources",
-    "estimate", "exports", "vocabulary", "search", "training", "decoding", "quantization", "evaluation", "models", "data", "report",
-    "recipe", "run",
+    "__main__", "__init__", "cli", "cli_look", "cli_use", "api", "budgets", "pipeline", "preflight", "steps", "app", "stages",
+    "step_inputs", "resources", "estimate", "exports", "vocabulary", "search", "training", "decoding", "quantization", "evaluation",
+    "models", "data", "report", "recipe", "run",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimlingual.api import compress, evaluate, load_recipe, translate
+    from trimlingual.api import compress, evaluate, load_recipe, pareto, translate
 
 # No downloaded code is ever run. The library `kernels` downloads compiled functions from the Hub, and bitsandbytes asks it for some,
 # with no setting against it: on a CPU when it is imported, on a Mac's GPU when it computes. Here it is as if `kernels` were not
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
-__all__ = ["__version__", "compress", "evaluate", "load_recipe", "translate"]
+__all__ = ["__version__", "compress", "evaluate", "load_recipe", "pareto", "translate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trimlingual.recipe import Recipe, load_recipe
 
-__all__ = ["compress", "evaluate", "load_recipe", "translate"]
+__all__ = ["compress", "evaluate", "load_recipe", "pareto", "translate"]
 
 
 def compress(recipe: Recipe | str, run_dir: Path | str | None = None, *, force: bool = False) -> dict[str, Any]:
@@ -22,6 +23,22 @@ def compress(recipe: Recipe | str, run_dir: Path | str | None = None, *, force: 
 
     recipe = _recipe(recipe)
     return run(recipe, _folder(recipe, run_dir), force=force)
+
+
+def pareto(
+    recipe: Recipe | str, sizes: Sequence[str], run_dir: Path | str | None = None, *, force: bool = False
+) -> dict[str, Any]:
+    """Run a recipe for several sizes (such as "3.3 GB", of all that ships) over shared work in `run_dir` (default: runs/NAME).
+
+    Returns the content of RUN/frontier/frontier.json. Raises as `compress` does, and ValueError for sizes that are no frontier.
+    """
+    from trimlingual.budgets import FRONTIER
+    from trimlingual.budgets import pareto as run
+
+    recipe = _recipe(recipe)
+    folder = _folder(recipe, run_dir)
+    run(recipe, sizes, folder, force=force)
+    return json.loads((folder / FRONTIER / "frontier.json").read_text(encoding="utf-8"))
 
 
 def evaluate(

@@ -8,19 +8,25 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimlingual import cli_use
-from trimlingual.cli_use import COMPRESS, LOOK, alone, out
-from trimlingual.recipe import EXPORT_STAGES, Recipe, list_recipes, load_recipe
+from trimlingual import cli_look, cli_use
+from trimlingual.cli_use import COMPRESS, alone, out
+from trimlingual.recipe import EXPORT_STAGES, Recipe, load_recipe
 from trimlingual.run import interruptions, processes
 from trimlingual.run.processes import is_main_process, num_processes, process_index
 from trimlingual.run.progress import say
+
+if TYPE_CHECKING:
+    from trimlingual.preflight import Findings
+    from trimlingual.run.fingerprint import HashCache
+    from trimlingual.steps import Step
 
 app = typer.Typer(
     name="trimlingual",
@@ -100,6 +106,32 @@ def compress(
         "seconds": round(time.perf_counter() - started, 1),
     }
     print(json.dumps(last))
+
+
+@app.command(
+    rich_help_panel=COMPRESS, epilog="Example: trimlingual pareto my.yaml --budget 3.9GB --budget 3.3GB --budget 2.7GB"
+)
+def pareto(
+    recipe: RecipeArg,
+    sizes: Annotated[list[str], typer.Option("--budget", help="Size of all that ships, in kB, MB or GB. Repeat it: at least two.")],
+    run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stages and estimates; run nothing.")] = False,
+) -> None:  # fmt: skip
+    """Run a recipe for several sizes over shared work, and report the frontier of quality against size."""
+    started = time.perf_counter()
+    settings, folder = _load(recipe, run_dir, overrides)
+    if dry_run:
+        if alone("--dry-run"):
+            _show_frontier(settings, sizes, folder)
+        return
+    from trimlingual.budgets import FRONTIER
+    from trimlingual.budgets import pareto as run
+    from trimlingual.report import frontier_table
+
+    out.print(frontier_table(run(settings, sizes, folder, force=force)))
+    say(f"frontier: {folder / FRONTIER / 'frontier.html'}")
+    seconds = round(time.perf_counter() - started, 1)
+    print(json.dumps({"frontier": str(folder / FRONTIER / "frontier.json"), "seconds": seconds}))
 
 
 @app.command(
@@ -206,64 +238,7 @@ def export(
         _stage(recipe, run_dir, overrides, force, name, folder, model=model)
 
 
-app.registered_commands += cli_use.app.registered_commands
-
-
-@app.command(rich_help_panel=LOOK, epilog="Example: trimlingual report runs/mini")
-def report(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Default: <run>/report.")] = None,
-) -> None:
-    """Write report.json, report.md and report.html from what a run has so far, and show the table."""
-    from trimlingual.pipeline import write_report
-    from trimlingual.report import result_table
-
-    folder = out_dir or run_dir / "report"
-    out.print(result_table(write_report(run_dir, folder)))
-    say(f"report: {folder / 'report.html'}")
-
-
-@app.command(
-    rich_help_panel=LOOK, epilog="Example: trimlingual compare runs/small runs/smaller --out small-and-smaller"
-)
-def compare(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Folders of runs that were evaluated on one test split.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the page.")] = Path("comparison"),
-) -> None:
-    """Write the report's page for several runs beside each other, and show the table."""
-    from trimlingual.pipeline import write_comparison
-    from trimlingual.report import result_table
-
-    out.print(result_table(write_comparison(run_dirs, out_dir)))
-    say(f"comparison: {out_dir / 'comparison.html'}")
-
-
-@app.command(rich_help_panel=LOOK, epilog="Example: trimlingual doctor --json")
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts as one JSON object.")] = False,
-) -> None:
-    """Say what this machine can do, which recipes fit it, and what to install for more."""
-    from trimlingual.app.doctor import examine, lines
-
-    facts = examine()
-    print(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(lines(facts)))
-
-
-@app.command(rich_help_panel=LOOK, epilog="Example: trimlingual recipes")
-def recipes(
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of a recipe instead, for editors.")
-    ] = False,
-) -> None:
-    """List the shipped recipes."""
-    if schema:
-        print(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
-        return
-    table = Table("recipe", "what it does", "base model")
-    for name in list_recipes():
-        settings = load_recipe(name)
-        table.add_row(name, settings.description, settings.model.base)
-    out.print(table)
+app.registered_commands += [*cli_use.app.registered_commands, *cli_look.app.registered_commands]
 
 
 def _load(recipe: str, run_dir: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
@@ -307,26 +282,40 @@ def _brief(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_plan(recipe: Recipe, run_dir: Path) -> None:
-    from trimlingual.estimate import Estimate, disk_peak, gb
-    from trimlingual.pipeline import blocked, plan, reading_notes, version_notes
+    from trimlingual.pipeline import blocked, plan
     from trimlingual.preflight import check
     from trimlingual.run.fingerprint import HashCache
 
-    table = Table(
-        "stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=f"{recipe.name} in {run_dir}"
-    )
     remembered = HashCache(reading=False)
     steps = plan(recipe, run_dir, remembered)
     not_done = [step for step in steps if step.status() != "done"]
     found = check(recipe, run_dir, not_done, blocked(steps, recipe, run_dir))
-    for step in steps:
-        guess, status = found.estimates.get(step.name, Estimate()), step.status()
+    _show_steps(f"{recipe.name} in {run_dir}", {step.name: step for step in steps}, found, remembered)
+
+
+def _show_frontier(recipe: Recipe, sizes: list[str], run_dir: Path) -> None:
+    from trimlingual.budgets import budgets_of, findings, steps_of
+    from trimlingual.run.fingerprint import HashCache
+
+    remembered = HashCache(reading=False)
+    budgets = budgets_of(recipe, sizes, run_dir, remembered)
+    title = f"{recipe.name}, {len(budgets)} budgets in {run_dir}"
+    _show_steps(title, steps_of(budgets), findings(budgets, run_dir), remembered)
+
+
+def _show_steps(title: str, steps: Mapping[str, Step], found: Findings, remembered: HashCache) -> None:
+    from trimlingual.estimate import Estimate, disk_peak, gb
+    from trimlingual.pipeline import reading_notes, version_notes
+
+    table = Table("stage", "folder", "status", "disk (estimate)", "memory (estimate)", title=title)
+    for name, step in steps.items():
+        guess, status = found.estimates.get(name, Estimate()), step.status()
         changes = f" ({'; '.join(step.changes()[:2])})" if status == "stale" else ""
-        table.add_row(step.name, str(step.folder), status + changes, guess.disk_text, guess.memory_text)
+        table.add_row(name, str(step.folder), status + changes, guess.disk_text, guess.memory_text)
     out.print(table)
-    if peak := disk_peak(found.estimates, [step.name for step in not_done]):
+    if peak := disk_peak(found.estimates, [name for name, step in steps.items() if step.status() != "done"]):
         say(f"disk: the run folder grows by {gb(peak)} at most (an estimate)")
-    for note in (*found.notes, *version_notes(steps), *reading_notes(remembered)):
+    for note in (*found.notes, *version_notes(list(steps.values())), *reading_notes(remembered)):
         say(f"note: {note}")
     for problem in found.problems:
         say(f"problem: {problem}")

@@ -48,25 +48,17 @@ MATTERS = (
 OPTIONAL_ROLES = ("baseline", "evaluation")  # an evaluation without a comparison and an export without scores are whole
 
 
-def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, Any]:
+def compress(recipe: Recipe, run_dir: Path, force: bool = False, others: Sequence[Path] = ()) -> dict[str, Any]:
     """Run the whole recipe in `run_dir`, skipping what is done. Returns the report (the content of report.json).
 
     Raises ArtifactError, naming the stages, when the recipe has changed since `run_dir` was made; with `force` these are made again.
-    So it does, with `force` too, when something of the user's stands where a stage would write.
+    So it does, with `force` too, when something of the user's stands where a stage would write. `others` are folders of searches
+    whose scores are taken where they hold for this one too.
     """
-    steps = plan(recipe, run_dir)
+    steps = plan(recipe, run_dir, others=others)
     not_done = [step for step in steps if step.status() != "done"]
     check(recipe, run_dir, not_done, blocked(steps, recipe, run_dir)).refuse()
-    for step in steps:
-        settle(step.folder)
-    stale = [step for step in steps if step.status() == "stale"]
-    if not force and not all(step.derived for step in stale):
-        lines = [f"  {step.name}: {'; '.join(step.changes()[:4])}" for step in stale]
-        raise ArtifactError(
-            f"the recipe or its data changed since {run_dir} was made; it invalidates {len(stale)} stage(s):\n"
-            + "\n".join(lines)
-            + "\nUse --force to make these again, or another --run-dir to keep both."
-        )
+    refuse_stale(steps, run_dir, force)
     for note in version_notes(steps):
         say(note)
     write_recipe(recipe, run_dir)
@@ -78,6 +70,20 @@ def compress(recipe: Recipe, run_dir: Path, force: bool = False) -> dict[str, An
         artifact = step.run(force=force or step.derived)
         say(f"[{number}/{len(steps)}] {step.name}: {artifact.seconds:.1f} s")
     return json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
+
+
+def refuse_stale(steps: Sequence[Step], run_dir: Path, force: bool) -> None:
+    """ArtifactError where something of other settings would be made again, unless `force`."""
+    for step in steps:
+        settle(step.folder)
+    stale = [step for step in steps if step.status() == "stale"]
+    if not force and not all(step.derived for step in stale):
+        lines = [f"  {step.name}: {'; '.join(step.changes()[:4])}" for step in stale]
+        raise ArtifactError(
+            f"the recipe or its data changed since {run_dir} was made; it invalidates {len(stale)} stage(s):\n"
+            + "\n".join(lines)
+            + "\nUse --force to make these again, or another --run-dir to keep both."
+        )
 
 
 def run_stage(
@@ -137,7 +143,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Any]:
     existing = find_artifact(folder)
     if existing and existing.stage != "report":
         raise ArtifactError(f"{folder} holds what stage {existing.stage!r} made, not a report; choose another folder")
-    found = {str(path.relative_to(run_dir)): find_artifact(path) for path in _stage_folders(run_dir)}
+    found = {str(path.relative_to(run_dir)): find_artifact(path) for path in stage_folders(run_dir)}
     inputs = {role: artifact.fingerprint for role, artifact in found.items() if artifact and artifact.stage != "report"}
     name = report.collect(run_dir)["recipe"]["name"]
 
@@ -157,7 +163,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> dict[str, Any]:
     inputs = {
         f"{name}/{path.relative_to(folder)}": artifact.fingerprint
         for name, folder in named.items()
-        for path in _stage_folders(folder)
+        for path in stage_folders(folder)
         if (artifact := find_artifact(path)) and artifact.stage != "report"
     }
     report.merge(
@@ -188,7 +194,7 @@ def _names(run_dirs: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, run_dirs))
 
 
-def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> list[Step]:
+def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None, others: Sequence[Path] = ()) -> list[Step]:
     """The steps of a run, in order. Nothing is run; contents are read (or only looked up in `remembered`) once they are asked for."""
     remembered = remembered or HashCache()
     steps: dict[str, Step] = {}
@@ -208,7 +214,7 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None) -> 
         step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, None, run_dir / "teacher")
         teacher = student = models["teacher"] = add(step).ref
     if recipe.rank:
-        ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank"))
+        ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank", others))
         planned = ranked.ref if recipe.rank.budget else None
         student = models["pruned"] = add(prune_step(recipe, teacher, ranked.ref, run_dir / "pruned")).ref
     if recipe.distill:
@@ -256,10 +262,10 @@ def _is_own_recipe(path: Path, recipe: Recipe) -> bool:
         as_written = text == _json_text(json.loads(text))
     except (OSError, ValueError):
         return False
-    return text == _json_text(recipe.model_dump()) or (as_written and any(_stage_folders(path.parent)))
+    return text == _json_text(recipe.model_dump()) or (as_written and any(stage_folders(path.parent)))
 
 
-def _stage_folders(run_dir: Path) -> Iterator[Path]:
+def stage_folders(run_dir: Path) -> Iterator[Path]:
     """Folders of a run in which this tool has finished or begun something."""
     for path in sorted([*run_dir.glob("*/"), *run_dir.glob("evaluations/*/")]):
         if any(read_record(path / mark) for mark in (ARTIFACT_FILE, WORK_FILE)):

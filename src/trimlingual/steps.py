@@ -15,7 +15,7 @@ from trimlingual.data.splits import load_splits, prepare_data
 from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
 from trimlingual.recipe import EXPORT_STAGES, MixSettings, Recipe, Runtime, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
-from trimlingual.run.fingerprint import UNREAD, HashCache, differences, fingerprint
+from trimlingual.run.fingerprint import UNREAD, HashCache, decisive, differences, fingerprint, flatten
 from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.run.processes import is_main_process, num_processes
@@ -210,8 +210,8 @@ def finetune_step(
     return Step(name, out, settings, inputs, work, everyone=True, made_for=_made_for(recipe))
 
 
-def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
-    """Stage 2: which layers can go."""
+def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path, others: Sequence[Path] = ()) -> Step:
+    """Stage 2: which layers can go. Of the folders `others`, finished searches for another size of the same model lend their scores."""
     settings = recipe.rank
     assert settings is not None
 
@@ -222,13 +222,24 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path) -> Step:
         training = _training_data(recipe, between.data, inputs) if between else None
         select = load_splits(inputs["data"].folder).select
         model = folder_of(inputs["model"], recipe)
-        return rank(model, select, recipe.shared, settings, training, folder, recipe.quantize)
+        lent = [other for other in others if _differs_in_size(other, step_settings, inputs)]
+        return rank(model, select, recipe.shared, settings, training, folder, recipe.quantize, lent)
 
     step_settings = _settings(recipe, rank=settings, decode=recipe.decode)
     if settings.budget and recipe.quantize:
         step_settings["stored"] = recipe.quantize.as_stored()
     inputs = _inputs(model=model, data=data, deepspeed=_deepspeed(settings.finetune_each_round))
     return Step("rank", out, step_settings, inputs, work, everyone=True)
+
+
+def _differs_in_size(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, Ref]) -> bool:
+    """Whether a finished search under a budget stands there which was made as this one, but for the size."""
+    found = find_artifact(folder)
+    if not found or found.stage != "rank" or found.inputs != {role: ref.fingerprint for role, ref in inputs.items()}:
+        return False
+    theirs, ours = (flatten(each) for each in (found.decisive, decisive(settings)))
+    size = "rank.budget.size"
+    return size in theirs and size in ours and {**theirs, size: ours[size]} == ours
 
 
 def prune_step(recipe: Recipe, model: Ref, plan: Ref, out: Path) -> Step:

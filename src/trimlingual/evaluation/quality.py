@@ -139,6 +139,12 @@ def scores_from_sums(metric: str, sums: np.ndarray) -> np.ndarray:
     return _bleu_from_sums(sums) if metric == "bleu" else _chrf_from_sums(sums)
 
 
+def bootstrap_score(statistics: SentenceStatistics, num_samples: int = 1000, seed: int = 12345) -> Interval:
+    """A system's score on resampled sentences (Koehn 2004), 95 % percentile interval. Two systems are compared by paired ones."""
+    sampled = np.concatenate([statistics.scores(w) for w in _resamples(len(statistics), num_samples, seed)])
+    return _percentile_interval(statistics.score(), sampled)
+
+
 def paired_bootstrap_ratio(
     candidate: SentenceStatistics, baseline: SentenceStatistics, num_samples: int = 1000, seed: int = 12345
 ) -> Interval:

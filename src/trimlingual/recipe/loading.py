@@ -97,6 +97,14 @@ class Recipe(Section):
         }
         return self.model_copy(update={"quantize": self.quantize.with_bits(named)})
 
+    def with_budget(self, size: str) -> Recipe:
+        """The same for another size, in `rank.budget`. RecipeError where this recipe cannot have a budget."""
+        if not self.rank:
+            raise RecipeError("a budget needs a rank section, but rank is null: nothing would be searched")
+        raw = self.model_dump()
+        raw["rank"]["budget"] = {**(raw["rank"]["budget"] or {}), "size": size}
+        return parse_recipe(raw, f"{self.name} with a budget of {size}")
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         problems = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich.table import Table
 
 from trimlingual.recipe.languages import language_name
 from trimlingual.report.collect import ReportError, collect, languages, merge
@@ -28,6 +29,7 @@ from trimlingual.report.figures import (
     trades,
     training_curves,
 )
+from trimlingual.report.frontier import budget_facts, budget_rows, merge_budgets
 from trimlingual.report.heat_map import heat_maps
 from trimlingual.report.listening import listen
 from trimlingual.report.sounds import Sounds
@@ -35,6 +37,8 @@ from trimlingual.report.tables import (
     COST_HEADER,
     OUTCOME_HEADER,
     REHEARSAL,
+    as_markdown,
+    as_table,
     baseline,
     cost_rows,
     kept_text,
@@ -54,8 +58,17 @@ from trimlingual.report.tables import (
 from trimlingual.run.artifacts import write_json, write_text
 
 __all__ = [
-    "ReportError", "collect", "merge", "result_table", "result_table_markdown", "write_comparison", "write_report",
+    "ReportError", "collect", "frontier_table", "merge", "merge_budgets", "result_table", "result_table_markdown", "write_comparison",
+    "write_frontier", "write_report",
 ]  # fmt: skip
+
+
+def frontier_table(report: dict[str, Any]) -> Table:
+    """The budgets of `write_frontier`'s report, for the terminal."""
+    title = (
+        f"{report['recipe']['name']}, on {report['split']['num_clips']} clips of the {report['split']['name']} split"
+    )
+    return as_table(*budget_rows(report), title, report["rehearsal"])
 
 
 def write_report(run_dir: Path, out_dir: Path) -> dict[str, Any]:
@@ -84,6 +97,22 @@ def write_comparison(run_dirs: Mapping[str, Path], out_dir: Path) -> dict[str, A
     write_text(out_dir / "comparison.html", _templates().get_template("report.html.j2").render(context))
     write_json(out_dir / "comparison.json", {"runs": reports})
     return merged
+
+
+def write_frontier(run_dirs: Mapping[str, Path], out_dir: Path) -> None:
+    """Write frontier.json, frontier.md and frontier.html about the runs of several budgets, by budget.
+
+    Raises ReportError as `write_comparison` does, and for a run whose last model was not evaluated.
+    """
+    reports = {name: collect(folder) for name, folder in run_dirs.items()}
+    merged = merge_budgets(reports)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    context = _context({name: (run_dirs[name], report) for name, report in reports.items()}, merged, out_dir)
+    write_text(out_dir / "frontier.html", _templates().get_template("report.html.j2").render(context))
+    write_text(out_dir / "frontier.md", _templates().get_template("frontier.md.j2").render(context))
+    shared = [model for model in merged["models"] if not model.get("budget")]
+    facts = {"recipe": reports[next(iter(reports))]["recipe"]["name"], "split": merged["split"], "models": shared}
+    write_json(out_dir / "frontier.json", {**facts, "budgets": budget_facts(merged, reports), "notes": merged["notes"]})
 
 
 def headline(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -140,6 +169,7 @@ def _layers_note(last: dict[str, Any], before: dict[str, Any]) -> str:
 def _context(runs: Mapping[str, tuple[Path, dict[str, Any]]], report: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     """All that the templates use. `report` is the only run's, or all runs' merged."""
     header, rows = result_rows(report)
+    of_budgets = any(model.get("budget") for model in report["models"])
     sounds = Sounds(out_dir)
     clips = listen(runs, sounds)
     shown = [_run(f"run-{number}", name, each) for number, (name, (_, each)) in enumerate(runs.items(), 1)]
@@ -154,7 +184,8 @@ def _context(runs: Mapping[str, tuple[Path, dict[str, Any]]], report: dict[str, 
         "cost_header": COST_HEADER,
         "cost_rows": cost_rows(report),
         "table_markdown": result_table_markdown(report),
-        "trades": trades(report, [] if len(runs) == 1 else list(runs)),
+        "trades": trades(report, [] if len(runs) == 1 or of_budgets else list(runs)),
+        "frontier": budget_rows(report) if of_budgets else None,
         "has_plan": any(run["report"]["plan"] for run in shown),
         "has_training": any(run["training"] for run in shown),
         "has_parts": any(run["bars"] for run in shown),
@@ -231,5 +262,5 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=markdown_cell, seconds=seconds_text)
+    environment.filters.update(cell=markdown_cell, seconds=seconds_text, markdown=as_markdown)
     return environment

@@ -62,7 +62,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "stages": _stages(run_dir),
         "plan": _plan(run_dir),
         "parts": _parts(run_dir, models),
-        "notes": _notes(models, machines),
+        "notes": notes_on(models, machines),
     }
 
 
@@ -90,7 +90,7 @@ def merge(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "rehearsal": any(report["rehearsal"] for report in reports.values()),
         "models": models,
         "stages": stages,
-        "notes": _notes(models, machines),
+        "notes": notes_on(models, machines),
     }
 
 
@@ -141,6 +141,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
 
 def _language(scores: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {metric: (scores.get(metric) or {}).get("value") for metric in QUALITY}
+    found["intervals"] = {m: [scores[m]["low"], scores[m]["high"]] for m in QUALITY if "low" in (scores.get(m) or {})}
     found["comet"] = scores.get("comet") or {}
     found["main_metric"] = scores.get("main_metric", "chrfpp")
     found["retained"] = scores.get("retained")
@@ -191,7 +192,7 @@ def _parts(run_dir: Path, models: Sequence[dict[str, Any]]) -> dict[str, dict[st
     return found
 
 
-def _notes(models: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list[str]:
+def notes_on(models: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list[str]:
     """What a reader must know before comparing numbers."""
     notes = []
     hardware = {json.dumps([machine.get("cpu"), machine.get("gpu")], sort_keys=True) for machine in machines}

@@ -16,7 +16,7 @@ from trimlingual.report.tables import METRIC_NAMES, baseline, kept_text, megabyt
 from trimlingual.report.weights import ALL_PARTS
 
 NUM_COLOURS = 5
-OTHERS = 0  # the colour of published systems
+OTHERS, OF_BUDGETS = 0, 2  # the colours of published systems, and of the models of several budgets
 STACK_WIDTH, STACK_LABEL_X, STACK_ROW = 420, 96, 30
 
 
@@ -75,7 +75,7 @@ def _trade(report: dict[str, Any], code: str, runs: Sequence[str]) -> Trade:
         value, kept, base = scores.get(metric), scores.get("retained") or {}, whole.get(model.get("run"))
         if value is None:
             continue
-        series = 1 + (runs.index(model["run"]) if runs else 0) % NUM_COLOURS
+        series = OF_BUDGETS if model.get("budget") else 1 + (runs.index(model["run"]) if runs else 0) % NUM_COLOURS
         if whole and not base:
             continue  # of a run without a teacher, beside runs that have one
         share = 100 * (kept["ratio"] if kept.get("ratio") is not None else value / base) if base else value
@@ -87,16 +87,29 @@ def _trade(report: dict[str, Any], code: str, runs: Sequence[str]) -> Trade:
         points.setdefault(series, []).append(
             Point(model["disk_bytes"] / unit, share, f"{model['name']}: {text}", mark, low, high)
         )
-    drawn = [Series(f"colour {series}", found, series, joined=False) for series, found in points.items()]
-    others = _others(report, code) if whole else []
-    if others:
-        dots = [Point(size_bytes / unit, percent, f"{e.name}: {e.text}", e.mark) for e, size_bytes, percent in others]
+    best = _frontier(points.get(OF_BUDGETS, [])) if any(model.get("budget") for model in report["models"]) else []
+    drawn = [Series("frontier", best, OF_BUDGETS)] if best else []
+    for series, found in points.items():
+        if others := [point for point in found if point not in best]:
+            drawn.append(Series(f"colour {series}", others, series, joined=False))
+    known = _others(report, code) if whole else []
+    if known:
+        dots = [Point(size_bytes / unit, percent, f"{e.name}: {e.text}", e.mark) for e, size_bytes, percent in known]
         drawn.append(Series("published", dots, OTHERS, joined=False, hollow=True))
-        key += [entry for entry, _, _ in others]
+        key += [entry for entry, _, _ in known]
     title = language_name(code) or code
     quality = f"{METRIC_NAMES[metric]} kept, %" if whole else METRIC_NAMES[metric]
     chart = plot(f"trade-{code}", f"{title}: quality against size", f"{size} on disk", quality, drawn, ["x"])
-    return Trade(chart, key, published()["note"] if others else "")
+    return Trade(chart, key, published()["note"] if known else "")
+
+
+def _frontier(points: Sequence[Point]) -> list[Point]:
+    """The points above all smaller ones, from the smallest on."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -point.y)):
+        if not best or point.y > best[-1].y:
+            best.append(point)
+    return best
 
 
 def _baselines(report: dict[str, Any], code: str, metric: str) -> dict[str | None, float]:

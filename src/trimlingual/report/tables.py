@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -87,7 +87,12 @@ def result_table(report: dict[str, Any]) -> Table:
     title = (
         f"{report['recipe'].get('name', 'run')}: {split.get('name', 'test')} split, {split.get('num_clips', '?')} clips"
     )
-    table = Table(title=Text(title), caption=Text(REHEARSAL, style="bold red") if report["rehearsal"] else None)
+    return as_table(header, rows, title, report["rehearsal"])
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, rehearsal: bool) -> Table:
+    """Rows of text for the terminal."""
+    table = Table(title=Text(title), caption=Text(REHEARSAL, style="bold red") if rehearsal else None)
     for index, name in enumerate(header):
         table.add_column(Text(name), justify="left" if index == 0 else "right")
     for row in rows:
@@ -97,7 +102,12 @@ def result_table(report: dict[str, Any]) -> Table:
 
 def result_table_markdown(report: dict[str, Any]) -> str:
     """For a README or a model card."""
-    header, rows = result_rows(report)
+    return as_markdown(result_rows(report))
+
+
+def as_markdown(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
+    """A header and rows of text as a Markdown table."""
+    header, rows = table
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines) + "\n"
 

@@ -7,7 +7,9 @@ everything is scored again, or what was most promising by its last score (`score
 the parent's counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for
 nothing.
 
-The processes of a distributed run share a round's actions. Each score is in the journal, so a search that was killed goes on.
+The processes of a distributed run share a round's actions. Each score is in the journal, so a search that was killed goes on. A
+search for another size of the same model goes through the same states as long as its choices are the same, and takes the scores of
+`others` there. A candidate that was given up is known to stay below a score; it is scored after all where that is not enough.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class BudgetSearch:
     scorer: BudgetScorer
     smaller: Smaller
     journal: Path
+    others: Sequence[Path] = ()  # journals of searches that differ in the size alone
     records: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)  # per round: layers removed, bytes, score and share kept
 
@@ -51,7 +54,7 @@ class BudgetSearch:
                 f"rank.budget.size is {settings.size}, but {smallest / 1e6:,.2f} MB is the least that this recipe can reach; let more "
                 "layers go (rank.num_layers_to_remove), allow fewer bits (rank.budget.bits), or trim the vocabulary"
             )
-        self.known = {_identity(r): r for r in gather(read_journal(self.journal) if is_main_process() else [])[0]}
+        self.known = _known(gather(self._read() if is_main_process() else [])[0])
         state: State = ()
         parent = baseline = self._parent(state, None)
         taken: list[tuple[Action, dict[str, Any]]] = []
@@ -101,25 +104,38 @@ class BudgetSearch:
     def _round(self, number: int, state: State, parent: dict[str, Any], missing: int) -> list[dict[str, Any]]:
         """The records of the actions that are scored now."""
         saves = self._candidates(state, missing)
-        records = [self.known[key] for a in saves if (key := (_words(state), a.part, a.bits)) in self.known]
-        have = {(record["part"], record["bits"]) for record in records}
-        pending = [a for a in saves if (a.part, a.bits) not in have]
-        if pending:
-            self.scorer.prepare()
+        known = {a: self.known[key] for a in saves if (key := (_words(state), a.part, a.bits)) in self.known}
+        records = [_after(r, number, parent) for r in known.values() if r["score"] is not None]
+        pending = [a for a in saves if a not in known or known[a]["score"] is None]
+        prepared = False
         with progress(f"round {number}", len(saves)) as advance:
             advance(len(records))
             while pending:
-                wave = self._wave(pending)
-                pending = [a for a in pending if a not in wave]
                 limit = self._worst_of_the_best(records, missing)
-                here = {a: saves[a] for a in wave[process_index() :: num_processes()]}
-                scored_here = self._scored(number, state, here, parent, missing, limit) if here else []
-                for record in [r for part in gather(scored_here) for r in part]:
-                    self._add_to_journal(record)
-                    records.append(record)
+                wave = [
+                    a for a in pending if a in known and known[a]["below"] <= _floor(parent, limit, saves[a], missing)
+                ]
+                if wave:  # given up before, and would be now
+                    scored = [known[a] for a in wave]
+                else:
+                    if not prepared:
+                        self.scorer.prepare()
+                    wave, prepared = self._wave(pending), True
+                    here = {a: saves[a] for a in wave[process_index() :: num_processes()]}
+                    scored_here = self._scored(number, state, here, parent, missing, limit) if here else []
+                    scored = [r for part in gather(scored_here) for r in part]
+                    for record in scored:
+                        self._add_to_journal(record)
+                records += [_after(record, number, parent) for record in scored]
+                pending = [a for a in pending if a not in wave]
                 advance(len(wave))
-        self.records += [{**record, "round": number} for record in records]
+        self.records += records
         return records
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The records of other searches, marked as such, and of this one."""
+        theirs = [{**record, "shared": True} for journal in self.others for record in read_journal(journal)]
+        return [*theirs, *read_journal(self.journal)]
 
     def _candidates(self, state: State, missing: int) -> dict[Action, int]:
         """The actions that are scored in this round and the bytes that each saves; the most promising by their last score first."""
@@ -153,13 +169,13 @@ class BudgetSearch:
     ) -> list[dict[str, Any]]:
         """The records of some actions and the bytes they save. One is given up once it must lose more than `limit` per byte."""
         started = time.perf_counter()
-        most = max(min(saved, missing) for saved in saves.values())
-        floor = None if limit is None else parent["score"] - limit * most - 1e-9
+        floor = None if limit is None else _floor(parent, limit, max(saves.values()), missing)
         tallies = self.scorer.tallies(list(saves), floor)
         seconds = (time.perf_counter() - started) / len(saves)
         records = [_record(number, state, a, t, saved, seconds) for (a, saved), t in zip(saves.items(), tallies)]
         for record in records:
-            record["lost"] = None if record["score"] is None else parent["score"] - record["score"]
+            if record["score"] is None:
+                record["below"] = floor
         return records
 
     def _worst_of_the_best(self, records: Sequence[dict[str, Any]], missing: int) -> float | None:
@@ -227,6 +243,30 @@ class BudgetSearch:
             curve=self.curve,
             selection_mode="budget" if again is None else f"budget, {again} scored again",
         )
+
+
+def _known(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str | None, int | None], dict[str, Any]]:
+    """By identity what is known best: a score, or the lowest that a candidate which was given up stays below."""
+    found: dict[tuple[str, str | None, int | None], dict[str, Any]] = {}
+    for record in records:
+        identity, given_up = _identity(record), record["score"] is None
+        if given_up and "below" not in record:  # of an earlier version
+            continue
+        before = found.get(identity)
+        if before and given_up and (before["score"] is not None or before["below"] <= record["below"]):
+            continue
+        found[identity] = record
+    return found
+
+
+def _after(record: Mapping[str, Any], number: int, parent: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as of round `number`, with the score that it loses against its parent."""
+    return {**record, "round": number, "lost": None if record["score"] is None else parent["score"] - record["score"]}
+
+
+def _floor(parent: Mapping[str, Any], limit: float | None, saved: int, missing: int) -> float:
+    """The score below which an action that saves so many bytes loses more than `limit` per byte for certain."""
+    return -math.inf if limit is None else parent["score"] - limit * min(saved, missing) - 1e-9
 
 
 def _loss_per_byte(record: Mapping[str, Any], missing: int) -> float:

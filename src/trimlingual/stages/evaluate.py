@@ -14,6 +14,7 @@ from trimlingual.evaluation.answers import strict, wrong_languages
 from trimlingual.evaluation.cost import count_parameters, disk_bytes, peak_memory, speed
 from trimlingual.evaluation.quality import (
     SentenceStatistics,
+    bootstrap_score,
     comet,
     corpus_score,
     paired_bootstrap_ratio,
@@ -122,6 +123,9 @@ def _write_and_score(
         sources = [clip.source or "" for clip in clips]
         scores["comet"][comet_model] = comet(comet_model, sources, references, hypotheses)
     main = languages.language(language).main_metric
+    ours = sentence_statistics(main, hypotheses, references, language)
+    interval = bootstrap_score(ours, settings.bootstrap_samples)
+    scores[main] |= {"low": interval.low, "high": interval.high, "confidence": interval.confidence}
     wrong = wrong_languages(hypotheses, language)
     score = corpus_score(main, strict(hypotheses, wrong), references, language)
     scores |= {
@@ -133,7 +137,6 @@ def _write_and_score(
         "retained": None,
     }
     if baseline:
-        ours = sentence_statistics(main, hypotheses, references, language)
         theirs = sentence_statistics(main, baseline["hypotheses"][language], references, language)
         scores["retained"] = _retained(ours, theirs, baseline["name"], settings.bootstrap_samples)
     return scores

@@ -8,6 +8,7 @@ without searching.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ def rank(
     training: TrainingData | None,
     out_dir: Path,
     stored: QuantizeSettings | None = None,
+    others: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Find the layers to remove from the model in `folder` and write `plan.json` to `out_dir`.
 
-    With `settings.budget` the plan has bits of parts too, and `stored` says what the model is stored as before it.
+    With `settings.budget` the plan has bits of parts too, and `stored` says what the model is stored as before it. `others` are folders
+    of searches that differ from this one in the budget's size alone: scores that they have are not made again.
 
     Every candidate's score is appended to `candidates.jsonl` at once; a killed search goes on from there. All processes of a
     distributed run take part. Raises ValueError when the layers asked for cannot go.
@@ -58,7 +61,11 @@ def rank(
     processor = load_processor(folder.path, shared.model.audio_padding)
     kind = BudgetScorer if settings.budget else Scorer
     scorer = kind(model, processor, select, shared, settings, lineage, present=read_lineage(source).layers)
-    plan = _planned(scorer, folder, shared, training, stored, out_dir)
+    if isinstance(scorer, BudgetScorer):
+        assert stored is not None
+        plan = _within_budget(scorer, folder, shared, stored, out_dir, others)
+    else:
+        plan = _planned(scorer, folder, shared, training, out_dir)
     plan = plan.model_copy(
         update={
             "strategy": settings.strategy,
@@ -76,14 +83,17 @@ def rank(
         write_json(out_dir / PLAN_FILE, plan.model_dump())
     return {
         "removed": [f"{removal.tower}.{removal.layer}" for removal in plan.removals],
-        **(
-            {"bits": {fewer.part: fewer.bits for fewer in plan.bits}, "num_bytes": plan.num_bytes}
-            if settings.budget
-            else {}
-        ),
+        **(_of_a_budget(plan) if settings.budget else {}),
         "num_candidates": len(plan.candidates),
         "selection_hash": select.hash,
     }
+
+
+def _of_a_budget(plan: PrunePlan) -> dict[str, Any]:
+    """What is remembered of a search under a budget; `num_shared` of its candidates other searches had scored."""
+    bits = {fewer.part: fewer.bits for fewer in plan.bits}
+    num_shared = sum(candidate.get("shared", False) for candidate in plan.candidates)
+    return {"bits": bits, "num_bytes": plan.num_bytes, "num_shared": num_shared}
 
 
 def _planned(
@@ -91,13 +101,9 @@ def _planned(
     folder: ModelFolder,
     shared: SharedSettings,
     training: TrainingData | None,
-    stored: QuantizeSettings | None,
     out_dir: Path,
 ) -> PrunePlan:
     """The plan, by the recipe's strategy."""
-    if isinstance(scorer, BudgetScorer):
-        assert stored is not None
-        return _within_budget(scorer, folder, shared, stored, out_dir)
     if scorer.settings.strategy == "greedy":
         return _greedy_search(scorer, training, shared, out_dir)
     if scorer.settings.strategy == "middle":
@@ -118,14 +124,19 @@ def _described(select: Split) -> dict[str, Any]:
 
 
 def _within_budget(
-    scorer: BudgetScorer, folder: ModelFolder, shared: SharedSettings, stored: QuantizeSettings, out_dir: Path
+    scorer: BudgetScorer,
+    folder: ModelFolder,
+    shared: SharedSettings,
+    stored: QuantizeSettings,
+    out_dir: Path,
+    others: Sequence[Path],
 ) -> PrunePlan:
     layers, dtype = folder.lineage.layers, shared.model.storage_dtype
     beside = sum(
         path.stat().st_size for path in folder.path.iterdir() if path.is_file() and path.suffix != ".safetensors"
     )
     smaller = Smaller(scorer.model, layers, scorer.settings, stored, dtype, beside)
-    search = BudgetSearch(scorer, smaller, out_dir / JOURNAL_FILE)
+    search = BudgetSearch(scorer, smaller, out_dir / JOURNAL_FILE, [other / JOURNAL_FILE for other in others])
     scorer.rounded = RoundedModel(scorer.model, layers, stored, dtype)
     return search.run()
 
