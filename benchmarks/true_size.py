@@ -20,8 +20,8 @@ from trimlingual.models.tree import part_of
 NUM_PARAMETERS = {"7b": 8_397_094_912}  # of Qwen/Qwen2-Audio-7B-Instruct
 
 
-def config(size: str, processor: Any) -> Qwen2AudioConfig:
-    """Qwen2-Audio-7B's published shapes, or a small model with the same 30 s window."""
+def config(size: str, processor: Any, layers: int | None = None) -> Qwen2AudioConfig:
+    """Qwen2-Audio-7B's published shapes, or a small model with the same 30 s window; with `layers`, of so many decoder layers."""
     tokenizer = processor.tokenizer
     if size == "7b":
         audio, text = (FAMILY.shapes["qwen2-audio-7b"][name] for name in ("audio", "text"))
@@ -31,6 +31,8 @@ def config(size: str, processor: Any) -> Qwen2AudioConfig:
             "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
             "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 8192,
         }  # fmt: skip
+    if layers:
+        text = {**text, "num_hidden_layers": layers}
     return Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500, **audio},
         text_config={"model_type": "qwen2", "rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, **text},
@@ -39,12 +41,12 @@ def config(size: str, processor: Any) -> Qwen2AudioConfig:
     )  # fmt: skip
 
 
-def build(size: str, processor: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def build(size: str, processor: Any, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
     """A model with random weights, drawn where they will stay."""
-    shapes = config(size, processor)
+    shapes = config(size, processor, layers)
     with torch.device("meta"):
         num = sum(p.numel() for p in Qwen2AudioForConditionalGeneration(shapes).parameters())
-    assert num == NUM_PARAMETERS.get(size, num), num
+    assert layers or num == NUM_PARAMETERS.get(size, num), num
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -15,7 +15,7 @@ from typing import Any
 from trimlingual.estimate import Estimate, disk_peak, gb, training_sections
 from trimlingual.recipe import FLASH_ADAMW, LAYER_PART, ROW_PARTS, QuantizeSettings, Recipe, TrainSettings
 from trimlingual.run.extras import install_line, missing
-from trimlingual.run.processes import num_processes
+from trimlingual.run.processes import launched
 
 # Libraries of the trackers that transformers can report to, where they differ from the tracker's name.
 TRACKERS = {
@@ -59,7 +59,7 @@ def _training(recipe: Recipe, train: TrainSettings) -> Iterator[str]:
             yield "optimizer: flash_adamw needs a CUDA GPU, and none is used; set adamw_torch"
     else:
         yield from _optimizer_problems(train)
-    if train.fsdp and (num_processes() == 1 or _device_kind(recipe) != "cuda"):
+    if train.fsdp and not (launched() and _device_kind(recipe) == "cuda"):
         yield "fsdp: it needs several processes with a GPU each: start with accelerate launch or torchrun, or set fsdp: false"
     if train.deepspeed:
         if find_spec("deepspeed") is None:

@@ -43,6 +43,17 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def broadcast(tensor: Any) -> None:
+    """Fill everybody's tensor with the main process's; nothing in a plain run."""
+    if num_processes() > 1:
+        _group().broadcast(tensor, src=0)
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, be it as the only one."""
+    return "WORLD_SIZE" in os.environ
+
+
 def let_main_process_fail_first() -> None:
     """For any other process that has failed, before it says why.
 

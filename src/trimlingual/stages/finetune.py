@@ -17,6 +17,7 @@ from trimlingual.run.lineage import ModelFolder
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
 from trimlingual.run.progress import say
 from trimlingual.training.selection import UNGUIDED, Guide
+from trimlingual.training.sharding import load_to_share
 from trimlingual.training.trainer import read_teacher, train_
 
 SWEEP_FILE = "sweep.jsonl"  # the rates that were tried, with their scores
@@ -81,7 +82,8 @@ def finetune(
     teacher = read_teacher(processor, data, shared, settings, guide, out_dir / SCRATCH)
 
     def train(chosen: TrainSettings, work_dir: Path) -> tuple[Any, dict[str, Any]]:
-        model = load_model(folder.path, shared.model.dtype, pick_device(shared.model.device))
+        load = load_to_share if chosen.fsdp else load_model
+        model = load(folder.path, shared.model.dtype, pick_device(shared.model.device))
         return model, train_(model, processor, data, shared, chosen, work_dir, guide, teacher)
 
     model, info = sweep(train, settings, out_dir / SCRATCH) if settings.sweep else train(settings, out_dir / SCRATCH)

@@ -17,6 +17,18 @@ GROUPS_OF_SMALL_DATA = 4
 MIN_GROUP_STEPS = 4
 
 
+def divided(step_size: int, processes: int, batch_size: int) -> tuple[int, int] | None:
+    """Batch size per process, at most `batch_size`, and accumulation with which `processes` share a step of `step_size` examples.
+
+    None if they cannot share it equally. The order of examples stays that of any other number of processes.
+    """
+    share, rest = divmod(step_size, processes)
+    if rest:
+        return None
+    largest = max(size for size in range(1, min(share, batch_size) + 1) if share % size == 0)
+    return largest, share // largest
+
+
 class LengthGroupedSampler(Sampler[int]):
     """Indices of examples, shuffled, in steps of `step_size` examples of similar length; the steps in random order.
 

@@ -35,12 +35,12 @@ FIRST_GUESS = 500e6  # bytes a second, until a checkpoint has been written
 class Checkpoints(TrainerCallback):
     """Decides when the Trainer saves and stops, for all processes alike (the main one's clock counts), and tells how it goes.
 
-    `save_minutes` is the recipe's; None: by what writing takes.
+    `save_minutes` is the recipe's; None: by what writing takes. `resumed` is the checkpoint that training goes on from.
     """
 
-    def __init__(self, trainer: Any, work_dir: Path, save_minutes: float | None):
+    def __init__(self, trainer: Any, work_dir: Path, save_minutes: float | None, resumed: str | None):
         self.trainer, self.work_dir, self.save_minutes = trainer, work_dir, save_minutes
-        self.resumed = last_complete_checkpoint(work_dir)
+        self.resumed = resumed
         self.clock = time.monotonic
         self.interrupted = False
         self._cost = _guess(trainer.model) / FIRST_GUESS  # seconds that writing a checkpoint takes
@@ -105,6 +105,7 @@ class Checkpoints(TrainerCallback):
         if state.is_world_process_zero:
             record = {
                 "step": state.global_step,
+                "step_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 "seconds": round(self._cost, 3),
                 "pending_loss": sum(pending) / len(pending),
                 "logged_step": self.trainer._globalstep_last_logged,
@@ -140,6 +141,11 @@ def _guess(model: torch.nn.Module) -> int:
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = training if hasattr(model, "peft_config") else list(model.parameters())
     return sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in training)
+
+
+def step_size_of(checkpoint: str) -> int | None:
+    """Examples per optimizer step that a checkpoint was made with, all processes together; None if an earlier version wrote it."""
+    return read_object(Path(checkpoint) / COMPLETE_FILE).get("step_size")
 
 
 def last_complete_checkpoint(work_dir: Path) -> str | None:

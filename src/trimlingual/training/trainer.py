@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import fsdp2_prepare_model
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,16 +29,18 @@ from trimlingual.data.sources import Clip
 from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, pick_device
 from trimlingual.models.saving import explained_disk_full
-from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower, freeze_, layer_list
+from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower, freeze_
 from trimlingual.recipe import FLASH_ADAMW, SharedSettings, TrainSettings
 from trimlingual.run import interruptions
-from trimlingual.run.processes import num_processes
-from trimlingual.training.batches import LengthGroupedSampler
-from trimlingual.training.checkpoints import Checkpoints
+from trimlingual.run.processes import launched, num_processes
+from trimlingual.run.progress import say
+from trimlingual.training.batches import LengthGroupedSampler, divided
+from trimlingual.training.checkpoints import Checkpoints, last_complete_checkpoint, step_size_of
 from trimlingual.training.lora import add_lora, fuse_lora_
 from trimlingual.training.loss import answer_forward
 from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.selection import UNGUIDED, Guide, KeepBest
+from trimlingual.training.sharding import SHARED_ON, only_here, sharding, whole_tower
 from trimlingual.training.stored_audio import stored_states
 from trimlingual.training.token_distillation import TeacherTokens, teacher_tokens
 
@@ -89,6 +93,12 @@ class TranslationTrainer(Trainer):
             if isinstance(handler, DistributedDataParallelKwargs):
                 handler.gradient_as_bucket_view = True
         return built
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Of FSDP's shares: accelerate would look for them by the addresses of the weights, and most processes have no weights."""
+        if self.args.fsdp:
+            fsdp2_prepare_model(self.accelerator, self.model)
+        return super().create_optimizer(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where the checkpoint was the last step's: transformers would do one more before it sees."""
@@ -152,6 +162,7 @@ def read_teacher(
     )
 
 
+@only_here()
 def train_(
     model: Any,
     processor: Any,
@@ -221,10 +232,14 @@ def make_trainer(
     """
     if not data.examples:
         raise ValueError("there is nothing to train on: the mix of gold, distilled and out-of-domain data is empty")
-    if settings.fsdp and (num_processes() == 1 or next(model.parameters()).device.type != "cuda"):
+    device = pick_device(shared.model.device) if settings.fsdp else next(model.parameters()).device
+    if settings.fsdp and not (launched() and device.type in SHARED_ON):
         raise TrainingError(
             "fsdp needs several processes with a GPU each: start with accelerate launch or torchrun, or set fsdp: false"
         )
+    resumed = last_complete_checkpoint(work_dir)
+    if resumed:
+        settings = _with_steps_of(resumed, settings)
     set_seed(shared.seed)
     prompter = Prompter(processor, shared.task)
     freeze_(model, settings.freeze)
@@ -234,14 +249,15 @@ def make_trainer(
     optimizer = flash_adamw(trained, settings) if settings.optimizer == FLASH_ADAMW else None
     states = None
     if not any(parameter.requires_grad for parameter in audio_tower(model).parameters()):
-        states = stored_states(model, processor, data.clips, work_dir, settings.num_workers)
+        with whole_tower(model, device) if settings.fsdp else nullcontext():
+            states = stored_states(model, processor, data.clips, work_dir, settings.num_workers)
     trained.accepts_loss_kwargs = model.accepts_loss_kwargs = (
         True  # answer_forward divides by num_items_in_batch itself
     )
     model.forward = answer_forward(model, settings.token_distillation if teacher else None)
     trainer = TranslationTrainer(
         model=trained,
-        args=training_arguments(settings, shared.seed, work_dir, model),
+        args=training_arguments(settings, shared.seed, work_dir, model, device),
         train_dataset=_Examples(data.examples),
         data_collator=Collator(prompter, partial(_load_clip, data.clips), states, teacher=teacher),
         optimizer_cls_and_kwargs=optimizer,
@@ -253,9 +269,26 @@ def make_trainer(
     if settings.gradient_checkpointing:
         trainer.checkpoint_from_tokens = settings.checkpoint_from_tokens
     trainer.remove_callback(PrinterCallback)  # it prints to standard output, which is for results
-    trainer.checkpoints = Checkpoints(trainer, work_dir, settings.save_minutes)
+    trainer.checkpoints = Checkpoints(trainer, work_dir, settings.save_minutes, resumed)
     trainer.add_callback(trainer.checkpoints)
     return trained, trainer
+
+
+def _with_steps_of(checkpoint: str, settings: TrainSettings) -> TrainSettings:
+    """The settings with a batch size and an accumulation that give the checkpoint's steps, whatever the number of processes now."""
+    step_size, processes = step_size_of(checkpoint), num_processes()
+    now = settings.batch_size * settings.gradient_accumulation_steps * processes
+    if step_size in (None, now):
+        return settings
+    batches = divided(step_size, processes, settings.batch_size)
+    if batches is None:
+        raise TrainingError(
+            f"training began with steps of {step_size} examples, which {processes} processes cannot share equally; start as many "
+            f"processes as divide {step_size}, or delete the .partial folder to begin anew with {now} examples per step"
+        )
+    batch_size, accumulation = batches
+    say(f"  steps of {step_size} examples, as before: {processes} x {batch_size}, accumulated {accumulation} times")
+    return settings.model_copy(update={"batch_size": batch_size, "gradient_accumulation_steps": accumulation})
 
 
 def checkpoint_layers_(model: Any, on: bool) -> None:
@@ -265,8 +298,10 @@ def checkpoint_layers_(model: Any, on: bool) -> None:
             module.gradient_checkpointing = on
 
 
-def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model: Any) -> TrainingArguments:
-    """The recipe's section as TrainingArguments, to train `model`."""
+def training_arguments(
+    settings: TrainSettings, seed: int, work_dir: Path, model: Any, device: torch.device
+) -> TrainingArguments:
+    """The recipe's section as TrainingArguments, to train `model` on `device`."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -290,7 +325,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",
         **checkpointing,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=settings.save_steps or NEVER,  # and whenever Checkpoints says so, and after the last step
         save_total_limit=2,  # two, so that one is whole while the other is being written
@@ -298,7 +333,7 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
         logging_nan_inf_filter=False,
         report_to=settings.report_to or "none",
         fsdp=settings.fsdp or None,
-        fsdp_config=_sharding(model) if settings.fsdp else None,
+        fsdp_config=sharding(model) if settings.fsdp else None,
         deepspeed=settings.deepspeed,
         dataloader_num_workers=settings.num_workers,
         ddp_find_unused_parameters=False,
@@ -310,9 +345,3 @@ def training_arguments(settings: TrainSettings, seed: int, work_dir: Path, model
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: not DataParallel over all that are there
     return arguments
-
-
-def _sharding(model: Any) -> dict[str, Any]:
-    """FSDP layer by layer (transformers would divide the tower's attention again); each process writes its share of a checkpoint."""
-    layers = {type(layer).__name__ for tower in ("decoder", "encoder") for layer in layer_list(model, tower)}
-    return {"transformer_layer_cls_to_wrap": sorted(layers), "state_dict_type": "SHARDED_STATE_DICT"}
