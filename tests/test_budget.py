@@ -130,6 +130,31 @@ def test_other_tables_equal_decoding_anew(make_model, processor, split, task, nu
         table.weight.copy_(before)
 
 
+def test_parts_that_are_not_packed_before_the_search_are_rounded_too(make_model):
+    model = make_model(layers=3, width=64, seed=5)
+    stored = STORED.model_copy(update={"eight_bit": [], "parts": ["audio_tower"]})
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def changed():
+        return {
+            name.removesuffix(".weight")
+            for name, weight in model.state_dict().items()
+            if not weight.equal(before[name])
+        }
+
+    rounded = RoundedModel(model, {"decoder": [0, 2, 5], "encoder": [0, 1]}, stored, "float32")
+    at_first = changed()
+    assert at_first
+    assert all("audio_tower" in name for name in at_first)
+    rounded.round_("decoder.2.mlp", 4)
+    rounded.round_("lm_head", 8)
+    with rounded.tried("embeddings", 2):
+        prefix = "model.language_model."
+        blocks = {f"{prefix}layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+        assert changed() - at_first == {"lm_head", f"{prefix}embed_tokens", *blocks}
+    assert changed() - at_first == {"lm_head", *blocks}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_tables_in_fewer_bits_are_translated_by_drafts(make_model, processor, split, task, tied):
     """The scorer's translations with rounded embeddings or head are those of decoding anew, and it does verify the parent's."""

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimlingual.models.saving import DTYPES
-from trimlingual.models.tree import fine_part_of
+from trimlingual.models.tree import EMBEDDINGS, fine_part_of
 from trimlingual.quantization.int4 import has_row_scales, modules_to_pack, round_to_integers
 from trimlingual.recipe import ROW_PARTS, Dtype, QuantizeSettings
 
@@ -29,15 +29,23 @@ class RoundedModel:
         self._modules: dict[str, list[str]] = defaultdict(list)
         self._weights: dict[str, Tensor] = {}
         self._originals: dict[str, Tensor] = {}
-        for name, bits in modules_to_pack(model, settings.at_positions(layers["decoder"])).items():
-            weight = model.get_submodule(name).weight
+        packed = modules_to_pack(model, settings.at_positions(layers["decoder"]))
+        for name, module in model.named_modules():
             part = fine_part_of(name) or ""
+            # Embeddings and head, and blocks of the decoder, which may be in 16 bits before the search.
+            searched = (isinstance(module, nn.Linear) or name == EMBEDDINGS) and (
+                part in ROW_PARTS or part.count(".") == 2
+            )
+            if not searched and name not in packed:
+                continue
+            weight = model.get_submodule(name).weight
             original = weight.to("cpu", self.storage, copy=True)
-            if part in ROW_PARTS or part.startswith("decoder."):
+            if searched:
                 part = part if part in ROW_PARTS else _of_base(part, layers["decoder"])
                 self._modules[part].append(name)
                 self._weights[name], self._originals[name] = weight, original
-            self._round(weight, original, part, bits)
+            if name in packed:
+                self._round(weight, original, part, packed[name])
 
     def _round(self, weight: Tensor, original: Tensor, part: str, bits: int) -> None:
         group = original.shape[1] if has_row_scales(part, bits) else self.settings.group_size
