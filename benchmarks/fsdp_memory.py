@@ -93,7 +93,7 @@ def trained(part: str, folder: Path, data: TrainingData) -> dict[str, Any]:
     model = load(folder, "bfloat16", pick_device("auto"))
     if part == "whole_first":
         training.sharding = lambda model: sharding(model) | {"cpu_ram_efficient_loading": False}  # type: ignore[attr-defined]
-    _, trainer = training.make_trainer(model, load_processor_of_true_size(), data, SHARED, SETTINGS, folder / "work")
+    _, trainer = training.make_trainer(model, load_processor_of_true_size(), data, SHARED, SETTINGS, folder / part)
     trainer.args.save_strategy = "no"
     trainer.add_callback(watch)
     began = time.perf_counter()
