@@ -260,8 +260,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Co
     """A function that starts `trimlingual` in a process, or in several that work together; what still runs at the end is killed."""
     started: list[Command] = []
 
-    def begin(words: list[str], processes: int = 1, **environment: str) -> Command:
-        started.append(Command(words, tmp_path_factory.mktemp("said"), processes, environment))
+    def begin(
+        words: list[str], processes: int = 1, command_line: str = "trimlingual.cli", **environment: str
+    ) -> Command:
+        started.append(Command(words, tmp_path_factory.mktemp("said"), processes, environment, command_line))
         return started[-1]
 
     yield begin

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -19,10 +20,16 @@ class Command:
     """`trimlingual` with these words, in one process or in several that work together.
 
     These get the variables that torchrun sets, and are ended as torchrun ends them. What they print is kept in files of `folder`.
+    `command_line` is the module whose `main` they call.
     """
 
     def __init__(
-        self, words: Sequence[str], folder: Path, processes: int = 1, environment: Mapping[str, str] | None = None
+        self,
+        words: Sequence[str],
+        folder: Path,
+        processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+        command_line: str = "trimlingual.cli",
     ) -> None:
         self._said = [(folder / f"stdout.{rank}", folder / f"stderr.{rank}") for rank in range(processes)]
         variables = dict(environment or {})
@@ -35,7 +42,7 @@ class Command:
                 numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 numbers["MASTER_PORT"] = port
                 variables |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
-            self._processes.append(FORKS.Process(target=_main, args=(list(words), said, variables)))
+            self._processes.append(FORKS.Process(target=_main, args=(list(words), said, variables, command_line)))
             self._processes[-1].start()
 
     def until(self, there: Callable[[], object], seconds: float = 120) -> None:
@@ -86,11 +93,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _main(words: list[str], said: tuple[Path, Path], variables: dict[str, str]) -> None:
-    from trimlingual.cli import main
-
+def _main(words: list[str], said: tuple[Path, Path], variables: dict[str, str], command_line: str) -> None:
     for descriptor, path in zip((1, 2), said):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.environ.update(variables)
     sys.argv = ["trimlingual", *words]
-    main()
+    import_module(command_line).main()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import disable_fsdp_ram_efficient_loading
 from transformers import AutoConfig, AutoProcessor
 
 from trimlingual.models.errors import ModelError
@@ -100,7 +99,6 @@ def load_model(
     if is_random(folder):
         return _load_random(folder, dtype, device, quantization_config)
     refuse(model_problems(folder))
-    disable_fsdp_ram_efficient_loading()  # what accelerate's FSDP configuration says leaves all but one process without weights
     try:
         config = AutoConfig.from_pretrained(folder)
         stays_packed = keep_packed and is_packed_folder(config) and no_slower_packed(device, DTYPES[dtype])
