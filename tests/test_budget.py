@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from trimlingual.data.splits import Split
-from trimlingual.decoding.decoder import PackedDecoder
-from trimlingual.decoding.loop import Stepper
-from trimlingual.decoding.translate_clips import greedy, translate_clips
+from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.estimate import estimate
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.layers import without_layers
@@ -31,16 +29,13 @@ from trimlingual.recipe import (
 from trimlingual.report.figures import removal_curve
 from trimlingual.report.heat_map import heat_maps
 from trimlingual.run.artifacts import read_artifact
-from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
 from trimlingual.search.budget import _identity, _known
-from trimlingual.search.budget_scorer import BudgetScorer
-from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.stages.rank import JOURNAL_FILE, rank
 
-from .test_from_parent import random_case
 from .test_pipeline import SMALL
 
 CPU = torch.device("cpu")
@@ -83,95 +78,6 @@ def bytes_of(folder, stored=STORED, **rank_settings):
     layers = read_lineage(folder, "tiny").layers
     beside = sum(p.stat().st_size for p in folder.iterdir() if p.suffix != ".safetensors")
     return Smaller(model, layers, settings, stored, "bfloat16", beside)
-
-
-@pytest.mark.parametrize("number", [0, 2, 5, 9])
-@torch.no_grad()
-def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task, number):
-    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
-    stepper = Stepper(PackedDecoder(model), eos)
-    parent = greedy(stepper, prompts, limits, 5)
-    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
-    different = 0
-    for position in layers:
-        weight = stepper.decoder.layers[position].mlp.down_proj.weight
-        before = weight.clone()
-        weight.add_(torch.randn_like(weight) * weight.std())
-        anew = greedy(stepper, prompts, limits, 5)
-        assert translate_changed(stepper, traced, position) == anew, f"layer {position}"
-        different += sum(a != b for a, b in zip(anew, parent))
-        weight.copy_(before)
-    assert different
-    assert translate_changed(stepper, traced, layers[0]) == parent
-    halves = [slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)]
-    parts = [trace(stepper.decoder, prompts[h], parent[h], limits[h], layers, layers) for h in halves]
-    stepper.decoder.layers[1].mlp.down_proj.weight.neg_()
-    anew = greedy(stepper, prompts, limits, 5)
-    assert translate_changed(stepper, Trace.together(parts), 1) == anew != parent
-
-
-@pytest.mark.parametrize("number", [0, 2, 5, 9])
-@torch.no_grad()
-def test_other_tables_equal_decoding_anew(make_model, processor, split, task, number):
-    """A changed head goes on from the last layer, changed embeddings from a new pass over the parent's drafts."""
-    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
-    stepper = Stepper(PackedDecoder(model), eos)
-    parent = greedy(stepper, prompts, limits, 5)
-    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
-    tied = stepper.decoder.head.weight is stepper.decoder.decoder.embed_tokens.weight
-    for table in (stepper.decoder.decoder.embed_tokens, *([] if tied else [stepper.decoder.head])):
-        before = table.weight.clone()
-        table.weight.add_(0.3 * torch.randn_like(before) * before.std())
-        anew = greedy(stepper, prompts, limits, 5)
-        again = traced
-        if table is not stepper.decoder.head or tied:
-            again = trace(stepper.decoder, prompts, parent, limits, layers, layers[-1:])
-        assert translate_changed(stepper, again, layers[-1]) == anew != parent
-        table.weight.copy_(before)
-
-
-def test_parts_that_are_not_packed_before_the_search_are_rounded_too(make_model):
-    model = make_model(layers=3, width=64, seed=5)
-    stored = STORED.model_copy(update={"eight_bit": [], "parts": ["audio_tower"]})
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-
-    def changed():
-        return {
-            name.removesuffix(".weight")
-            for name, weight in model.state_dict().items()
-            if not weight.equal(before[name])
-        }
-
-    rounded = RoundedModel(model, {"decoder": [0, 2, 5], "encoder": [0, 1]}, stored, "float32")
-    at_first = changed()
-    assert at_first
-    assert all("audio_tower" in name for name in at_first)
-    rounded.round_("decoder.2.mlp", 4)
-    rounded.round_("lm_head", 8)
-    with rounded.tried("embeddings", 2):
-        prefix = "model.language_model."
-        blocks = {f"{prefix}layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
-        assert changed() - at_first == {"lm_head", f"{prefix}embed_tokens", *blocks}
-    assert changed() - at_first == {"lm_head", *blocks}
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_tables_in_fewer_bits_are_translated_by_drafts(make_model, processor, split, task, tied):
-    """The scorer's translations with rounded embeddings or head are those of decoding anew, and it does verify the parent's."""
-    model = make_model(layers=4, heads=2, kv_heads=1, width=64, seed=5, tied=tied)
-    layers = {"decoder": list(range(4)), "encoder": [0, 1]}
-    lineage = Lineage("tiny", layers, {tower: len(numbers) for tower, numbers in layers.items()})
-    settings = RankSettings.model_validate({"metric": METRICS, "budget": {"size": "1 MB", "bits": EVERY}})
-    scorer = BudgetScorer(model, processor, split, shared(task), settings, lineage, layers)
-    scorer.rounded = RoundedModel(model, layers, STORED, "float32")
-    scorer.parent.update(scorer.parent_tally().tokens)
-    scorer.prepare()
-    for action in (Action("embeddings", 2), Action("lm_head", 2)):
-        (tally,) = scorer.tallies([action], None)
-        with scorer.rounded.tried(*action):
-            anew = {clip: rows for block in scorer.blocks for clip, rows in scorer._translate(None, block).items()}
-        assert tally.tokens == anew != scorer.parent, action
-    assert scorer._num_drafted == 2 * sum(len(row) for rows in scorer.parent.values() for row in rows)
 
 
 def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_path):
@@ -400,6 +306,51 @@ def test_the_stages_make_a_model_of_that_size(manifests, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert all(f"| {part} | {bits} |" in text for part, bits in planned.items())
     assert next(iter(planned)) in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_what_is_left_of_the_budget_is_spent_on_what_gains_most_per_byte(folder, split, task, tmp_path, early_stopping):
+    smaller = bytes_of(folder, num_layers_to_remove=1)
+    target = smaller.num_bytes([Action("decoder.1", GONE)]) + 12_000
+    bits = {"attention": [8, 3], "mlp": [3], "lm_head": [4]}
+    more = {"num_layers_to_remove": 1, "early_stopping": early_stopping}
+    plans = {}
+    for spend in (False, True):
+        budget = {"size": f"{target / 1e3:.3f} kB", "bits": bits, "spend_rest": spend}
+        plans[spend] = searched(folder, split, task, tmp_path / f"{spend}", "", budget=budget, **more)
+    plain, spent = plans[False], plans[True]
+    reached = len(plain.curve) - 1
+    assert spent.curve[: reached + 1] == plain.curve
+    assert spent.removals == plain.removals
+    assert plain.num_bytes < spent.num_bytes <= target
+    assert spent.num_bytes == spent.curve[-1]["num_bytes"]
+    for number, (before, after) in enumerate(pairwise(spent.curve[reached:]), reached + 1):
+        tried = [c for c in spent.candidates if c["round"] == number]
+        assert all(before["num_bytes"] < before["num_bytes"] - c["saved_bytes"] <= target for c in tried)
+        best = min((c for c in tried if c["score"] is not None), key=lambda c: c["lost"] / -c["saved_bytes"])
+        assert best["lost"] < 0
+        assert after["num_bytes"] - before["num_bytes"] == -best["saved_bytes"]
+        assert after["score"] == best["score"] > before["score"]
+    last = [c for c in spent.candidates if c["round"] == len(spent.curve)]
+    assert all(c["score"] is None or c["lost"] >= 0 for c in last)
+    state = {fewer.part: fewer.bits for fewer in spent.bits}
+    assert all(number != STORED.bits_of(part) for part, number in state.items())
+    actions = [*(Action(f"decoder.{gone.layer}", GONE) for gone in spent.removals), *map(Action._make, state.items())]
+    assert smaller.num_bytes(actions) == spent.num_bytes
+
+
+def test_more_bits_are_those_allowed_and_those_before(folder):
+    smaller = bytes_of(folder)
+    assert smaller.more_bits([]) == []
+    lower = [Action("decoder.1.mlp", 3), Action("decoder.1.mlp", 2), Action("lm_head", 4), Action("decoder.2.mlp", 3)]
+    assert set(smaller.more_bits(lower)) == {
+        Action("decoder.1.mlp", 3),
+        Action("decoder.2.mlp", 4),
+        Action("lm_head", 8),
+    }
+    assert (
+        smaller.more_bits([*lower, Action("decoder.1", GONE), Action("lm_head", 8), Action("decoder.2.mlp", 4)]) == []
+    )
 
 
 def test_only_the_most_promising_are_scored_again_where_the_recipe_says_so(folder, split, task, tmp_path):

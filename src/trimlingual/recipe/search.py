@@ -20,11 +20,15 @@ class BudgetSettings(Section):
     size: str = Field(description="of everything that ships, e.g. 3.3 GB (10^9 bytes) or 120 MB")
     bits: dict[Literal["attention", "mlp", "embeddings", "lm_head"], list[int]] = Field(
         default={"attention": [3, 2], "mlp": [3, 2], "lm_head": [4]},
-        description="numbers of bits that a part may go down to: 2, 3, 4 or 8; plain transformers loads no embeddings below 8",
+        description="numbers of bits that a part may go to: 2, 3, 4 or 8; plain transformers loads no embeddings below 8",
     )
     actions_per_round: Annotated[int, Field(ge=1)] = Field(
         default=1,
         description="done before everything is scored again, each in a layer of its own; more is faster and surer to miss the best",
+    )
+    spend_rest: bool = Field(
+        default=False,
+        description="bytes left under the size go to parts in more bits, back up or to more of `bits`, most gained per byte first",
     )
     scored_again: Annotated[int, Field(ge=1)] | None = Field(
         default=None,

@@ -143,16 +143,27 @@ class Smaller:
             yield Action(f"{tower}.{layer}", GONE)
 
     def _fewer_bits(self, actions: Sequence[Action]) -> Iterator[Action]:
+        for part, now, allowed in self._bits_of_parts(actions):
+            if fewer := [bits for bits in allowed if bits < now]:
+                yield Action(part, max(fewer))
+
+    def more_bits(self, actions: Sequence[Action]) -> list[Action]:
+        """Each part's next larger number of bits, of those that the recipe allows and the one that it had before any action."""
+        found = []
+        for part, now, allowed in self._bits_of_parts(actions):
+            before = self.settings.bits_of(part) or 0
+            if more := [bits for bits in (*allowed, before) if bits > now]:
+                found.append(Action(part, min(more)))
+        return found
+
+    def _bits_of_parts(self, actions: Sequence[Action]) -> Iterator[tuple[str, int, list[int]]]:
+        """Of each part that is still there, its bits and the numbers of bits that the recipe allows."""
         assert self.rank.budget is not None
         allowed: dict[str, list[int]] = dict(self.rank.budget.bits.items())
         gone = {part for part, bits in actions if bits == GONE}
         for part in self._of_part:
-            block = part.rpartition(".")[2]
-            if Action(part, 1).layer in gone:
-                continue
-            now = self.bits_of(part, actions)
-            if fewer := [bits for bits in allowed.get(block, ()) if bits < now]:
-                yield Action(part, max(fewer))
+            if Action(part, 1).layer not in gone:
+                yield part, self.bits_of(part, actions), allowed.get(part.rpartition(".")[2], [])
 
     def smallest(self, after: Sequence[Action] = ()) -> int:
         """The fewest bytes that more actions can reach after these, whatever they cost."""

@@ -5,7 +5,8 @@ translations, as the layer search does it: an action in a decoder layer shares w
 translations are its drafts. The action that loses least per byte is done, or the best few, each in a layer of its own; then
 everything is scored again, or what was most promising by its last score (`scored_again`), until the budget holds. A score above
 the parent's counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for
-nothing.
+nothing, unless they are spent (`spend_rest`): then parts get more bits while the budget holds, first the one that gains most per byte,
+until none gains. What is missing to the budget is negative then, and so is what an action saves.
 
 The processes of a distributed run share a round's actions. Each score is in the journal, so a search that was killed goes on. A
 search for another size of the same model goes through the same states as long as its choices are the same, and takes the scores of
@@ -63,10 +64,12 @@ class BudgetSearch:
         say(
             f"search under a budget: {start / 1e6:.1f} MB before it, score {baseline['score']:.2f}; to reach {settings.size}"
         )
-        while (size := self.smaller.num_bytes(state)) > target:
+        while (missing := self.smaller.num_bytes(state) - target) > 0 or settings.spend_rest:
             number, started = len({record["round"] for record in self.records}) + 1, time.perf_counter()
-            scored = self._round(number, state, parent, size - target)
-            chosen = self._choose(scored, size - target)
+            chosen = self._choose(self._round(number, state, parent, missing), missing)
+            if not chosen:
+                assert missing <= 0
+                break  # no part gains by more bits
             for record in chosen:
                 action = Action(record["part"], record["bits"])
                 state = (*state, action)
@@ -140,12 +143,18 @@ class BudgetSearch:
     def _candidates(self, state: State, missing: int) -> dict[Action, int]:
         """The actions that are scored in this round and the bytes that each saves; the most promising by their last score first."""
         size = self.smaller.num_bytes(state)
-        saves = {a: size - self.smaller.num_bytes([*state, a]) for a in self.smaller.possible(state)}
-        last = {Action(r["part"], r["bits"]): _loss_per_byte(r, missing) for r in self.records}
-        # A small layer that goes instead of a large one can put the budget out of reach.
-        possible = [
-            a for a, saved in saves.items() if saved > 0 and self.smaller.smallest([*state, a]) <= size - missing
-        ]
+        spends = missing <= 0
+        found = self.smaller.more_bits(state) if spends else self.smaller.possible(state)
+        saves = {a: size - self.smaller.num_bytes([*state, a]) for a in found}
+        last = {
+            Action(r["part"], r["bits"]): _loss_per_byte(r, missing)
+            for r in self.records
+            if (r["saved_bytes"] < 0) == spends
+        }
+        if spends:
+            possible = [a for a, saved in saves.items() if saved >= missing]
+        else:  # a small layer that goes instead of a large one can put the budget out of reach
+            possible = [a for a in found if saves[a] > 0 and self.smaller.smallest([*state, a]) <= size - missing]
         possible.sort(key=lambda a: (last.get(a, 0.0), -min(saves[a], missing)))
         budget = self.scorer.settings.budget
         assert budget is not None
@@ -186,11 +195,12 @@ class BudgetSearch:
             return None
         # Twice as many as are done, because of several in the same layer only one is.
         values = sorted(_loss_per_byte(r, missing) for r in records if r["score"] is not None)
+        values += [0.0] * (missing <= 0)  # what gains nothing is not done
         count = 2 * settings.budget.actions_per_round
-        return values[count - 1] if len(values) >= count else None
+        return min(values[count - 1 :], default=0.0 if missing <= 0 else None)
 
     def _choose(self, records: Sequence[dict[str, Any]], missing: int) -> list[dict[str, Any]]:
-        """The best actions that do not touch the same layer, until the budget holds."""
+        """The best actions that do not touch the same layer, until the budget holds; or parts that gain by more bits, while it does."""
         budget = self.scorer.settings.budget
         assert budget is not None
         ordered = sorted(
@@ -199,15 +209,18 @@ class BudgetSearch:
         )
         chosen: list[dict[str, Any]] = []
         touched: set[str | None] = set()
+        spends = missing <= 0
         for record in ordered:
             action = Action(record["part"], record["bits"])
             place = action.layer or action.part
             if place in touched or (chosen and record["bits"] == GONE):  # a layer that goes changes all others
                 continue
+            if spends and (record["lost"] >= 0 or record["saved_bytes"] < missing):
+                continue
             chosen.append(record)
             touched.add(place)
             missing -= record["saved_bytes"]
-            if len(chosen) == budget.actions_per_round or missing <= 0 or record["bits"] == GONE:
+            if len(chosen) == budget.actions_per_round or (missing <= 0 and not spends) or record["bits"] == GONE:
                 break
         return chosen
 
@@ -226,16 +239,19 @@ class BudgetSearch:
         final = bits_after(state)
         assert self.scorer.settings.budget is not None
         again = self.scorer.settings.budget.scored_again
-        removals, fewer = [], []
+        removals: list[Removal] = []
+        fewer: dict[str, FewerBits] = {}
         for action, record in taken:
             if action.bits == GONE:
                 tower, layer = layer_of(action)
                 removals.append(Removal(tower=tower, layer=layer, round=record["round"], score=record["score"]))
-            elif final.get(action.part) == action.bits:
-                fewer.append(FewerBits(**{k: record[k] for k in ("part", "bits", "round", "score", "saved_bytes")}))
+            elif final.get(action.part) == action.bits != self.smaller.settings.bits_of(action.part):
+                fewer.pop(action.part, None)  # it was in these bits before, and went lower meanwhile
+                values = {k: record[k] for k in ("part", "bits", "round", "score", "saved_bytes")}
+                fewer[action.part] = FewerBits(**values)
         return PrunePlan(
             removals=removals,
-            bits=fewer,
+            bits=list(fewer.values()),
             num_bytes=self.smaller.num_bytes(state),
             baseline_score=baseline["score"],
             baseline_scores=baseline["scores"],
@@ -265,14 +281,17 @@ def _after(record: Mapping[str, Any], number: int, parent: Mapping[str, Any]) ->
 
 
 def _floor(parent: Mapping[str, Any], limit: float | None, saved: int, missing: int) -> float:
-    """The score below which an action that saves so many bytes loses more than `limit` per byte for certain."""
-    return -math.inf if limit is None else parent["score"] - limit * min(saved, missing) - 1e-9
+    """The score below which an action that saves (or spends) so many bytes loses more than `limit` per byte for certain."""
+    num_bytes = min(saved, missing) if saved > 0 else -saved
+    return -math.inf if limit is None else parent["score"] - limit * num_bytes - 1e-9
 
 
 def _loss_per_byte(record: Mapping[str, Any], missing: int) -> float:
-    """Of a candidate that was given up, infinite."""
+    """Of a candidate that was given up, infinite; of one that spends bytes what it loses per byte spent, a gain below 0."""
     if record["lost"] is None:
         return math.inf
+    if record["saved_bytes"] < 0:
+        return float(record["lost"]) / -record["saved_bytes"]
     return max(0.0, record["lost"]) / max(1, min(record["saved_bytes"], missing))
 
 
