@@ -204,6 +204,14 @@ def test_a_budget_that_cannot_be_reached_is_refused_before_anything_is_scored(fo
     assert not (tmp_path / "rank" / JOURNAL_FILE).exists()
 
 
+def test_a_budget_out_of_reach_is_known_before_a_run_begins(manifests, tmp_path):
+    stored = ["quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]"]
+    recipe = load_recipe("mini", [*manifests, *stored, "rank.budget={size: 2.5 MB}"])
+    with pytest.raises(PreflightError, match=r"rank\.budget\.size is 2\.5 MB, but 3\.\d\d MB is the least"):
+        compress(recipe, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_action_that_puts_the_budget_out_of_reach_is_none(make_model, processor, split, task, tmp_path):
     """One layer may go, and only without a decoder layer the budget holds: no layer of the encoder is tried."""
     save_model(make_model(layers=3, width=64, encoder_layers=3, seed=8), processor, tmp_path / "model", "bfloat16")

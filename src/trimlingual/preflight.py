@@ -81,7 +81,7 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
         _languages(recipe, names), _libraries(config), _models(steps), _sources(recipe, names),
         _vocabulary(recipe, steps), _comet(recipe, run_dir, names), device_problems(recipe),
         training_problems(recipe, names, config), quantization_problems(recipe.foreseen(), names, config),
-        _exports(recipe, steps, config), _layers(recipe, steps, config),
+        _exports(recipe, steps, config), _layers(recipe, steps, config), _budget(recipe, steps, config),
         disk_problems(run_dir, names, found.estimates),
     ):  # fmt: skip
         if problem not in found.problems:
@@ -253,6 +253,32 @@ def _given_or_base(recipe: Recipe, step: Step, steps: Sequence[Step]) -> tuple[P
     if folder and folder.is_dir() and folder not in {each.folder for each in steps}:
         return folder, False
     return base_ref(recipe).local, True
+
+
+def _budget(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str]:
+    """Whether a budget is out of reach whatever is chosen, by the base model's shapes; not with a trimmed vocabulary."""
+    from trimlingual.models.family import meta_model
+    from trimlingual.search.actions import Smaller
+
+    ranking = next((step for step in steps if step.name == "rank"), None)
+    if (
+        not ranking
+        or not recipe.rank
+        or not recipe.rank.budget
+        or not recipe.quantize
+        or recipe.vocab
+        or config is None
+    ):
+        return
+    folder, is_base = _given_or_base(recipe, ranking, steps)
+    if not is_base:
+        return  # the stage says it
+    counts = {"decoder": config.text_config.num_hidden_layers, "encoder": config.audio_config.num_hidden_layers}
+    with suppress(ValueError):  # layers or a group size that do not fit, which other checks say
+        layers = read_lineage(folder).layers if folder else {tower: list(range(n)) for tower, n in counts.items()}
+        smaller = Smaller(meta_model(config), layers, recipe.rank, recipe.quantize, recipe.model.storage_dtype)
+        if problem := smaller.problem():
+            yield problem
 
 
 def _layers(recipe: Recipe, steps: Sequence[Step], config: Any) -> Iterator[str]:

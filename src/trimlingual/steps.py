@@ -15,7 +15,7 @@ from trimlingual.data.splits import load_splits, prepare_data
 from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
 from trimlingual.recipe import EXPORT_STAGES, MixSettings, Recipe, Runtime, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
-from trimlingual.run.fingerprint import UNREAD, HashCache, decisive, differences, fingerprint, flatten
+from trimlingual.run.fingerprint import FORMAT, UNREAD, HashCache, decisive, differences, fingerprint, flatten
 from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
 from trimlingual.run.processes import is_main_process, num_processes
@@ -234,8 +234,8 @@ def rank_step(recipe: Recipe, model: Ref, data: Ref, out: Path, others: Sequence
 
 def _differs_in_size(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, Ref]) -> bool:
     """Whether a finished search under a budget stands there which was made as this one, but for the size."""
-    found = find_artifact(folder)
-    if not found or found.stage != "rank" or found.inputs != {role: ref.fingerprint for role, ref in inputs.items()}:
+    found, read = find_artifact(folder), {role: ref.fingerprint for role, ref in inputs.items()}
+    if not found or (found.stage, found.format, found.inputs) != ("rank", FORMAT, read):
         return False
     theirs, ours = (flatten(each) for each in (found.decisive, decisive(settings)))
     size = "rank.budget.size"

@@ -165,6 +165,17 @@ class Smaller:
             if Action(part, 1).layer not in gone:
                 yield part, self.bits_of(part, actions), allowed.get(part.rpartition(".")[2], [])
 
+    def problem(self) -> str:
+        """Why no actions reach the budget, or nothing."""
+        budget, least = self.rank.budget, self.smallest()
+        assert budget is not None
+        if least <= budget.num_bytes:
+            return ""
+        return (
+            f"rank.budget.size is {budget.size}, but {least / 1e6:,.2f} MB is the least that this recipe can reach; let more layers go "
+            "(rank.num_layers_to_remove), allow fewer bits (rank.budget.bits), or trim the vocabulary"
+        )
+
     def smallest(self, after: Sequence[Action] = ()) -> int:
         """The fewest bytes that more actions can reach after these, whatever they cost."""
         actions = [*after]

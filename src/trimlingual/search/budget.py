@@ -49,12 +49,9 @@ class BudgetSearch:
         """Run all rounds. ValueError, before anything is scored, if no actions reach the budget."""
         settings = self.scorer.settings.budget
         assert settings is not None
-        target, smallest = settings.num_bytes, self.smaller.smallest()
-        if smallest > target:
-            raise ValueError(
-                f"rank.budget.size is {settings.size}, but {smallest / 1e6:,.2f} MB is the least that this recipe can reach; let more "
-                "layers go (rank.num_layers_to_remove), allow fewer bits (rank.budget.bits), or trim the vocabulary"
-            )
+        target = settings.num_bytes
+        if problem := self.smaller.problem():
+            raise ValueError(problem)
         self.known = _known(gather(self._read() if is_main_process() else [])[0])
         state: State = ()
         parent = baseline = self._parent(state, None)
