@@ -170,7 +170,7 @@ def plan_of(run: Path) -> dict[str, Any] | None:
     fewer = [(b.round or 0, f"{b.part} {b.bits} bits") for b in made.bits]
     return {
         "num_bytes": made.num_bytes,
-        "actions": [{"round": number, "what": what} for number, what in sorted(gone + fewer)],
+        "actions": [{"round": number, "what": what} for number, what in sorted(gone + fewer, key=lambda pair: pair[0])],
         "curve": made.curve,
         "seconds": made.seconds,
         "num_candidates": len(made.candidates),
