@@ -97,9 +97,16 @@ def test_bfloat16_parts_in_fewer_bits(mini):
         trace(stepper.decoder, prompts[some], parent[some], limits[some], layers, layers)
         for some in (slice(0, half), slice(half, None))
     ]
-    for layer, block in ((1, "mlp"), (number // 2, "attention"), (number - 2, "mlp")):
-        with rounded.tried(f"decoder.{layer}.{block}", 2):
-            found = translate_changed(stepper, Trace.together(parts), layer)
+    blocks = {
+        f"decoder.{layer}.{block}": layer
+        for layer, block in ((1, "mlp"), (number // 2, "attention"), (number - 2, "mlp"))
+    }
+    for part, layer in {**blocks, "lm_head": number - 1, "embeddings": number - 1}.items():
+        with rounded.tried(part, 2):
+            traced = Trace.together(parts)
+            if part == "embeddings":
+                traced = trace(stepper.decoder, prompts, parent, limits, layers, [layer])
+            found = translate_changed(stepper, traced, layer)
             stepper.release()
             anew = greedy(stepper, prompts, limits, 128)
         assert sum(a == b for a, b in zip(found, anew)) >= 0.9 * len(prompts)
