@@ -36,14 +36,15 @@ from trimlingual.stages.export import export
 from trimlingual.stages.quantize import quantize
 
 RESULTS = Path(__file__).parent / "results"
-INT4 = {"scheme": "int4", "group_size": 32}  # widths of 192 and 512
+NF4 = {"scheme": "nf4"}
+INT4 = {"group_size": 32, "rounding": "nearest"}  # widths of 192 and 512
 EIGHT = {"eight_bit": ["embeddings", "lm_head"]}
 # Format: what the weights are computed in, and how they are stored.
 FORMATS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "float32": ("float32", None),
     "bfloat16": ("bfloat16", None),
-    "nf4 in float32": ("float32", {}),
-    "nf4 in bfloat16": ("bfloat16", {}),
+    "nf4 in float32": ("float32", NF4),
+    "nf4 in bfloat16": ("bfloat16", NF4),
     "int4 in bfloat16": ("bfloat16", INT4),
     "int4, 8-bit embeddings and head, in float32": ("float32", INT4 | EIGHT),
     "int4, 8-bit embeddings and head, in bfloat16": ("bfloat16", INT4 | EIGHT),

@@ -160,7 +160,7 @@ class Bench:
 
     def merge(self) -> None:
         """QLoRA's adapter, as a run would have it, merged; the model in memory becomes the merged one."""
-        settings = QuantizeSettings()
+        settings = QuantizeSettings(scheme="nf4")
         with self.run.timed("quantise to nf4 while loading"):
             four = self.load(self.folder / "base", bitsandbytes_config(settings))
         adapted = add_lora(four, LoraSettings(), 0)
@@ -176,7 +176,7 @@ class Bench:
     def nf4(self) -> None:
         """The merged model in nf4, all layers."""
         save_model(self.model, self.processor, self.folder / "merged", "bfloat16")
-        self.four = self.load(self.folder / "merged", bitsandbytes_config(QuantizeSettings()))
+        self.four = self.load(self.folder / "merged", bitsandbytes_config(QuantizeSettings(scheme="nf4")))
         shutil.rmtree(self.folder / "merged")
         self.ship(f"nf4, {self.layers(self.four)} layers", self.four)
 

@@ -39,18 +39,19 @@ from trimlingual.run.lineage import read_lineage
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "nf4 by QLoRA"
-CALIBRATED, UNTRAINED = "quantize.rounding=calibrated", "quantize.train=null"
+NEAREST, CALIBRATED = "quantize.rounding=nearest", "quantize.rounding=calibrated"
+UNTRAINED, TRAINED = "quantize.train=null", "quantize.train.method=full"
 # For each way of int4 the model that it begins with, and settings.
 WAYS = {
-    "int4 by QLoRA, nearest": ("merged", [UNTRAINED]),
+    "int4 by QLoRA, nearest": ("merged", [UNTRAINED, NEAREST]),
     "int4 by QLoRA, calibrated": ("merged", [UNTRAINED, CALIBRATED]),
     "int4 by QLoRA, nearest, embeddings and head in 8 bits": (
-        "merged", [UNTRAINED, "quantize.eight_bit=[embeddings, lm_head]"],
+        "merged", [UNTRAINED, NEAREST, "quantize.eight_bit=[embeddings, lm_head]"],
     ),
-    "int4 without training, nearest": ("recovered", [UNTRAINED]),
+    "int4 without training, nearest": ("recovered", [UNTRAINED, NEAREST]),
     "int4 without training, calibrated": ("recovered", [UNTRAINED, CALIBRATED]),
-    "int4 trained as it ships, nearest": ("recovered", ["quantize.train.method=full"]),
-    "int4 trained as it ships, calibrated": ("recovered", ["quantize.train.method=full", CALIBRATED]),
+    "int4 trained as it ships, nearest": ("recovered", [TRAINED, NEAREST]),
+    "int4 trained as it ships, calibrated": ("recovered", [TRAINED, CALIBRATED]),
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class Run:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
         if not (folder / "report" / "report.json").is_file():
-            self.do("compress")
+            self.do("compress", "--set", "quantize.scheme=nf4")
 
     def do(self, verb: str, *words: str) -> None:
         """A command of trimlingual on this run."""

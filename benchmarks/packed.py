@@ -43,7 +43,7 @@ def models(folder: Path, device: torch.device) -> dict[str, Any]:
     made = {
         "float32": load_model(base, "float32", device),
         "bfloat16": load_model(base, "bfloat16", device),
-        "nf4, bfloat16": load_model(base, "bfloat16", device, bitsandbytes_config(QuantizeSettings())),
+        "nf4, bfloat16": load_model(base, "bfloat16", device, bitsandbytes_config(QuantizeSettings(scheme="nf4"))),
         "int4, unpacked, float32": load_model(folder, "float32", device),
         "int4, unpacked, bfloat16": load_model(folder, "bfloat16", device),
         "int4, packed, bfloat16": load_model(folder, "bfloat16", device, keep_packed=True),

@@ -56,7 +56,7 @@ RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 LANGUAGES = {"de": "chrfpp", "zh": "chrf"}
 BATCH = 16
-NF4 = QuantizeSettings(compute_dtype="float32")
+NF4 = QuantizeSettings(scheme="nf4", compute_dtype="float32")
 
 
 class Bench:

@@ -37,7 +37,7 @@ from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.quantize import config_summary
 
 RESULTS = Path(__file__).parent / "results"
-INT4 = QuantizeSettings(scheme="int4", group_size=64, parts=["decoder"])
+INT4 = QuantizeSettings(group_size=64, parts=["decoder"], rounding="nearest")
 CPU = pick_device("cpu")
 Asked = list[tuple[Clip, str]]
 

@@ -26,7 +26,6 @@ def benchmark(name: str) -> Any:
 
 
 def test_formats(tmp_path, monkeypatch):
-    pytest.importorskip("compressed_tensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = benchmark("formats").main(["--size", "tiny", "--out", str(tmp_path / "results" / "formats_tiny.json")])
     assert result["errors"] == {}
@@ -44,7 +43,6 @@ def test_formats(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_export(tmp_path):
     """What ships gives what was scored: in float32 to the letter, also where the weights are 4- and 8-bit integers."""
-    pytest.importorskip("compressed_tensors")
     exact = ["float32", "int4, 8-bit embeddings and head, in float32"]
     out = tmp_path / "export.json"
     result = benchmark("export").main(["--clips", "6", "--formats", *exact, "--out", str(out)])
@@ -64,7 +62,6 @@ def test_runtimes(tmp_path):
 
 def test_decode(tmp_path, monkeypatch):
     """int4 is loaded from a folder of random words, and every row is on disk."""
-    pytest.importorskip("compressed_tensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "decode.json"
     asked = ["--size", "tiny", "--formats", "bf16,int4", "--batches", "1,3", "--engines", "ours,generate"]
@@ -81,7 +78,6 @@ def test_decode(tmp_path, monkeypatch):
 
 def test_packed(tmp_path):
     """Every format is timed, and packed int4 is compared with unpacked."""
-    pytest.importorskip("compressed_tensors")
     out = tmp_path / "packed.json"
     result = benchmark("packed").main(["--clips", "2", "--rounds", "1", "--batches", "2", "--out", str(out)])
     assert json.loads(out.read_text(encoding="utf-8")) == result
@@ -117,7 +113,6 @@ def test_budget_search(tmp_path):
 
 def test_mixed_folders(tmp_path):
     """The parts add up to the folder, the search counts no less, and the model computes as it is stored."""
-    pytest.importorskip("compressed_tensors")
     out = tmp_path / "folders.json"
     result = benchmark("mixed_folders").main(["--size", "small", "--out", str(out)])
     assert json.loads(out.read_text(encoding="utf-8")) == result

@@ -47,7 +47,6 @@ from trimlingual.vocabulary.rewrite import VocabError, find_rows
 from .conftest import EVERY_FAMILY
 from .test_int4 import CPU, PLAIN, logits
 
-pytest.importorskip("compressed_tensors")
 INT4 = "quantize.scheme=int4"
 MIXED = {"decoder.0.attention": 8, "decoder.0.mlp": 2, "decoder.1.mlp": 3, "embeddings": 2, "lm_head": 4}
 LAYER = "model.language_model.layers"
@@ -60,7 +59,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["quantize.bits={decoder.3.mlp: 3}"], "bits needs scheme int4, not nf4"),
+        (["quantize.scheme=nf4", "quantize.bits={decoder.3.mlp: 3}"], "bits needs scheme int4, not nf4"),
         ([INT4, "quantize.bits={decoder.3.ffn: 3}"], "bits names 'decoder.3.ffn'; a part is decoder.N.attention or decoder.N.mlp"),
         ([INT4, "quantize.bits={decoder.-1.mlp: 3}"], "bits names 'decoder.-1.mlp'; a part is"),
         ([INT4, "quantize.bits={decoder.03.mlp: 3}"], "bits names 'decoder.03.mlp'; a part is"),

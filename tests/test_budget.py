@@ -240,7 +240,7 @@ def test_bytes_fall_with_every_action(folder):
     ("settings", "message"),
     [
         (["rank.budget={size: 3 GiB}", "quantize.scheme=int4"], "such as 3.3 GB"),
-        (["rank.budget={size: 5 MB}"], "needs quantize.scheme int4"),
+        (["quantize.scheme=nf4", "rank.budget={size: 5 MB}"], "needs quantize.scheme int4"),
         (["rank.budget={size: 5 MB, bits: {mlp: [5]}}", "quantize.scheme=int4"], "mlp 5 bits; allowed"),
         (["rank.budget={size: 5 MB}", "quantize.scheme=int4", "rank.metric=loss"], "does not go with rank.metric"),
         (["rank.budget={size: 5 MB}", "quantize.scheme=int4", "quantize.start=teacher"], "start pruned or recovered"),

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import json
-import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 import trimlingual
-from trimlingual.models.errors import ModelError
-from trimlingual.models.folders import check_folder, model_problems
-from trimlingual.models.loading import load_model
 from trimlingual.run import extras
 
 ROOT = Path(trimlingual.__file__).parent
@@ -47,20 +41,6 @@ def test_a_missing_extra_names_its_install_line(monkeypatch):
     assert str(error.value) == (
         "serving needs starlette, uvicorn, python-multipart, not installed here: pip install 'trimlingual[serve]'"
     )
-
-
-def test_a_packed_model_names_the_extra_that_reads_it(tmp_path, monkeypatch):
-    folder = shutil.copytree(ROOT / "mini" / "model", tmp_path / "packed")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors"}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert not model_problems(folder)
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    for load in (lambda: load_model(folder, "float32", torch.device("cpu")), lambda: check_folder(folder, "translate")):
-        with pytest.raises(
-            ModelError, match=r"packed by compressed-tensors, which is not installed: pip install 'trimlingual\[int4\]'"
-        ):
-            load()
 
 
 def test_no_other_file_writes_the_line():

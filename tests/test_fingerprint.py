@@ -172,8 +172,10 @@ def test_differences_name_values_also_where_one_is_the_default():
 
 
 def test_sections_within_sections():
-    assert decisive(QuantizeSettings()) == {}
-    assert decisive(QuantizeSettings(train=TrainSettings(method="lora", epochs=1.0, num_workers=2))) == {}
+    assert decisive(QuantizeSettings(scheme="nf4")) == {}
+    train = TrainSettings(method="lora", epochs=1.0, num_workers=2)
+    assert decisive(QuantizeSettings(scheme="nf4", train=train)) == {}
+    assert decisive(QuantizeSettings(train=train)) == {"scheme": "int4", "rounding": "calibrated"}
     assert decisive({"decode": DecodeSettings(batch_size=1), "mix": MixSettings(gold=2)}) == {"mix": {"gold": 2}}
 
 

@@ -225,7 +225,6 @@ def test_packed_layers_on_every_kernel(group, num_bits):
 )
 def test_packed_weights_translate_as_unpacked_ones(mini, tmp_path, bits):
     """With graphs: nearly all of them, because sums are rounded elsewhere."""
-    pytest.importorskip("compressed_tensors")
     recipe, folder, clips = mini
     processor, gpu = load_processor(folder), torch.device("cuda")
     rows = [] if bits else ["embeddings", "lm_head"]

@@ -16,7 +16,6 @@ from trimlingual.quantization.int4 import PackingError, modules_to_pack, round_t
 from trimlingual.recipe import QuantizeSettings
 from trimlingual.stages.quantize import sqnr_db
 
-pytest.importorskip("compressed_tensors")
 CPU = torch.device("cpu")
 BOTH = ["embeddings", "lm_head"]
 IDS = torch.arange(20, 120).reshape(4, 25)
@@ -102,12 +101,9 @@ def test_group_size_must_fit(model_dir, processor, tmp_path):
 
 def test_what_does_not_go_together():
     with pytest.raises(ValidationError, match="eight_bit needs scheme int4, not nf4"):
-        QuantizeSettings(eight_bit=BOTH)
+        QuantizeSettings(scheme="nf4", eight_bit=BOTH)
+    with pytest.raises(ValidationError, match="calibrated needs scheme int4, not fp4"):
+        QuantizeSettings(scheme="fp4", rounding="calibrated")
+    assert QuantizeSettings(scheme="nf4").rounding == "nearest"
     with pytest.raises(ValidationError, match="lm_head is in parts"):
         settings(parts=["decoder", "lm_head"], eight_bit=BOTH)
-
-
-def test_without_the_library(model_dir, processor, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
-    with pytest.raises(PackingError, match=r"pip install 'trimlingual\[int4\]'"):
-        save_packed(load_model(model_dir, "float32", CPU), processor, tmp_path, settings(), "bfloat16")

@@ -25,7 +25,6 @@ from trimlingual.search.plan import read_plan
 from trimlingual.stages.evaluate import evaluate
 from trimlingual.stages.rank import rank
 
-pytest.importorskip("compressed_tensors")
 CPU = torch.device("cpu")
 IDS = torch.arange(20, 120).reshape(4, 25)
 

@@ -344,7 +344,7 @@ def test_exported_models_stand_alone(recipe, run_dir):
 def test_exported_folder_has_a_card_and_nothing_else_of_ours(run_dir):
     card = (run_dir / "exported" / "README.md").read_text(encoding="utf-8")
     assert "library_name: transformers" in card
-    assert "nf4" in card
+    assert "int4" in card
     assert "BLEU" in card
     assert not (run_dir / "exported" / "adapter").exists()
     assert not list((run_dir / "exported").glob("*.bin"))

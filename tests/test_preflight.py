@@ -146,9 +146,9 @@ def test_comet_needs_its_environment_and_sources(tmp_path, manifest, monkeypatch
 
 
 def test_group_sizes_that_do_not_fit(tmp_path):
-    found = problems(tmp_path, "quantize.scheme=int4")
+    found = problems(tmp_path, "quantize.group_size=128")
     assert any("quantize.group_size 128 does not divide widths" in problem for problem in found)
-    assert problems(tmp_path, "quantize.scheme=int4", "quantize.group_size=64") == []
+    assert problems(tmp_path, "quantize.group_size=64") == []
 
 
 def test_flash_adamw_needs_a_gpu(tmp_path):
@@ -159,9 +159,8 @@ def test_flash_adamw_needs_a_gpu(tmp_path):
 def test_missing_libraries_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "find_spec", lambda name: None)
     monkeypatch.setattr("trimlingual.run.extras.find_spec", lambda name: None)
-    found = problems(tmp_path, "quantize.scheme=int4", "quantize.group_size=64", "finetune.report_to=[wandb]",
-                     "finetune.optimizer=flash_adamw")  # fmt: skip
-    for part in ("bitsandbytes is not installed", "trimlingual[int4]", "pip install wandb", "trimlingual[flash]"):
+    found = problems(tmp_path, "finetune.report_to=[wandb]", "finetune.optimizer=flash_adamw")
+    for part in ("bitsandbytes is not installed", "pip install wandb", "trimlingual[flash]"):
         assert any(part in problem for problem in found), part
 
 

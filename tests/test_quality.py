@@ -21,7 +21,7 @@ from trimlingual.training.lora import add_lora
 from trimlingual.training.loss import answer_logits
 
 CPU = torch.device("cpu")
-NF4 = QuantizeSettings(compute_dtype="float32")
+NF4 = QuantizeSettings(scheme="nf4", compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def base(bench):
 @pytest.mark.parametrize(
     ("changes", "floor"),
     [
-        ({}, 17.5),
-        ({"parts": ["decoder"]}, 18),
-        ({"parts": ["decoder", "audio_tower", "projector", "lm_head"]}, 16.5),
+        ({"scheme": "nf4"}, 17.5),
+        ({"scheme": "nf4", "parts": ["decoder"]}, 18),
+        ({"scheme": "nf4", "parts": ["decoder", "audio_tower", "projector", "lm_head"]}, 16.5),
         ({"scheme": "int4", "group_size": 32}, 18.5),
         ({"scheme": "int4", "group_size": 64}, 18),
         ({"scheme": "int4", "group_size": 64, "eight_bit": ["embeddings", "lm_head"]}, 18),
@@ -57,7 +57,6 @@ def test_number_formats(bench, base, changes, floor, tmp_path):
     folder, processor, measure = bench
     settings = QuantizeSettings(**{"compute_dtype": "float32", **changes})
     if settings.scheme == "int4":
-        pytest.importorskip("compressed_tensors")
         model = load_model(folder, "float32", CPU)
         save_packed(model, processor, tmp_path, settings, "float32")
     else:

@@ -25,6 +25,7 @@ from .conftest import EVERY_FAMILY
 from .test_pipeline import as_words
 
 CPU = torch.device("cpu")
+NF4 = QuantizeSettings(scheme="nf4")
 TRAIN = TrainSettings(method="lora", max_steps=3, learning_rate=5e-3, lora=LoraSettings(r=4, alpha=8))
 
 
@@ -38,7 +39,7 @@ def examples(split, task):
 @EVERY_FAMILY
 def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path):
     """What 4 bits cost is asked of the weights: where rounding undoes an adapter, logits say how far it had moved them."""
-    settings = QuantizeSettings(compute_dtype="float32", merge_base="dequantized", train=TRAIN)
+    settings = QuantizeSettings(scheme="nf4", compute_dtype="float32", merge_base="dequantized", train=TRAIN)
     info = quantize(given, data, shared, settings, tmp_path)
     change = info["change"]
     # Merging is exact in float32, but CPUs with AVX512-BF16 run 4-bit layers in bfloat16 whatever compute dtype is asked for.
@@ -61,9 +62,8 @@ def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path
 
 @EVERY_FAMILY
 def test_integers_that_ship(given, model_dir, shared, data, tmp_path):
-    pytest.importorskip("compressed_tensors")
     settings = QuantizeSettings(
-        scheme="int4", group_size=64, eight_bit=["embeddings", "lm_head"], compute_dtype="float32", train=TRAIN
+        group_size=64, eight_bit=["embeddings", "lm_head"], compute_dtype="float32", train=TRAIN
     )
     info = quantize(given, data, shared, settings, tmp_path)
     assert info["num_4bit_modules"] > 40
@@ -76,14 +76,13 @@ def test_integers_that_ship(given, model_dir, shared, data, tmp_path):
 
 
 ROUNDED = QuantizeSettings(
-    scheme="int4", group_size=32, compute_dtype="float32", parts=["decoder"],
+    group_size=32, compute_dtype="float32", parts=["decoder"], rounding="nearest",
     train=TrainSettings(max_steps=6, learning_rate=3e-3, freeze=["audio_tower"]),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "calibrated"])
 def test_what_was_trained_on_rounded_weights_is_what_ships(given, shared, data, tmp_path, rounding):
-    pytest.importorskip("compressed_tensors")
     settings = ROUNDED.model_copy(update={"rounding": rounding})
     untrained = quantize(given, data, shared, settings.model_copy(update={"train": None}), tmp_path / "untrained")
     info = quantize(given, data, shared, settings, tmp_path / "trained")
@@ -94,7 +93,6 @@ def test_what_was_trained_on_rounded_weights_is_what_ships(given, shared, data, 
 
 
 def test_selection_clips_are_translated_by_rounded_weights(given, shared, data, split, tmp_path):
-    pytest.importorskip("compressed_tensors")
     train = ROUNDED.train.model_copy(update={"selection_checks": 2})
     settings = ROUNDED.model_copy(update={"train": train})
     scores = quantize(given, data, shared, settings, tmp_path, Guide(select=split))["selection"]["scores"]
@@ -106,7 +104,6 @@ def test_selection_clips_are_translated_by_rounded_weights(given, shared, data, 
 
 
 def test_rounded_training_goes_on_with_the_scales_it_began_with(given, shared, data, tmp_path):
-    pytest.importorskip("compressed_tensors")
     train = ROUNDED.train.model_copy(update={"max_steps": 4, "save_steps": 2})
     settings = ROUNDED.model_copy(update={"rounding": "calibrated", "train": train})
     quantize(given, data, shared, settings, tmp_path / "at_once")
@@ -145,7 +142,7 @@ def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, process
     """A small adapter: added to weights that stand on the 4-bit grid, rounding undoes it."""
     from trimlingual.training.lora import add_lora
 
-    name, settings = "model.language_model.layers.2.mlp.up_proj", QuantizeSettings()
+    name, settings = "model.language_model.layers.2.mlp.up_proj", NF4
     kept = {}
     for base in ("original", "dequantized"):
         four = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))
@@ -168,7 +165,7 @@ def test_an_adapter_survives_4_bits_on_the_original_base_only(model_dir, process
 @EVERY_FAMILY
 @pytest.mark.parametrize("parts", [["decoder"], ["audio_tower", "projector"], ["decoder", "lm_head"]])
 def test_exactly_the_chosen_parts_are_4bit(model_dir, parts):
-    settings = QuantizeSettings(parts=parts)
+    settings = QuantizeSettings(scheme="nf4", parts=parts)
     model = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))
     check_quantized(model, settings)
     four = {name for name, module in model.named_modules() if is_4bit(module)}
@@ -182,7 +179,7 @@ def test_4_bits_load_in_another_dtype_than_they_were_saved_in(
     model_dir, processor, split, task, tmp_path, saved, asked
 ):
     """transformers leaves some weights as they were saved and casts their biases, so that nothing could be computed."""
-    save_model(load_model(model_dir, saved, CPU, bitsandbytes_config(QuantizeSettings())), processor, tmp_path)
+    save_model(load_model(model_dir, saved, CPU, bitsandbytes_config(NF4)), processor, tmp_path)
     model = load_model(tmp_path, asked, CPU)
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     assert kinds == {getattr(torch, asked)}
@@ -190,17 +187,17 @@ def test_4_bits_load_in_another_dtype_than_they_were_saved_in(
 
 
 def test_a_module_that_should_not_be_4bit_is_an_error(model_dir):
-    model = load_model(model_dir, "float32", CPU, bitsandbytes_config(QuantizeSettings()))
+    model = load_model(model_dir, "float32", CPU, bitsandbytes_config(NF4))
     with pytest.raises(QuantizationError, match=r"module\(s\) are 4-bit that should not be \(model.audio_tower"):
-        check_quantized(model, QuantizeSettings(parts=["decoder"]))
+        check_quantized(model, QuantizeSettings(scheme="nf4", parts=["decoder"]))
     with pytest.raises(QuantizationError, match=r"1 module\(s\) are not 4-bit that should be \(lm_head\)"):
-        check_quantized(model, QuantizeSettings(parts=["decoder", "audio_tower", "projector", "lm_head"]))
+        check_quantized(model, QuantizeSettings(scheme="nf4", parts=["decoder", "audio_tower", "projector", "lm_head"]))
 
 
 def test_merge_adds_the_adapter_to_the_dequantised_weights(model_dir, processor, tmp_path):
     from trimlingual.training.lora import add_lora
 
-    settings = QuantizeSettings()
+    settings = NF4
     base = load_model(model_dir, "float32", CPU, bitsandbytes_config(settings))
     before = dequantized(base.model.language_model.layers[2].mlp.up_proj)
     adapted = add_lora(base, LoraSettings(r=4, alpha=8), 0)
@@ -226,7 +223,7 @@ def test_4bit_floor(model_dir, processor, tmp_path):
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(len(name)))
     save_model(model, processor, tmp_path, "float32")
-    four = load_model(tmp_path, "float32", CPU, bitsandbytes_config(QuantizeSettings()))
+    four = load_model(tmp_path, "float32", CPU, bitsandbytes_config(NF4))
     plain, rounded = (dict(m.named_modules())["model.language_model.layers.0.mlp.gate_proj"] for m in (model, four))
     assert sqnr_db(plain.weight, dequantized(rounded)) > 19
 
@@ -240,8 +237,6 @@ def test_sqnr_by_hand():
 @pytest.mark.parametrize("scheme", ["nf4", "int4"])
 def test_two_processes_quantise_like_one(manifests, tmp_path, scheme, start):
     """Both train, one merges and saves while the other waits; batches of 2 in two processes are one of 4."""
-    if scheme == "int4":
-        pytest.importorskip("compressed_tensors")
     records = {}
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)

@@ -103,7 +103,7 @@ def test_every_problem_at_once_by_path():
         ({"recover": {"data": {"out_of_domain": 1}}}, "data.out_of_domain is not set"),
         ({"recover": {"data": {"gold": 0}}}, "nothing to train on"),
         ({"distill": None}, "the distill section is null"),
-        ({"quantize": {"train": {"method": "full"}}}, "use scheme int4, or method lora"),
+        ({"quantize": {"scheme": "nf4", "train": {"method": "full"}}}, "use scheme int4, or method lora"),
         ({"finetune": {"optimizer": "flash_adamw", "fsdp": True}}, "flash_adamw does not go with fsdp"),
         ({"finetune": {"optimizer": "adamw_bnb_8bit", "fsdp": True}}, "set optimizer: adamw_torch_fused"),
         ({"finetune": {"method": "lora", "fsdp": True}}, "fsdp does not go with method lora"),

@@ -70,7 +70,7 @@ def test_an_int4_decoder(folder, tmp_path):  # noqa: F811
     [
         (["quantize=null"], []),
         (INT4, []),
-        ([], ["does not read nf4 (bitsandbytes)"]),
+        (["quantize.scheme=nf4"], ["does not read nf4 (bitsandbytes)"]),
         ([*INT4, "quantize.parts=[decoder, audio_tower]"], ["audio_tower would be in 4"]),
         ([*INT4, "quantize.eight_bit=[lm_head]"], ["does not read 8-bit lm_head"]),
         ([*INT4, "quantize.bits={decoder.3.mlp: 8}"], []),

@@ -164,7 +164,7 @@ def test_twice_is_as_once(model_dir, tmp_path):
 
 
 def test_a_finished_4bit_model(model_dir, processor, tmp_path):
-    settings = QuantizeSettings(compute_dtype="float32")
+    settings = QuantizeSettings(scheme="nf4", compute_dtype="float32")
     save_model(load_model(model_dir, "float32", CPU, bitsandbytes_config(settings)), processor, tmp_path / "full")
     trim(tmp_path / "full", tmp_path / "cut")
     check_same_model(tmp_path / "full", tmp_path / "cut")
@@ -172,7 +172,7 @@ def test_a_finished_4bit_model(model_dir, processor, tmp_path):
 
 
 def test_a_4bit_head_is_refused(model_dir, processor, tmp_path):
-    settings = QuantizeSettings(parts=["decoder", "lm_head"])
+    settings = QuantizeSettings(scheme="nf4", parts=["decoder", "lm_head"])
     save_model(load_model(model_dir, "float32", CPU, bitsandbytes_config(settings)), processor, tmp_path / "full")
     with pytest.raises(VocabError, match=r"lm_head.weight in .* is quantised, .* Trim before quantising"):
         trim(tmp_path / "full", tmp_path / "cut")

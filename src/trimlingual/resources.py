@@ -110,8 +110,6 @@ def quantization_problems(recipe: Recipe, names: Sequence[str], config: Any) -> 
     by_bitsandbytes = settings.scheme != "int4" or (settings.train is not None and settings.train.method == "lora")
     if by_bitsandbytes and find_spec("bitsandbytes") is None:
         yield "quantize: bitsandbytes is not installed; pip install bitsandbytes"
-    if settings.scheme == "int4" and missing("int4"):
-        yield f"quantize.scheme int4 needs compressed-tensors: {install_line('int4')}"
     if config is not None:
         on_cpu = by_bitsandbytes and _device_kind(recipe) == "cpu"
         yield from _group_problems(settings, _linear_shapes(config), on_cpu)

@@ -74,10 +74,6 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
         return [
             f"{folder} lacks {len(lacking)} of {len(shards)} weight files: {', '.join(lacking[:3])}; download it again"
         ]
-    if _packed_by(folder) == "compressed-tensors" and missing("int4"):
-        return [
-            f"the weights in {folder} are packed by compressed-tensors, which is not installed: {install_line('int4')}"
-        ]
     return []
 
 
@@ -105,11 +101,7 @@ def library_problem(tokenizer_file: str) -> str | None:
 
 def is_bitsandbytes(folder: Path) -> bool:
     """Whether the weights are 4-bit words of bitsandbytes."""
-    return _packed_by(folder) == "bitsandbytes"
-
-
-def _packed_by(folder: Path) -> str | None:
-    return (_config(folder).get("quantization_config") or {}).get("quant_method")
+    return (_config(folder).get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from trimlingual.models.packed_weights import alone, is_packed, unpack_
 from trimlingual.models.saving import DTYPES, explained_disk_full, finish_saved, round_weights_
 from trimlingual.models.tree import EMBEDDINGS, PARTS, PATTERNS, fine_part_of, pattern_of
 from trimlingual.recipe import ROW_PARTS, Dtype, QuantizeSettings
-from trimlingual.run.extras import install_line
 
 # Scales tried for each group, as fractions of the one that puts its largest weight on the last step. Clipping the largest weight a
 # little is better for the sum of squares: of 4 bits with 128 normal weights a group 20.3 dB instead of 19.7 (nf4 with blocks of 64:
@@ -49,9 +48,10 @@ def save_packed(
     by the positions of layers in `model`.
 
     Everything that is not packed is rounded to `storage_dtype`. Returns how many modules have how many bits. Raises PackingError when
-    the library is missing, `group_size` does not divide a layer's width, or `settings.bits` names a layer that is not there.
+    `group_size` does not divide a layer's width, or `settings.bits` names a layer that is not there.
     """
-    compressor = _compressor()
+    from compressed_tensors.compressors import ModelCompressor
+
     round_weights_(model, storage_dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[storage_dtype])
@@ -59,7 +59,7 @@ def save_packed(
     bits_of = modules_to_pack(model, settings)
     _apply(model, config, bits_of, scales or {})
     with explained_disk_full(folder):
-        pack = compressor(quantization_config=config)
+        pack = ModelCompressor(quantization_config=config)
         with alone():
             pack.compress_model(model, skip_compressed=True)  # all are: this marks the model as packed
         model.save_pretrained(folder, max_shard_size="4GB")
@@ -72,7 +72,6 @@ def save_packed(
 
 def packing_config(settings: QuantizeSettings) -> Any:
     """The compressed-tensors configuration of a recipe's section."""
-    _compressor()
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     by_group: dict[int, list[str]] = defaultdict(list)
@@ -242,13 +241,3 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it will be read from disk, float32; 1 for a group of zeros."""
     scale = scale.to(dtype).float()
     return torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
-
-
-def _compressor() -> Any:
-    try:
-        from compressed_tensors.compressors import ModelCompressor
-    except ImportError as error:
-        raise PackingError(
-            f"quantize.scheme int4 needs the compressed-tensors library: {install_line('int4')}"
-        ) from error
-    return ModelCompressor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -161,7 +161,7 @@ class DistillSettings(Section):
 
 
 class QuantizeSettings(Section):
-    """QLoRA: 4-bit base, adapter trained on it, adapter merged, quantised again. Or int4 trained as it ships (`train.method: full`)."""
+    """QLoRA: an adapter trained on the model in nf4 and merged, the whole rounded to int4. Or trained as it ships (`method: full`)."""
 
     start: Literal["recovered", "pruned", "teacher", "base"] = Field(
         default="recovered", description="the model that is quantised"
@@ -170,8 +170,9 @@ class QuantizeSettings(Section):
         default=["decoder", "audio_tower", "projector"], description="what becomes 4-bit", min_length=1
     )
     scheme: Literal["nf4", "fp4", "int4"] = Field(
-        default="nf4",
+        default="int4",
         description="format that ships; an adapter for int4 is trained on nf4; plain transformers unpacks int4 when it runs",
+        json_schema_extra={"neutral": "nf4"},
     )
     double_quantization: bool = Field(default=True, description="the scales of nf4 and fp4 are quantised too")
     group_size: Literal[32, 64, 128] = Field(default=128, description="weights that share a scale, for int4")
@@ -190,8 +191,9 @@ class QuantizeSettings(Section):
         default="original", description="what the adapter is added to before it is quantised again"
     )
     rounding: Literal["nearest", "calibrated"] = Field(
-        default="nearest",
-        description="int4: each weight to its nearest step, or by what its error does to the layer's output (GPTQ)",
+        default="calibrated",
+        description="int4: by what a weight's error does to the layer's output (GPTQ), or each weight to its nearest step",
+        json_schema_extra={"neutral": "nearest"},
     )
     calibration_examples: Annotated[int, Field(ge=1)] = Field(
         default=256, description="of training, for rounding: calibrated"
@@ -205,6 +207,14 @@ class QuantizeSettings(Section):
     def data(self) -> MixSettings:
         """What is trained on or, without training, calibrated and measured on."""
         return self.train.data if self.train else MixSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rounding_of_bitsandbytes(cls, given: Any) -> Any:
+        """nf4 and fp4 round by themselves, so that `scheme` alone chooses them."""
+        if isinstance(given, Mapping) and given.get("scheme") in ("nf4", "fp4"):
+            return {"rounding": "nearest", **given}
+        return given
 
     @model_validator(mode="after")
     def _formats(self) -> QuantizeSettings:

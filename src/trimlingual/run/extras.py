@@ -8,8 +8,7 @@ from importlib.util import find_spec
 # Extra -> the modules that it brings; tests/test_extras.py compares the names with pyproject.toml.
 EXTRAS = {
     "flash": ("flashoptim",),
-    "int4": ("compressed_tensors",),
-    "int4-gpu": ("compressed_tensors", "humming"),
+    "int4-gpu": ("humming",),
     "gguf": ("gguf",),
     "llama": ("xllamacpp",),
     "voxtral": ("mistral_common",),
@@ -20,7 +19,6 @@ EXTRAS = {
 # What each is good for, as words after its install line.
 GIVES = {
     "flash": "full fine-tuning of 7B models in 80 GB",
-    "int4": "writing and reading int4 models",
     "int4-gpu": "faster int4 models on a GPU",
     "gguf": "exports for llama.cpp",
     "llama": "proving exports for llama.cpp, where that is not installed",
