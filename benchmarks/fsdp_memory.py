@@ -195,7 +195,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", choices=list(LIMIT_BYTES), default=["full", "whole_first", "like_8", "resume", "like_4"]
+        "--parts", nargs="+", choices=list(LIMIT_BYTES), default=["full", "like_8", "resume", "like_4", "whole_first"]
     )
     parser.add_argument("--budget", type=float, default=150.0, help="seconds after which no further part starts")
     parser.add_argument(

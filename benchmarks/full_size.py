@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from commit import commit
-from true_size import make_data
+from true_size import write_manifests
 
 from trimlingual.evaluation.cost import MeasureError, disk_bytes, peak_memory
 from trimlingual.models.loading import load_processor, resolve_base
@@ -63,7 +63,8 @@ class Bench:
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
         self.layers, self.width = text["num_hidden_layers"], text["hidden_size"]
         self.few = self.layers - self.layers // 4
-        self.overrides = self._overrides(self._manifests(load_processor(folder)), batch)
+        manifests = write_manifests(self.work / "clips", load_processor(folder), CLIPS)
+        self.overrides = self._overrides(manifests, batch)
         self.parts: dict[str, Callable[[], Step]] = {
             "data": lambda: self.step("data", "data"),
             "teacher": lambda: self.step("teacher", "teacher"),
@@ -90,19 +91,7 @@ class Bench:
             f"quantized-{self.few}": ["pruned"],
         }
 
-    def _manifests(self, processor: Any) -> dict[str, str]:
-        """Clips of noise with random words, the same ones every time."""
-        folder, found = self.work / "clips", {}
-        for seed, (split, count) in enumerate(CLIPS.items()):
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            clips, _ = make_data(folder / split, count, processor, seed)
-            records = [{"audio": str(c.audio), "id": f"{split}-{c.id}", "references": c.references} for c in clips]
-            path = folder / f"{split}.jsonl"
-            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            found[split] = str(path)
-        return found
-
-    def _overrides(self, manifests: dict[str, str], batch: int) -> list[str]:
+    def _overrides(self, manifests: dict[str, Path], batch: int) -> list[str]:
         given = [f"model.base={self.base}", "data.out_of_domain=null", "vocab={when: after}"]
         given += [f"data.{split}={{kind: manifest, path: '{path}'}}" for split, path in manifests.items()]
         given += ["recover.data={gold: 1}", "quantize.train.data={gold: 1}", "quantize.start=pruned"]

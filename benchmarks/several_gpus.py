@@ -6,7 +6,7 @@
 For each number of processes it starts itself under torchrun, one process a GPU. Search: the first round, every candidate, shared out.
 Training: batches of 4 a GPU with the recipe's optimizer, so two GPUs take twice the clips a step (DDP); with more than one, also FSDP
 with float32 weights and Adam states; PyTorch's allocator is held to 80 GB on each GPU. Prints as it goes; the last line is one JSON
-document.
+document. recipe_on_gpus.py runs the whole recipe, fsdp_memory.py measures what FSDP holds.
 """
 
 from __future__ import annotations

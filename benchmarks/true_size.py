@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,15 @@ def make_data(folder: Path, count: int, processor: Any, seed: int = 0) -> tuple[
         clips.append(Clip(str(i), path, {"de": text}, None, seconds, str(i)))
         examples.append(Example(i, str(i), "de", text))
     return clips, examples
+
+
+def write_manifests(folder: Path, processor: Any, counts: Mapping[str, int]) -> dict[str, Path]:
+    """Manifests of as many such clips for each split, the same ones every time."""
+    found = {}
+    for seed, (split, count) in enumerate(counts.items()):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        clips, _ = make_data(folder / split, count, processor, seed)
+        records = [{"audio": str(c.audio), "id": f"{split}-{c.id}", "references": c.references} for c in clips]
+        found[split] = folder / f"{split}.jsonl"
+        found[split].write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return found

@@ -122,3 +122,21 @@ def test_mixed_folders(tmp_path):
         assert folder["num_logits"] == folder["rows"]
     assert small["disk_bytes"] < large["disk_bytes"]
     assert set(small["bits"].values()) == {2, 3, 4}
+
+
+@pytest.mark.slow
+def test_recipe_on_gpus(tmp_path):
+    """Two processes come to what one comes to; a command that has no time left is followed by one that goes on."""
+    out = tmp_path / "out.json"
+    words = ["--base", "random:qwen2-audio-tiny", "--work", str(tmp_path / "work"), "--out", str(out)]
+    script = benchmark("recipe_on_gpus")
+    stopped = script.main([*words, "--minutes", "0.3"])
+    assert not stopped["complete"]
+    while not (result := script.main(words))["complete"]:
+        pass
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    two = result["results"]["2"]
+    assert two["same_plan"]
+    assert two["losses_equal"]
+    assert two["same_distilled"]
+    assert min(two["share_of_equal_translations"].values()) > 0.8

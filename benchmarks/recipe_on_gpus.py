@@ -1,0 +1,217 @@
+"""The whole recipe of system B on 1, 2, 4 and 8 GPUs of one host: seconds by stage, and whether all come to the same.
+
+    python benchmarks/recipe_on_gpus.py --work FOLDER --processes 1 2 4 8              # again and again, until it says that all is done
+    python benchmarks/recipe_on_gpus.py --base random:qwen2-audio-tiny --work FOLDER   # the same path on a CPU
+
+Random weights of the true shapes, few clips of noise, few steps; each step takes the same eight clips whatever the number of GPUs.
+The search runs on the base model, whose weights are the same everywhere: the teacher's differ in their last bits, on which a random
+model's scores hang. The recipe itself removes the middle block. With several GPUs the teacher is also trained under FSDP, with float32
+weights, as one GPU cannot.
+
+Every number of GPUs has runs of its own under --work, made by the command line under torchrun: what is stopped after --minutes loses
+nothing, and the same command goes on. At 7B a run needs 120 GB of disk, which it gives back at its end. The output is written after
+each number of GPUs; the last line is one JSON document.
+
+What must be the same as with one GPU: the plan and the distilled clips; the losses within `LOSS_TOLERANCE`, since additions are in
+another order; translations in bfloat16 may differ where two words are as likely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from commit import commit
+from true_size import write_manifests
+
+from trimlingual.evaluation.results import read_translations
+from trimlingual.models.loading import load_processor, resolve_base
+from trimlingual.run.artifacts import machine, write_json
+from trimlingual.search.plan import read_plan
+
+RESULTS = Path(__file__).parent / "results"
+RECIPE = "qwen2-audio-en-de"
+CLIPS = {"train": 96, "select": 48, "test": 48}
+STEP = 8  # clips of all GPUs together
+STEPS = 12
+LOSS_TOLERANCE = 0.02  # relative, in bfloat16
+TRAINED = ("finetune", "recover", "quantize.train")
+FSDP = ("fsdp=true", "optimizer=adamw_torch_fused", "mixed_precision=bf16", "checkpoint_from_tokens=0")
+PATIENCE_S = 120  # for a run that was asked to stop
+
+
+def overrides(base: str, manifests: dict[str, Path], processes: int) -> list[str]:
+    """The recipe's shortening: the same steps for any number of processes."""
+    gpu = torch.cuda.is_available()
+    given = [f"data.{split}={{kind: manifest, path: '{path}'}}" for split, path in manifests.items()]
+    given += [f"model.base={base}", "data.out_of_domain=null", "data.too_long=drop", "decode.max_new_tokens=40"]
+    given += [
+        "quantize.train.data={gold: 1, distilled: 1}",
+        "evaluate.models=[teacher, quantized]",
+        "evaluate.bootstrap_samples=100",
+    ]
+    for section in TRAINED:
+        given += [
+            f"{section}.batch_size={STEP // processes}",
+            f"{section}.max_steps={STEPS}",
+            f"{section}.logging_steps=1",
+        ]
+        given += [] if gpu else [f"{section}.optimizer=adamw_torch", f"{section}.num_workers=0"]
+    layers = load_layers(base)
+    return given if gpu else [*given, "model.device=cpu", f"rank.num_layers_to_remove={layers // 4}"]
+
+
+def load_layers(base: str) -> int:
+    """Decoder layers of a base model."""
+    config = json.loads((resolve_base(base) / "config.json").read_text(encoding="utf-8"))
+    return config["text_config"]["num_hidden_layers"]
+
+
+def run(words: list[str], processes: int, until: float) -> bool:
+    """`trimlingual` in so many processes; whether it came to its end before `until`. Stopped, it has saved what it had."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "trimlingual"]
+    with subprocess.Popen([sys.executable, *launcher, *words], stdout=subprocess.DEVNULL) as child:
+        try:
+            code = child.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            return False
+    if code:
+        raise SystemExit(f"trimlingual {words[0]} ended with {code} in {processes} processes")
+    return True
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    """Seconds of every stage of a run, and the losses of those that train."""
+    found = {}
+    for path in sorted(folder.rglob("artifact.json")):
+        artifact = json.loads(path.read_text(encoding="utf-8"))
+        losses = [entry["loss"] for entry in artifact["info"].get("losses", [])]
+        found[artifact["stage"]] = {"seconds": artifact["seconds"]} | ({"losses": losses} if losses else {})
+    return found
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What the runs of a number of processes came to: stages, plan, distilled clips and translations."""
+    folders = sorted((folder / "run" / "evaluations").iterdir())
+    translations = {f.name: [line["hypothesis"] for line in read_translations(f, "de")] for f in folders}
+    return {
+        "stages": {"search": stages(folder / "search")["rank"], **stages(folder / "run")},
+        "fsdp": stages(folder / "fsdp").get("teacher"),
+        "removed": [removal.layer for removal in read_plan(folder / "search" / "rank").removals],
+        "distilled": (folder / "run" / "distilled" / "distilled.jsonl").read_text(encoding="utf-8").splitlines(),
+        "said": translations,
+    }
+
+
+def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A run against that of one GPU: times, and what must be the same."""
+    ratio = {
+        name: round(stage["seconds"] / one["stages"][name]["seconds"], 3)
+        for name, stage in other["stages"].items()
+        if name in one["stages"] and one["stages"][name]["seconds"]
+    }
+    losses = {
+        name: max(abs(a - b) / abs(a) for a, b in zip(one["stages"][name]["losses"], stage["losses"], strict=True))
+        for name, stage in other["stages"].items()
+        if "losses" in stage
+    }
+    equal = {
+        name: [a == b for a, b in zip(said, other["said"][name], strict=True)] for name, said in one["said"].items()
+    }
+    return {
+        "time_ratio": ratio,
+        "largest_loss_difference": losses,
+        "losses_equal": max(losses.values()) <= LOSS_TOLERANCE,
+        "same_plan": one["removed"] == other["removed"],
+        "same_distilled": one["distilled"] == other["distilled"],
+        "share_of_equal_translations": {name: sum(flags) / len(flags) for name, flags in equal.items()},
+    }
+
+
+def measured(
+    args: argparse.Namespace, processes: int, manifests: dict[str, Path], until: float
+) -> dict[str, Any] | None:
+    """The run of so many processes; None if it has to go on in another command."""
+    folder = args.work / str(processes)
+    done = args.work / f"{processes}.json"
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    settings = overrides(args.base, manifests, processes)
+    base = ["--model", str(resolve_base(args.base))]
+    commands = [
+        ("search", ["rank", *base], []),
+        ("run", ["compress"], ["rank.strategy=middle"]),
+        ("fsdp", ["finetune"], [f"finetune.{setting}" for setting in FSDP]),
+    ]
+    for name, words, more in commands if processes > 1 and torch.cuda.is_available() else commands[:2]:
+        words = [words[0], RECIPE, *words[1:], "--run-dir", str(folder / name)]
+        if not run([*words, *(word for setting in settings + more for word in ("--set", setting))], processes, until):
+            return None
+    result = outcome(folder)
+    write_json(done, result)
+    shutil.rmtree(folder)
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="random:qwen2-audio-7b")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the runs; what is finished there is not run again"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="after which the run under way is stopped, to go on later"
+    )
+    parser.add_argument("--commit", default="", help="default: git's")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args(argv)
+    if any(STEP % processes for processes in args.processes):
+        parser.error(f"--processes: each must divide the {STEP} clips of a step")
+    until = time.monotonic() + 60 * args.minutes
+    args.work = args.work.resolve()
+    manifests = write_manifests(args.work / "clips", load_processor(resolve_base(args.base)), CLIPS)
+    flags = f"--base {args.base} --processes {' '.join(map(str, args.processes))}"
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/recipe_on_gpus.py {flags}",
+        "commit": commit(args.commit),
+        "machine": machine(),
+        "setup": {"clips": CLIPS, "clips_per_step": STEP, "steps": STEPS, "loss_tolerance": LOSS_TOLERANCE},
+        "results": {},
+        "complete": False,
+    }
+    runs: dict[int, dict[str, Any]] = {}
+    for processes in args.processes:
+        found = measured(args, processes, manifests, until)
+        if found is None:
+            print(f"{processes} processes: not done yet; the same command goes on", flush=True)
+            break
+        runs[processes] = found
+        record["results"][str(processes)] = {name: found[name] for name in ("stages", "fsdp", "removed")}
+        if 1 in runs and processes > 1:
+            record["results"][str(processes)] |= compared(runs[1], found)
+        record["complete"] = len(runs) == len(args.processes)
+        write_json(args.out or RESULTS / f"recipe_on_gpus_{args.base.rpartition('-')[2]}.json", record)
+    print(json.dumps(record))
+    return record
+
+
+if __name__ == "__main__":
+    main()
