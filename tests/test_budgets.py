@@ -93,6 +93,8 @@ def test_the_frontier_has_sizes_scores_and_plans(run_dir):
         assert f"| {bits_text(each['bits'])} |" in row
         assert bits_text(each["bits"]) in page
     assert "trimlingual frontier" in page
+    ids = [f"plot-{kind}-{code}-title" for kind in ("frontier", "trade") for code in ("de", "zh")]
+    assert sorted(ids, key=page.index) == ids
 
 
 def test_the_chart_joins_the_models_that_no_smaller_one_equals(run_dir):

@@ -64,7 +64,12 @@ def trades(report: dict[str, Any], runs: Sequence[str] = ()) -> list[Trade]:
     return [_trade(report, code, runs) for code in languages(report)]
 
 
-def _trade(report: dict[str, Any], code: str, runs: Sequence[str]) -> Trade:
+def close_trades(report: dict[str, Any]) -> list[Trade]:
+    """The same charts of the models of several budgets alone, which lie near each other there."""
+    return [_trade(report, code, (), close=True) for code in languages(report)]
+
+
+def _trade(report: dict[str, Any], code: str, runs: Sequence[str], close: bool = False) -> Trade:
     metric = shown_metric(report, code)
     whole = _baselines(report, code, metric)
     unit, size = (1e9, "GB") if max(model["disk_bytes"] for model in report["models"]) >= 1e9 else (1e6, "MB")
@@ -73,7 +78,7 @@ def _trade(report: dict[str, Any], code: str, runs: Sequence[str]) -> Trade:
     for model in report["models"]:
         scores = model["languages"].get(code, {})
         value, kept, base = scores.get(metric), scores.get("retained") or {}, whole.get(model.get("run"))
-        if value is None:
+        if value is None or (close and not model.get("budget")):
             continue
         series = OF_BUDGETS if model.get("budget") else 1 + (runs.index(model["run"]) if runs else 0) % NUM_COLOURS
         if whole and not base:
@@ -92,14 +97,15 @@ def _trade(report: dict[str, Any], code: str, runs: Sequence[str]) -> Trade:
     for series, found in points.items():
         if others := [point for point in found if point not in best]:
             drawn.append(Series(f"colour {series}", others, series, joined=False))
-    known = _others(report, code) if whole else []
+    known = _others(report, code) if whole and not close else []
     if known:
         dots = [Point(size_bytes / unit, percent, f"{e.name}: {e.text}", e.mark) for e, size_bytes, percent in known]
         drawn.append(Series("published", dots, OTHERS, joined=False, hollow=True))
         key += [entry for entry, _, _ in known]
     title = language_name(code) or code
     quality = f"{METRIC_NAMES[metric]} kept, %" if whole else METRIC_NAMES[metric]
-    chart = plot(f"trade-{code}", f"{title}: quality against size", f"{size} on disk", quality, drawn, ["x"])
+    name, what = ("frontier", "the budgets") if close else ("trade", "quality against size")
+    chart = plot(f"{name}-{code}", f"{title}: {what}", f"{size} on disk", quality, drawn, [] if close else ["x"])
     return Trade(chart, key, published()["note"] if known else "")
 
 
