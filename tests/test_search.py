@@ -24,6 +24,7 @@ from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search import scorer
 from trimlingual.search.from_parent import NO_DRAFT
 from trimlingual.search.plan import read_plan
+from trimlingual.search.search import wave_size
 from trimlingual.stages.rank import JOURNAL_FILE, rank
 from trimlingual.training.loss import answer_loss
 
@@ -371,3 +372,12 @@ def test_the_unpruned_models_pass_goes_on_where_it_was_killed(
     assert not before & set(parts[killed:])
     assert resumed.removals == straight.removals
     assert resumed.baseline_scores == pytest.approx(straight.baseline_scores, abs=1e-6)
+
+
+@pytest.mark.parametrize(("processes", "most"), [(1, 30), (2, 15), (4, 8), (8, 4)])
+def test_no_process_scores_more_than_its_share(processes, most):
+    """Thirty candidates, eight together: the process that has most of them, wave by wave."""
+    size = wave_size(30, 8, processes)
+    waves = [range(30)[start : start + size] for start in range(0, 30, size)]
+    assert all(len(wave) <= 8 * processes for wave in waves)
+    assert sum(max(len(wave[index::processes]) for index in range(processes)) for wave in waves) == most

@@ -242,9 +242,7 @@ class Search:
         say(f"  about {expected} at {seconds:.2f} s per candidate, if none is given up")
 
     def _wave_size(self, count: int) -> int:
-        """Candidates in a wave, over all processes. The `count` candidates that are left go into waves of equal size."""
-        largest = self.scorer.group_size() * num_processes()
-        return math.ceil(count / math.ceil(count / largest)) if count else 1
+        return wave_size(count, self.scorer.group_size(), num_processes())
 
     def _num_candidates(self) -> int:
         """Candidates of all rounds together."""
@@ -279,6 +277,15 @@ class Search:
         interval, p_value = paired_bootstrap_difference(self.statistics(best), self.statistics(second))
         margin = {"difference": interval.value, "low": interval.low, "high": interval.high, "p_value": p_value}
         return removal.model_copy(update={"runner_up": {"tower": second["tower"], "layer": second["layer"], **margin}})
+
+
+def wave_size(count: int, group_size: int, processes: int) -> int:
+    """Candidates in a wave, over all processes, when `count` are left and one process scores `group_size` together.
+
+    Waves are of about equal size and give as many to each process: for one more in one of them all others would wait, wave by wave.
+    """
+    waves = math.ceil(count / (group_size * processes))
+    return processes * math.ceil(count / (waves * processes)) if count else 1
 
 
 def second_best(records: Sequence[dict[str, Any]]) -> float | None:
