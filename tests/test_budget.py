@@ -18,6 +18,7 @@ from trimlingual.models.saving import save_model
 from trimlingual.pipeline import compress
 from trimlingual.preflight import PreflightError
 from trimlingual.recipe import (
+    BudgetSettings,
     DecodeSettings,
     ModelSettings,
     QuantizeSettings,
@@ -249,6 +250,12 @@ def test_bytes_fall_with_every_action(folder):
 def test_what_a_budget_needs_is_said(settings, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe("mini", settings)
+
+
+@pytest.mark.parametrize("size", ["3.3 GB", "3.3GB", " 3.30 GB "])
+def test_a_size_has_one_spelling(size):
+    budget = BudgetSettings(size=size)
+    assert (budget.size, budget.num_bytes) == ("3.3 GB", 3_300_000_000)
 
 
 def test_what_no_runtime_loads_is_refused_before_the_search(manifests, tmp_path):

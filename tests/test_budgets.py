@@ -155,7 +155,7 @@ def test_killed_it_goes_on_to_the_same_frontier(start, overrides, run_dir, tmp_p
 def test_a_run_of_one_budget_is_a_run(start, overrides, run_dir):
     """Its folder is what `compress` would make: with the same recipe there is nothing to do."""
     words = ["compress", "mini", "--run-dir", str(run_dir / "budgets" / "5MB")]
-    sized = [*overrides, "rank.budget.size=5MB"]
+    sized = [*overrides, "rank.budget.size=5.0 MB"]
     command = start([*words, *as_words(*sized)])
     assert command.wait(60) == 0
     assert command.stderr().count("already done") >= 6
@@ -207,7 +207,7 @@ def test_other_settings_are_refused_for_all_budgets_before_any_runs(overrides, r
     [
         (["5 MB"], [], "at least two sizes"),
         (["5 MB", "5000 kB"], [], "given twice"),
-        (["5 MB", "4 MiB"], [], "'4 MiB'; it must be a number with kB, MB or GB"),
+        (["5 MB", "4 MiB"], [], "rank.budget.size: size is '4 MiB'; it must be a number with kB, MB or GB"),
         (["5 MB", "4 MB"], ["evaluate.models=[teacher]"], "add quantized to evaluate.models"),
         (
             ["5 MB", "4 MB"],

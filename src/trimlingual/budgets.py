@@ -19,7 +19,7 @@ from typing import Any
 from trimlingual.pipeline import blocked, compress, plan, refuse_stale, stage_folders
 from trimlingual.preflight import Findings, check
 from trimlingual.recipe import Recipe
-from trimlingual.recipe.search import SIZE, SIZE_UNITS
+from trimlingual.recipe.search import BudgetSettings
 from trimlingual.resources import disk_problems
 from trimlingual.run.artifacts import ArtifactError, find_artifact, produce, trespass
 from trimlingual.run.fingerprint import HashCache
@@ -63,26 +63,31 @@ def budgets_of(
 ) -> list[Budget]:
     """The budgets, the smallest first. ValueError for a size that cannot be read or stands there twice, and for fewer than two."""
     remembered = remembered or HashCache()
-    named: dict[float, str] = {}
+    if "quantized" not in recipe.evaluate.models:
+        raise ValueError("a frontier is of evaluated models: add quantized to evaluate.models")
+    sized: dict[int, Recipe] = {}
     for size in sizes:
-        found = SIZE.fullmatch(size.strip())
-        if not found:
-            raise ValueError(f"--budget is {size!r}; it must be a number with kB, MB or GB, such as 3.3GB")
-        num_bytes = float(found[1]) * SIZE_UNITS[found[2]]
-        if num_bytes in named:
+        of_size = recipe.with_budget(size)
+        num_bytes = _settings(of_size).num_bytes
+        if num_bytes in sized:
             raise ValueError(f"--budget {size} is given twice")
-        named[num_bytes] = f"{float(found[1]):.10g}{found[2]}"
-    if len(named) < 2:
+        sized[num_bytes] = of_size
+    if len(sized) < 2:
         raise ValueError(
             "a frontier needs at least two sizes: --budget 4.5MB --budget 4MB; for one, set rank.budget and compress"
         )
-    if "quantized" not in recipe.evaluate.models:
-        raise ValueError("a frontier is of evaluated models: add quantized to evaluate.models")
-    return [_budget(named[size], recipe, run_dir, remembered) for size in sorted(named)]
+    return [_budget(of_size, run_dir, remembered) for _, of_size in sorted(sized.items(), key=lambda each: each[0])]
 
 
-def _budget(name: str, recipe: Recipe, run_dir: Path, remembered: HashCache) -> Budget:
-    of_size, folder = recipe.with_budget(name), run_dir / "budgets" / name
+def _settings(recipe: Recipe) -> BudgetSettings:
+    assert recipe.rank is not None
+    assert recipe.rank.budget is not None
+    return recipe.rank.budget
+
+
+def _budget(of_size: Recipe, run_dir: Path, remembered: HashCache) -> Budget:
+    name = _settings(of_size).size.replace(" ", "")
+    folder = run_dir / "budgets" / name
     shared: list[Step] = []
     own: list[Step] = []
     for step in plan(of_size, folder, remembered):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trimlingual.recipe.section import WIDTHS, Metric, Section
 from trimlingual.recipe.training import TrainSettings
@@ -42,10 +42,16 @@ class BudgetSettings(Section):
         assert found
         return round(float(found[1]) * SIZE_UNITS[found[2]])
 
+    @field_validator("size")
+    @classmethod
+    def _in_one_spelling(cls, size: str) -> str:
+        found = SIZE.fullmatch(size.strip())
+        if not found:
+            raise ValueError(f"size is {size!r}; it must be a number with kB, MB or GB, such as 3.3 GB")
+        return f"{float(found[1]):.12g} {found[2]}"
+
     @model_validator(mode="after")
     def _known(self) -> BudgetSettings:
-        if not SIZE.fullmatch(self.size):
-            raise ValueError(f"size is {self.size!r}; it must be a number with kB, MB or GB, such as 3.3 GB")
         for part, widths in self.bits.items():
             if wrong := [number for number in widths if number not in WIDTHS]:
                 raise ValueError(f"bits gives {part} {wrong[0]} bits; allowed are {', '.join(map(str, WIDTHS))}")
