@@ -104,6 +104,8 @@ class BudgetSearch:
     def _round(self, number: int, state: State, parent: dict[str, Any], missing: int) -> list[dict[str, Any]]:
         """The records of the actions that are scored now."""
         saves = self._candidates(state, missing)
+        if not saves:  # nothing fits any more
+            return []
         known = {a: self.known[key] for a in saves if (key := (_words(state), a.part, a.bits)) in self.known}
         records = [_after(r, number, parent) for r in known.values() if r["score"] is not None]
         pending = [a for a in saves if a not in known or known[a]["score"] is None]
