@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -202,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
-    args.given = list(arguments if arguments is not None else sys.argv[1:])
+    given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k not in ("out", "commit")}
+    args.given = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     args.out = args.out or RESULTS / f"budget_search_{args.size}.json"
     if args.size == "7b":
         args.budget = args.budget or "3.3 GB"

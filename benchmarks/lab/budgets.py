@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ SIZES: dict[int, tuple[str, int, list[str]]] = {
     83: ("83.4 MB", 13, FOUR_BIT_ROWS),
     104: ("104.2 MB", 2, FOUR_BIT_ROWS),
 }
-KINDS = ("mixed", "uniform", "proxy")
+KINDS = ("mixed", "proxy", "uniform")
 AT_ONCE = 1000  # actions per round of a plan whose actions are all scored once
 
 
@@ -178,22 +179,19 @@ def plan_of(run: Path) -> dict[str, Any] | None:
 
 
 def compare(lab: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Score of each mixed model less that of the others of its size, per language and as their mean, with 95 % intervals."""
+    """Score of one kind less that of another of its size, per language, with paired 95 % intervals, for the runs that are there."""
     found = []
-    for number in SIZES:
-        for seed in seeds:
-            runs = {kind: lab / "runs" / f"{kind}-{number}-{seed}" / "evaluations" / "quantized" for kind in KINDS}
-            results = {kind: run for kind, run in runs.items() if (run / "result.json").is_file()}
-            mine = results.pop("mixed", None)
-            for kind, other in results.items() if mine else ():
-                assert mine
-                sides = [_statistics(mine), _statistics(other)]
-                row: dict[str, Any] = {"size_mb": number, "seed": seed, "mixed_less": kind}
-                row["disk_bytes"] = [json.loads((r / "result.json").read_text())["disk_bytes"] for r in (mine, other)]
-                for code in sides[0]:
-                    interval, p = paired_bootstrap_difference(sides[0][code], sides[1][code])
-                    row[code] = {**asdict(interval), "p": round(p, 4)}
-                found.append(row)
+    for number, seed, (kind, other) in product(SIZES, seeds, combinations(KINDS, 2)):
+        pair = [lab / "runs" / f"{name}-{number}-{seed}" / "evaluations" / "quantized" for name in (kind, other)]
+        if not all((run / "result.json").is_file() for run in pair):
+            continue
+        row: dict[str, Any] = {"size_mb": number, "seed": seed, "kind": kind, "less": other}
+        row["disk_bytes"] = [json.loads((run / "result.json").read_text())["disk_bytes"] for run in pair]
+        one, two = map(_statistics, pair)
+        for code in one:
+            interval, p = paired_bootstrap_difference(one[code], two[code])
+            row[code] = {**asdict(interval), "p": round(p, 4)}
+        found.append(row)
     return found
 
 

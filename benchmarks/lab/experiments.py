@@ -262,9 +262,7 @@ def main() -> None:
     )
     parser.add_argument("--commit", default="", help="where there is no Git: the commit that is written down")
     parser.add_argument("--table", action="store_true", help="show the rows there are")
-    parser.add_argument(
-        "--compare", action="store_true", help="write what the mixed models have over others of their size"
-    )
+    parser.add_argument("--compare", action="store_true", help="write what a way to a size has over another")
     parser.add_argument("--out", type=Path, help="copy the results there after each experiment")
     args = parser.parse_args()
     lab = args.lab.absolute()
