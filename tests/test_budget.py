@@ -11,6 +11,7 @@ import torch
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.estimate import estimate
+from trimlingual.evaluation.cost import bytes_beside_weights
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.layers import without_layers
 from trimlingual.models.loading import load_model
@@ -77,8 +78,7 @@ def bytes_of(folder, stored=STORED, **rank_settings):
     model = load_model(folder, "float32", CPU)
     settings = RankSettings.model_validate({"budget": {"size": "1 MB", "bits": EVERY}, **rank_settings})
     layers = read_lineage(folder, "tiny").layers
-    beside = sum(p.stat().st_size for p in folder.iterdir() if p.suffix != ".safetensors")
-    return Smaller(model, layers, settings, stored, "bfloat16", beside)
+    return Smaller(model, layers, settings, stored, "bfloat16", bytes_beside_weights(folder))
 
 
 def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_path):

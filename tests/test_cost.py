@@ -11,11 +11,13 @@ from trimlingual.evaluation import cost
 from trimlingual.evaluation.cost import (
     MeasureError,
     Stopwatch,
+    bytes_beside_weights,
     count_parameters,
     disk_bytes,
     peak_memory,
     speed,
 )
+from trimlingual.run.lineage import Lineage
 
 
 def test_tied_parameters_count_once():
@@ -46,6 +48,19 @@ def test_disk_bytes_counts_what_is_shipped(tmp_path):
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "model" / "model.safetensors")
     assert disk_bytes(tmp_path / "snapshot") == 1000
+
+
+def test_a_run_s_lists_of_clips_are_not_shipped(tmp_path):
+    layers = {"decoder": [0, 2], "encoder": [0]}
+    lineage = Lineage(base="somebody/model", layers=layers, num_base_layers={"decoder": 3, "encoder": 1})
+    lineage = lineage.with_seen("train", [f"{i:064x}" for i in range(500)])
+    for folder, stored in ((tmp_path / "run", lineage), (tmp_path / "export", lineage.to_ship())):
+        folder.mkdir()
+        stored.save(folder)
+        (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    assert (tmp_path / "run" / "lineage.json").stat().st_size > 30_000
+    assert disk_bytes(tmp_path / "run") == disk_bytes(tmp_path / "export") < 2000
+    assert bytes_beside_weights(tmp_path / "run") == (tmp_path / "export" / "lineage.json").stat().st_size
 
 
 def test_disk_bytes_of_nothing_is_an_error(tmp_path):

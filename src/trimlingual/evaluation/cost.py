@@ -19,6 +19,7 @@ import torch
 
 from trimlingual.models.random_weights import random_weight_bytes
 from trimlingual.run.artifacts import ARTIFACT_FILE, WORK_FILE
+from trimlingual.run.lineage import LINEAGE_FILE, read_lineage
 from trimlingual.run.progress import LOG_FILE
 
 # Beside a model but no part of it: our own records, and what a Hub download leaves.
@@ -46,12 +47,25 @@ def _logical_size(parameter: torch.nn.Parameter) -> int:
 def disk_bytes(folder: Path) -> int:
     """Bytes of every file that must be shipped: weights, configuration, tokenizer.
 
-    Our records, README.md and an adapter that is merged already are left out.
+    Our records, README.md and an adapter that is merged already are left out, and the lists of clips that a run keeps in
+    `lineage.json`, which an export replaces by digests.
     Hidden folders (a Hub download's .cache) are left out; links count as what they point to; weights of a rehearsal's base
     model, which are drawn instead of read, count as if they were stored in bfloat16. Raises MeasureError if nothing is left.
     """
     folder = Path(folder)
-    shipped = [
+    shipped = _shipped(folder)
+    if not shipped:
+        raise MeasureError(f"{folder} holds no file to ship; disk_bytes needs the folder of a saved model")
+    return sum(map(_shipped_bytes, shipped)) + random_weight_bytes(folder)
+
+
+def bytes_beside_weights(folder: Path) -> int:
+    """What of a model's `disk_bytes` is not weights."""
+    return sum(_shipped_bytes(path) for path in _shipped(folder) if path.suffix != ".safetensors")
+
+
+def _shipped(folder: Path) -> list[Path]:
+    return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
@@ -60,9 +74,12 @@ def disk_bytes(folder: Path) -> int:
             part.startswith(".") or part in _NOT_SHIPPED_FOLDERS for part in path.relative_to(folder).parts[:-1]
         )
     ]
-    if not shipped:
-        raise MeasureError(f"{folder} holds no file to ship; disk_bytes needs the folder of a saved model")
-    return sum(path.stat().st_size for path in shipped) + random_weight_bytes(folder)
+
+
+def _shipped_bytes(path: Path) -> int:
+    if path.name == LINEAGE_FILE:
+        return read_lineage(path.parent).bytes_to_ship()
+    return path.stat().st_size
 
 
 class Stopwatch:

@@ -44,8 +44,8 @@ from trimlingual.run.progress import LOG_FILE
 from trimlingual.run.version import version as own_version
 
 __all__ = [
-    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "append_jsonl", "find_artifact", "fingerprint",
-    "hash_file", "machine", "produce", "read_artifact", "read_journal", "write_json", "write_text",
+    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "append_jsonl", "as_json", "find_artifact",
+    "fingerprint", "hash_file", "machine", "produce", "read_artifact", "read_journal", "write_json", "write_text",
 ]  # fmt: skip
 
 SCRATCH = (
@@ -131,7 +131,12 @@ def _cpu_name() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trimlingual.run.artifacts import write_json
+from trimlingual.run.artifacts import as_json, write_json
 from trimlingual.run.progress import say
 from trimlingual.run.records import brief, read_record
 
@@ -76,6 +76,10 @@ class Lineage:
     def save(self, folder: Path) -> None:
         """Write `lineage.json`."""
         write_json(folder / LINEAGE_FILE, asdict(self))
+
+    def bytes_to_ship(self) -> int:
+        """Size of the `lineage.json` that an export of this model has."""
+        return len(as_json(asdict(self.to_ship())).encode())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.data.splits import Split
+from trimlingual.evaluation.cost import bytes_beside_weights
 from trimlingual.models.inputs import TrainingData
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.saving import round_weights_, save_model
@@ -132,10 +133,7 @@ def _within_budget(
     others: Sequence[Path],
 ) -> PrunePlan:
     layers, dtype = folder.lineage.layers, shared.model.storage_dtype
-    beside = sum(
-        path.stat().st_size for path in folder.path.iterdir() if path.is_file() and path.suffix != ".safetensors"
-    )
-    smaller = Smaller(scorer.model, layers, scorer.settings, stored, dtype, beside)
+    smaller = Smaller(scorer.model, layers, scorer.settings, stored, dtype, bytes_beside_weights(folder.path))
     search = BudgetSearch(scorer, smaller, out_dir / JOURNAL_FILE, [other / JOURNAL_FILE for other in others])
     scorer.rounded = RoundedModel(scorer.model, layers, stored, dtype)
     return search.run()
