@@ -179,6 +179,16 @@ def few_clips(manifests, tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
+def test_fsdp_ends_with_the_training_that_asked_for_it(few_clips, tmp_path, start):
+    """The teacher is trained under FSDP (on CPUs); the trainings after it in the same processes, one with LoRA, are not."""
+    batches = [f"{section}.batch_size=2" for section in TRAINED.values()]
+    words = as_words(*WHOLE, *few_clips, CPU, *batches, "finetune.fsdp=true", "model.storage_dtype=float32")
+    start(["compress", "mini", "--run-dir", str(tmp_path), *words], 2, "tests.fsdp_on_cpu").succeed()
+    for stage in TRAINED:
+        assert read_artifact(tmp_path / stage).info["steps"] == 2
+
+
+@pytest.mark.slow
 def test_two_processes_compress_like_one(few_clips, tmp_path, start):
     """The whole recipe: same plan, distilled data and translations; losses of the same global batch up to the order of additions."""
     one, two = tmp_path / "one", tmp_path / "two"
