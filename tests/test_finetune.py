@@ -330,11 +330,11 @@ def test_stored_audio_survives_a_restart(make_model, processor, split, tmp_path,
     """Killed in the third batch: the first two are not computed again, and everything is as if never killed."""
     calls = []
 
-    def counted(model, processor, audio):
+    def counted(model, processor, audio, **kwargs):
         calls.append(len(audio))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return encode_audio(model, processor, audio)
+        return encode_audio(model, processor, audio, **kwargs)
 
     monkeypatch.setattr("trimlingual.training.stored_audio.BATCH", 2)
     monkeypatch.setattr("trimlingual.training.stored_audio.PART_S", 0.0)

@@ -57,11 +57,14 @@ def max_new_tokens(duration_s: float, settings: DecodeSettings) -> int:
 
 
 @torch.inference_mode()
-def encode_audio(model: Any, processor: Any, audio: Sequence[np.ndarray]) -> list[Tensor]:
-    """The audio tower's output for each clip, (F_i, A), without padding."""
+def encode_audio(
+    model: Any, processor: Any, audio: Sequence[np.ndarray], keep_on: torch.device | str | None = None
+) -> list[Tensor]:
+    """The audio tower's output for each clip, (F_i, A), without padding: parts of one tensor, on `keep_on` or the model's device."""
     family, weight = family_of(model), next(audio_tower(model).parameters())
     features, mask = log_mels(processor, audio, device=weight.device)
     states = family.audio_states(model, features.to(weight.device, weight.dtype), mask.to(weight.device))
+    states = states.to(keep_on or states.device)
     return [row[:count] for row, count in zip(states, family.num_states(mask.sum(-1)).tolist())]
 
 

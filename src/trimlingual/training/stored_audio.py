@@ -79,9 +79,9 @@ def _encode(
     part: dict[int, Tensor] = {}
     written = time.monotonic()
     for batch in loaded:
-        encoded = split_on_oom(partial(encode_audio, model, processor), list(batch.values()))
+        encoded = split_on_oom(partial(encode_audio, model, processor, keep_on="cpu"), list(batch.values()))
         # Copies: what the tower returns are rows of a padded batch, which would be kept whole.
-        part |= {i: row.to("cpu", copy=True) for i, row in zip(batch, encoded)}
+        part |= {i: row.clone() for i, row in zip(batch, encoded)}
         if time.monotonic() - written >= PART_S or interruptions.asked():
             states |= _write(folder, digest, part)
             part, written = {}, time.monotonic()
