@@ -19,13 +19,18 @@ from .test_budget import EVERY, METRICS, STORED, shared
 from .test_from_parent import random_case
 
 
-@pytest.mark.parametrize("number", [0, 2, 5, 9])
-@torch.no_grad()
-def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task, number):
+def traced_case(make_model, processor, split, task, number):
+    """A random model's stepper, its layers, prompts, their limits, its answers and its pass over them."""
     model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
     stepper = Stepper(PackedDecoder(model), eos)
     parent = greedy(stepper, prompts, limits, 5)
-    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    return stepper, layers, prompts, limits, parent, trace(stepper.decoder, prompts, parent, limits, layers, layers)
+
+
+@pytest.mark.parametrize("number", [0, 2, 5, 9])
+@torch.no_grad()
+def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task, number):
+    stepper, layers, prompts, limits, parent, traced = traced_case(make_model, processor, split, task, number)
     different = 0
     for position in layers:
         weight = stepper.decoder.layers[position].mlp.down_proj.weight
@@ -48,10 +53,7 @@ def test_a_changed_layer_equals_decoding_anew(make_model, processor, split, task
 @torch.no_grad()
 def test_other_tables_equal_decoding_anew(make_model, processor, split, task, number):
     """A changed head goes on from the last layer, changed embeddings from a new pass over the parent's drafts."""
-    model, eos, layers, prompts, limits = random_case(make_model, processor, split, task, number, torch.float64)
-    stepper = Stepper(PackedDecoder(model), eos)
-    parent = greedy(stepper, prompts, limits, 5)
-    traced = trace(stepper.decoder, prompts, parent, limits, layers, layers)
+    stepper, layers, prompts, limits, parent, traced = traced_case(make_model, processor, split, task, number)
     tied = stepper.decoder.head.weight is stepper.decoder.decoder.embed_tokens.weight
     for table in (stepper.decoder.decoder.embed_tokens, *([] if tied else [stepper.decoder.head])):
         before = table.weight.clone()

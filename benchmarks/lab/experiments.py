@@ -1,7 +1,7 @@
 """Runs of the whole pipeline on the laboratory's base, one thing changed at a time, and one row for each model, language and voice.
 
     python benchmarks/lab/experiments.py --lab runs/lab base                 # train the base (base.yaml), once
-    python benchmarks/lab/experiments.py --lab runs/lab system-b int4 ...    # the experiments named below, seed by seed
+    python benchmarks/lab/experiments.py --lab runs/lab system-b a-nf4 ...   # the experiments named below, seed by seed
     python benchmarks/lab/experiments.py --lab runs/lab --table
     python benchmarks/lab/experiments.py --lab runs/lab --compare --seeds 0 1    # three ways to a size (budgets.py), of runs there are
 

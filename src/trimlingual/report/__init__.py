@@ -93,11 +93,19 @@ def write_comparison(run_dirs: Mapping[str, Path], out_dir: Path) -> dict[str, A
     """
     reports = {name: collect(folder) for name, folder in run_dirs.items()}
     merged = merge(reports)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    context = _context({name: (run_dirs[name], report) for name, report in reports.items()}, merged, out_dir)
-    write_text(out_dir / "comparison.html", _templates().get_template("report.html.j2").render(context))
+    _write_page(run_dirs, reports, merged, out_dir / "comparison.html")
     write_json(out_dir / "comparison.json", {"runs": reports})
     return merged
+
+
+def _write_page(
+    run_dirs: Mapping[str, Path], reports: Mapping[str, dict[str, Any]], merged: dict[str, Any], page: Path
+) -> dict[str, Any]:
+    """The page about several runs, by name; returns what its template is given."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    context = _context({name: (run_dirs[name], report) for name, report in reports.items()}, merged, page.parent)
+    write_text(page, _templates().get_template("report.html.j2").render(context))
+    return context
 
 
 def write_frontier(run_dirs: Mapping[str, Path], out_dir: Path) -> None:
@@ -107,9 +115,7 @@ def write_frontier(run_dirs: Mapping[str, Path], out_dir: Path) -> None:
     """
     reports = {name: collect(folder) for name, folder in run_dirs.items()}
     merged = merge_budgets(reports)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    context = _context({name: (run_dirs[name], report) for name, report in reports.items()}, merged, out_dir)
-    write_text(out_dir / "frontier.html", _templates().get_template("report.html.j2").render(context))
+    context = _write_page(run_dirs, reports, merged, out_dir / "frontier.html")
     write_text(out_dir / "frontier.md", _templates().get_template("frontier.md.j2").render(context))
     shared = [model for model in merged["models"] if not model.get("budget")]
     facts = {"recipe": reports[next(iter(reports))]["recipe"]["name"], "split": merged["split"], "models": shared}

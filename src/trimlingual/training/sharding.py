@@ -39,9 +39,8 @@ def load_to_share(folder: Path, dtype: Dtype, device: torch.device) -> Any:
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             model = family_named(config.model_type).build(config).eval()
-    training = gather([parameter.requires_grad for parameter in model.parameters()])[
-        0
-    ]  # loading changes what building says
+    # Loading changes what building says of them, so the main process's word counts.
+    training = gather([parameter.requires_grad for parameter in model.parameters()])[0]
     for parameter, trains in zip(model.parameters(), training, strict=True):
         parameter.data = parameter.data.to(DTYPES[dtype])
         parameter.requires_grad = trains
