@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -57,7 +58,8 @@ class Command:
         """To every process that has not ended."""
         for process in self._processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it has ended, and the server of forks has not said so yet
+                    os.kill(process.pid, number)
 
     def kill(self) -> int:
         """`kill -9` of all; as `wait`."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,7 +50,8 @@ def kill(launcher: subprocess.Popen) -> None:
     """`kill -9` of the launcher and of its processes, which are no process group of its own."""
     processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
     for process in processes:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # ended with one before it
+            process.kill()
     launcher.communicate()
     psutil.wait_procs(processes)
 
