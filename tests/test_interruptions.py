@@ -77,7 +77,7 @@ def work():
             print("done", flush=True)
     else:
         print("begun", flush=True)
-    time.sleep(30)
+    time.sleep(300)
 
 cli.app = work
 cli.main()
@@ -92,7 +92,7 @@ def test_what_can_be_saved_is_what_else_ends_at_once(kind, number, code):
     )
     assert process.stdout.readline() == "begun\n"
     process.send_signal(number)
-    out, said = process.communicate(timeout=20)
+    out, said = process.communicate(timeout=120)
     assert process.returncode == code
     assert out == ("done\n" if kind == "deferred" else "")
     assert "stopped: " in said

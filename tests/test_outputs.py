@@ -314,7 +314,7 @@ def test_ffmpeg_ends_with_the_command(stuck, tmp_path, start):
     command = start(["translate", "builtin:mini", str(stuck), "--to", "de"], PATH=os.environ["PATH"])
     command.until((tmp_path / "pid").exists)
     command.send_signal(signal.SIGTERM)
-    assert command.wait(10) == 128 + signal.SIGTERM
+    assert command.wait(60) == 128 + signal.SIGTERM
     assert not is_running(tmp_path / "pid")
 
 
