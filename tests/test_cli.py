@@ -145,6 +145,15 @@ def test_estimates_at_the_true_size(monkeypatch):
     # q8_0 takes 34 bytes for 32 weights; audio tower and projector stay in f16.
     files = ["quantize=null", "export.for=[gguf]", "export.gguf.types=[q8_0]"]
     assert estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", files))["exported gguf"].disk_text == "~9.52 GB"
+    # q4_k_m takes about 5 bits a weight, and is made of an f16 file.
+    files[-1] = "export.gguf.types=[q4_k_m]"
+    assert estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", files))["exported gguf"].disk_text == (
+        "~6.14 GB + ~15.53 GB while it runs"
+    )
+    # Beside the checkpoints of the adapter stands the merged model, which bitsandbytes reads.
+    without_training = ["quantize.train=null"]
+    rows_merged = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", without_training))
+    assert gb(rows_merged["quantized"].while_running) == "~16.79 GB"
     small = ["quantize.scheme=int4", "quantize.eight_bit=[embeddings, lm_head]"]
     rows = estimate.estimate(load_recipe("qwen2-audio-en-de", [*small, "vocab={max_tokens: 48000, when: before}"]))
     assert rows["exported"].disk_text == "~3.24 GB"  # 3,241,882,247 bytes in benchmarks/results/formats_7b.json

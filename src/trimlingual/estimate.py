@@ -20,7 +20,9 @@ from trimlingual.recipe import (
 )
 from trimlingual.run.fingerprint import read_object
 
-GGUF_BYTES = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a float16 scale for each block of 32 weights
+# A float16 scale for each block of 32 weights. llama-quantize packs about three quarters of the weights of a q4_k_m file in 144 bytes
+# for 256, and the others in 210.
+GGUF_BYTES = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_k_m": (3 * 144 + 210) / 4 / 256}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits a weight, plus an 8-bit scale a block of 64, plus a float32 scale a block of 256 scales
 # (Dettmers et al. 2023, section 3). Without double quantisation the scale is a float32.
@@ -36,18 +38,16 @@ class Estimate:
 
     disk: float = 0  # what stays
     memory: float = 0  # 0: not estimated
-    while_running: float = (
-        0  # on disk beside it until it ends: two checkpoints, and what a frozen tower makes of the clips
-    )
-    temporary: float = 0  # in the temporary folder
+    # On disk beside it until it ends: two checkpoints, what a frozen tower makes of the clips, models on the way to the last one.
+    while_running: float = 0
     host: float = 0  # in the memory of the machine, once per process: what a frozen tower makes of the clips
     divided: bool = False  # memory is that of all GPUs together
 
     @property
     def disk_text(self) -> str:
         """`~16.79 GB + ~102.84 GB while it runs`."""
-        extra = self.while_running + self.temporary
-        return " + ".join([gb(self.disk)] * bool(self.disk) + [f"{gb(extra)} while it runs"] * bool(extra))
+        extra = [f"{gb(self.while_running)} while it runs"] * bool(self.while_running)
+        return " + ".join([gb(self.disk)] * bool(self.disk) + extra)
 
     @property
     def memory_text(self) -> str:
@@ -92,7 +92,9 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     if recipe.rank:
         each_round = recipe.rank.finetune_each_round
         trained = _training(sizes, 0, weight_bytes, stored_bytes, each_round) if each_round else Estimate()
-        rows["rank"] = Estimate(memory=max(full * weight_bytes, trained.memory), while_running=trained.while_running)
+        # A round's model stands beside that of the round before, and the last one stays.
+        beside = trained.disk + trained.while_running
+        rows["rank"] = Estimate(trained.disk, max(full * weight_bytes, trained.memory), beside)
     if recipe.finetune:
         rows["teacher"] = _training(sizes, 0, weight_bytes, stored_bytes, recipe.finetune)
     if recipe.recover:
@@ -110,21 +112,27 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     rows |= dict.fromkeys(EXPORT_STAGES.values(), Estimate(shipped))
     if recipe.export:
         kept = pruned - full + sum(trimmed.values())
-        rows[EXPORT_STAGES["gguf"]] = Estimate(_gguf_bytes(trimmed, kept, recipe.export.gguf))
+        rows[EXPORT_STAGES["gguf"]] = _gguf(trimmed, kept, recipe.export.gguf)
     for stage, splits in frozen_towers(recipe, model).items():
         states = state_bytes(recipe, sum((speech_s or {}).get(split, 0.0) for split in splits))
         rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states, host=states)
     return rows
 
 
-def _gguf_bytes(sizes: dict[str, int], kept: int, settings: GgufSettings) -> float:
-    """A file of all but tower and projector for each type, and these in f16; of `kept` weights in all."""
+def _gguf(sizes: dict[str, int], kept: int, settings: GgufSettings) -> Estimate:
+    """A file of all but tower and projector for each type, and these in f16; of `kept` weights in all.
+
+    q4_k_m is made of an f16 file, which stays only where it is asked for.
+    """
     audio, tables = sizes["audio_tower"] + sizes["projector"], sizes["embeddings"] + sizes["lm_head"]
     decoder = kept - audio - tables
-    texts = (
-        decoder * GGUF_BYTES[kind] + tables * GGUF_BYTES["q8_0" if kind == "q4_0" else kind] for kind in settings.types
-    )
-    return sum(texts) + (0 if settings.text_only else audio * GGUF_BYTES["f16"])
+    texts = {
+        kind: decoder * each + tables * GGUF_BYTES["q8_0" if kind == "q4_0" else kind]
+        for kind, each in GGUF_BYTES.items()
+    }
+    heard = 0 if settings.text_only else audio * GGUF_BYTES["f16"]
+    half = texts["f16"] * ("q4_k_m" in settings.types and "f16" not in settings.types)
+    return Estimate(sum(texts[kind] for kind in settings.types) + heard, while_running=half)
 
 
 def encoded_s(recipe: Recipe) -> Callable[[float], float]:
@@ -223,13 +231,12 @@ def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, weight_byt
     if settings.train:
         adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
         memory = _quantized_bytes(sizes, trained, weight_bytes, gone) + adapter * (2 + ADAM_STATES)
-    drawn = settings.start == "base" and recipe.model.base.startswith("random:")  # written to be read as 4-bit
-    return Estimate(
-        _quantized_bytes(sizes, settings, stored_bytes, gone) + _more_bits(recipe, gone),
-        memory,
-        CHECKPOINTS * adapter * (1 + ADAM_STATES),
-        BYTES["bfloat16"] * sum(sizes.values()) if drawn else 0,
-    )
+    beside = CHECKPOINTS * adapter * (1 + ADAM_STATES)
+    if settings.scheme != "int4":  # the merged model is written to be read in 4 bits
+        beside += stored_bytes * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
+    if settings.start == "base" and recipe.model.base.startswith("random:"):  # so are weights that are drawn
+        beside += BYTES["bfloat16"] * sum(sizes.values())
+    return Estimate(_quantized_bytes(sizes, settings, stored_bytes, gone) + _more_bits(recipe, gone), memory, beside)
 
 
 def _on_meta(recipe: Recipe) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -160,20 +159,14 @@ def _group_problems(settings: QuantizeSettings, shapes: dict[str, set[tuple[int,
 
 
 def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
-    """Free space of the run's file system and of the temporary folder's, against the peak."""
-    needed: dict[int, tuple[Path, float]] = {}
-    temporary = max((estimates.get(stage, Estimate()).temporary for stage in stages), default=0.0)
-    for folder, size in ((run_dir, disk_peak(estimates, stages)), (Path(tempfile.gettempdir()), temporary)):
-        folder = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-        first, before = needed.get(folder.stat().st_dev, (folder, 0.0))
-        needed[folder.stat().st_dev] = (first, before + size)
-    for folder, size in needed.values():
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            yield (
-                f"disk: {folder} has {gb(free)} free, but the run wants {gb(size)} there at its peak (checkpoints counted); "
-                "free some, choose another --run-dir (or TMPDIR), or train by LoRA"
-            )
+    """Free space of the run's file system against the peak."""
+    folder = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.is_dir())
+    size, free = disk_peak(estimates, stages), shutil.disk_usage(folder).free
+    if size > free:
+        yield (
+            f"disk: {folder} has {gb(free)} free, but the run wants {gb(size)} there at its peak (checkpoints counted); "
+            "free some, choose another --run-dir, or train by LoRA"
+        )
 
 
 def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
