@@ -171,8 +171,11 @@ def test_finetuning_after_every_removal(search, split, given, model_settings, tm
     monkeypatch.setattr(module, "train_", dies)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "stopped", settings, training)
+    scratch = tmp_path / "stopped" / "scratch"
+    assert {path.name for path in scratch.iterdir() if path.is_dir()} == {"round-1"}  # no checkpoints of its training
     resumed = search(tmp_path / "stopped", settings, training)
     assert len(calls) == 3, "round 1 must not be trained again"
+    assert not [path for path in scratch.iterdir() if path.is_dir()]
     assert resumed.removals == whole.removals
     pruned = tmp_path / "pruned"
     prune(given, tmp_path / "stopped", model_settings, pruned)

@@ -7,6 +7,7 @@ without searching.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,12 +155,12 @@ def _greedy_search(scorer: Scorer, training: TrainingData | None, shared: Shared
 def _finetune_round(
     scorer: Scorer, training: TrainingData, shared: SharedSettings, lineage: Lineage, removal: Removal, out_dir: Path
 ) -> None:
-    """Drop the layer for good and fine-tune; the model of each finished round is kept, so that a killed search goes on from it."""
+    """Drop the layer for good and fine-tune; the model of the last finished round is kept, so that a killed search goes on from it."""
     settings, number = scorer.settings.finetune_each_round, removal.round
     assert settings is not None
-    folder = out_dir / SCRATCH / f"round-{number}"
-    if folder.is_dir() or (out_dir / FINETUNED).is_dir():  # the model that was loaded is this round's or a later one's
+    if removal.layer not in scorer.present[removal.tower]:  # the model that was loaded is this round's or a later one's
         return
+    folder = out_dir / SCRATCH / f"round-{number}"
     scorer.drop_(removal.tower, removal.layer)
     work_dir = out_dir / SCRATCH / f"training-{number}"
     info = train_(scorer.model, scorer.processor, training, shared, settings, work_dir)
@@ -172,6 +173,9 @@ def _finetune_round(
         save_model(scorer.model, scorer.processor, partial, shared.model.storage_dtype)
         lineage.with_seen("train", {clip.audio_sha256 for clip in training.clips}).save(partial)
         partial.rename(folder)
+        for done in [*folder.parent.glob("round-*"), *folder.parent.glob("training-*")]:
+            if done != folder:
+                shutil.rmtree(done)
     else:
         round_weights_(scorer.model, shared.model.storage_dtype)
     wait_for_everyone()
