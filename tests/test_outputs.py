@@ -23,6 +23,8 @@ from trimlingual.app.translate import App, translate_files
 from trimlingual.cli import app
 from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.rows import MINI_DATA
+from trimlingual.models.loading import resolve_base
+from trimlingual.recipe import list_recipes
 from trimlingual.run.jsonl import read_jsonl
 
 from .damage import mutate_bytes
@@ -132,6 +134,23 @@ def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatc
     done = translate(talks, "--format", "text", "--out-dir", out, "--force")
     assert "was changed since" in str(done.exception)
     assert (out / "1.de.txt").read_text() == "corrected by hand"
+
+
+def test_another_model_or_another_prompt_makes_other_translations(talks, tmp_path):
+    """What stands in a model's folder counts, not the folder's name; and what a recipe says, not the recipe's name."""
+    folder, recipe = tmp_path / "model", tmp_path / "mine.yaml"
+    shutil.copytree(resolve_base("builtin:mini"), folder)
+    shutil.copy(list_recipes()["mini"], recipe)
+    words = ["translate", str(folder), str(talks / "0.ogg"), "--to", "de", "--device", "cpu", "--recipe", str(recipe)]
+    words += ["--out-dir", str(tmp_path / "out")]
+    assert [CliRunner().invoke(app, words).exit_code for _ in range(2)] == [0, 0]
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("max_new_tokens: 64", "max_new_tokens: 3"), encoding="utf-8")
+    assert "with other settings" in str(CliRunner().invoke(app, words).exception)
+    recipe.write_text(text, encoding="utf-8")
+    assert CliRunner().invoke(app, words).exit_code == 0
+    os.utime(folder / "model.safetensors")  # made anew
+    assert "with other settings" in str(CliRunner().invoke(app, words).exception)
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monkeypatch):

@@ -21,9 +21,10 @@ from trimlingual.app.segments import Cutting
 from trimlingual.app.subtitles import cues, to_srt, to_vtt
 from trimlingual.app.translate import App, Key, Segment
 from trimlingual.data.audio import DataError
+from trimlingual.exports.shipped import SHIPPED_FILE
 from trimlingual.models.loading import is_on_hub, resolve_base
 from trimlingual.recipe import Recipe
-from trimlingual.run.artifacts import append_jsonl, read_journal, write_json, write_text
+from trimlingual.run.artifacts import append_jsonl, fingerprint, read_journal, write_json, write_text
 from trimlingual.run.progress import say
 
 Format = Literal["json", "text", "srt", "vtt"]
@@ -172,11 +173,17 @@ def _identity(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _weights(model: str) -> list[list[Any]]:
-    """Names, sizes and times of change of a model folder's weights; nothing of one on the Hub."""
+def _content(model: str) -> list[list[Any]]:
+    """Names, sizes and times of change of a model folder's weights and of how it is asked; nothing of one on the Hub."""
     if is_on_hub(model):
         return []
-    return [[path.name, *_identity(path)] for path in sorted(resolve_base(model).glob("*.safetensors"))]
+    folder = resolve_base(model)
+    return [[path.name, *_identity(path)] for path in (*sorted(folder.glob("*.safetensors")), folder / SHIPPED_FILE)]
+
+
+def _asked(recipe: Recipe) -> str:
+    """Stands for what a recipe says of how a model is asked."""
+    return fingerprint("translate", {"task": recipe.task, "decode": recipe.decode, "dtype": recipe.model.dtype}, {})
 
 
 def _digest(data: bytes) -> str:
@@ -211,9 +218,10 @@ def translate_to(
         if out_dir:
             decide = {
                 "model": model,
+                "content": _content(model),
                 "languages": list(languages),
                 "cutting": vars(cutting),
-                "recipe": recipe and recipe.name,
+                "recipe": recipe and _asked(recipe),
             }
             folder = OutputFolder(out_dir, chosen, languages, decide, force)
             todo = folder.left(given)
