@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
@@ -31,7 +32,6 @@ from trimlingual.models.saving import (
     finish_saved,
     greedy_generation,
     save_model,
-    tensor_names,
     use_published_names,
 )
 from trimlingual.recipe import DecodeSettings, load_recipe
@@ -83,7 +83,8 @@ def test_doubled_prefix_is_renamed_in_place(tmp_path):
 
 
 def test_the_built_in_model_has_published_names():
-    assert not any(name.startswith(DOUBLED) for name in tensor_names(MINI / "model.safetensors"))
+    with safe_open(MINI / "model.safetensors", framework="pt") as file:
+        assert not any(name.startswith(DOUBLED) for name in file.keys())  # noqa: SIM118  (not a dict)
 
 
 def test_saved_files_are_readable_and_name_no_path(base):

@@ -17,7 +17,7 @@ from trimlingual.recipe import LoraSettings, TrainSettings
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.finetune import finetune
 from trimlingual.training.checkpoints import last_complete_checkpoint
-from trimlingual.training.loss import answer_forward, answer_loss
+from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.stored_audio import stored_states
 from trimlingual.training.trainer import make_trainer, train_
@@ -81,8 +81,8 @@ def test_stored_audio_trains_as_the_frozen_tower_would(make_model, processor, sp
     live = Collator(prompter, lambda i: load_audio(split.clips[i].audio))
     stored = Collator(prompter, live.load, encode_clips(model, processor, split.clips, 4))
     torch.testing.assert_close(
-        torch.tensor(answer_loss(model, stored, examples, 4)),
-        torch.tensor(answer_loss(model, live, examples, 4)),
+        torch.tensor(answer_logits(model, stored, examples, 4)[0]),
+        torch.tensor(answer_logits(model, live, examples, 4)[0]),
         rtol=1e-5,
         atol=0,
     )

@@ -26,7 +26,7 @@ from trimlingual.search.from_parent import NO_DRAFT
 from trimlingual.search.plan import read_plan
 from trimlingual.search.search import wave_size
 from trimlingual.stages.rank import JOURNAL_FILE, rank
-from trimlingual.training.loss import answer_loss
+from trimlingual.training.loss import answer_logits
 
 from .plain_inputs import plain_inputs
 from .test_from_parent import SHAPES
@@ -279,7 +279,7 @@ def test_shared_loss_is_the_loss(model_dir, processor, split, task, decode_setti
         for language in task.target_languages:
             examples = [Example(i, c.id, language, c.references[language]) for i, c in enumerate(split.clips)]
             with without_layers(model, {"decoder": [candidate["layer"]]}):
-                loss = answer_loss(model, collator, examples, 4)
+                loss, _ = answer_logits(model, collator, examples, 4)
             assert -candidate["scores"][language] == pytest.approx(loss, rel=1e-5)
 
 

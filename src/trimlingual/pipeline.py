@@ -18,7 +18,16 @@ from typing import Any
 
 from trimlingual.preflight import Findings, check
 from trimlingual.recipe import Recipe
-from trimlingual.run.artifacts import Artifact, ArtifactError, find_artifact, machine, produce, settle, write_text
+from trimlingual.run.artifacts import (
+    Artifact,
+    ArtifactError,
+    as_json,
+    find_artifact,
+    machine,
+    produce,
+    settle,
+    write_json,
+)
 from trimlingual.run.fingerprint import HashCache, hash_file
 from trimlingual.run.ownership import ARTIFACT_FILE, WORK_FILE, read_record
 from trimlingual.run.processes import gather, is_main_process
@@ -259,10 +268,10 @@ def _is_own_recipe(path: Path, recipe: Recipe) -> bool:
     """Whether recipe.json is as this tool writes it, beside something that it made; or is what it would write."""
     try:
         text = path.read_text(encoding="utf-8")
-        as_written = text == _json_text(json.loads(text))
+        as_written = text == as_json(json.loads(text))
     except (OSError, ValueError):
         return False
-    return text == _json_text(recipe.model_dump()) or (as_written and any(stage_folders(path.parent)))
+    return text == as_json(recipe.model_dump()) or (as_written and any(stage_folders(path.parent)))
 
 
 def stage_folders(run_dir: Path) -> Iterator[Path]:
@@ -309,8 +318,4 @@ def write_recipe(recipe: Recipe, run_dir: Path) -> None:
     """Keep the recipe, with its overrides, beside what it made."""
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "recipe.json", _json_text(recipe.model_dump()))
-
-
-def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        write_json(run_dir / "recipe.json", recipe.model_dump())

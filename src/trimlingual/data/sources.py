@@ -7,7 +7,7 @@ problems of a source are reported in one DataError with the place of each. Nothi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,11 +47,6 @@ class Clip:
         """The JSON form; audio inside `folder` is written relative to it, so that the folder can be moved."""
         audio = self.audio.relative_to(folder) if folder and self.audio.is_relative_to(folder) else self.audio
         return {**asdict(self), "audio": audio.as_posix()}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None) -> Clip:
-        """Inverse of `record`; TypeError or KeyError if fields are missing or unknown."""
-        return cls(**{**record, "audio": (folder or Path()) / record["audio"]})
 
 
 def read_source(source: Source, languages: Sequence[str], work_dir: Path) -> list[Clip]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,6 @@ def pick_device(device: str) -> torch.device:
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
-        import os
-
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
@@ -133,19 +131,9 @@ def _load_random(folder: Path, dtype: Dtype, device: torch.device, quantization_
     """A random model; to be quantised it goes through the disk, because transformers quantises only what it reads."""
     if quantization_config is None:
         return draw(folder, DTYPES[dtype], device).eval()
-    with weights_on_disk(folder, device) as stored:
-        return load_model(stored, dtype, device, quantization_config)
-
-
-@contextmanager
-def weights_on_disk(folder: Path, device: torch.device) -> Iterator[Path]:
-    """A folder whose weights are files: `folder` itself or, if its weights are drawn, a temporary one with them in bfloat16."""
-    if not is_random(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        save_model(draw(folder, torch.bfloat16, device), load_processor(folder), Path(temporary), "bfloat16")
-        yield Path(temporary)
+    with tempfile.TemporaryDirectory() as stored:
+        save_model(draw(folder, torch.bfloat16, device), load_processor(folder), Path(stored), "bfloat16")
+        return load_model(Path(stored), dtype, device, quantization_config)
 
 
 def load_processor(folder: Path, audio_padding: AudioPadding | None = None) -> Any:

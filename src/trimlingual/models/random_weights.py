@@ -24,6 +24,7 @@ from transformers import AutoConfig, GenerationConfig
 from trimlingual.models.family import Family, family_named, meta_model
 from trimlingual.models.folders import FAMILIES, library_problem, refuse
 from trimlingual.run.artifacts import fingerprint, write_json
+from trimlingual.run.fingerprint import user_cache
 from trimlingual.run.version import version as own_version
 
 RANDOM = "random:"
@@ -44,7 +45,7 @@ def random_base(name: str) -> Path:
     if shape not in shapes:
         raise ValueError(f"{name!r} is not known; random models: {', '.join(RANDOM + known for known in shapes)}")
     family, settings = shapes[shape]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimlingual" / "random"
+    cache = user_cache() / "random"
     refuse([problem for file in FAMILIES[family.model_type] if (problem := library_problem(file))])
     made_by = {"trimlingual": own_version(), "transformers": version("transformers"), "settings": settings}
     folder = cache / f"{shape}-{fingerprint('random', made_by, {})}"

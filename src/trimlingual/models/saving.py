@@ -152,12 +152,6 @@ def use_published_names(folder: Path) -> int:
     return renamed
 
 
-def tensor_names(path: Path) -> set[str]:
-    """Names in the header of a safetensors file."""
-    with path.open("rb") as file:
-        return set(_header(file)[0]) - {"__metadata__"}
-
-
 def make_readable(folder: Path) -> None:
     """Give the folder's files the permissions a new file would have."""
     mask = os.umask(0)

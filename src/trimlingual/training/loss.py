@@ -104,8 +104,3 @@ def answer_logits(model: Any, collator: Collator, examples: Sequence[Example], b
         logits.append(output["logits"].cpu())
     every = torch.cat(logits)
     return total / len(every), every
-
-
-def answer_loss(model: Any, collator: Collator, examples: Sequence[Example], batch_size: int) -> float:
-    """Teacher-forced mean loss in nats a token."""
-    return answer_logits(model, collator, examples, batch_size)[0]
