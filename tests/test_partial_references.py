@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from trimlingual.data.audio import DataError
 from trimlingual.data.sources import listing_problems, read_recordings
@@ -27,10 +28,12 @@ from trimlingual.recipe import (
 )
 from trimlingual.run.jsonl import write_jsonl
 from trimlingual.search.plan import read_plan
+from trimlingual.search.scorer import Scorer
 from trimlingual.stages.evaluate import evaluate
 from trimlingual.stages.rank import rank
 
 METRICS = {"de": "chrfpp", "zh": "chrf"}
+MIXED = {"de": "chrfpp", "zh": "loss"}  # a clip in Chinese alone is not translated
 
 
 @pytest.fixture
@@ -69,10 +72,15 @@ def test_scores_are_those_of_each_language_alone(given, parts, model_settings, d
         assert both[code]["num_clips"] == len(parts[code].clips) == len(read_translations(out, code))
 
 
-@pytest.mark.parametrize("metric", [METRICS, "loss", {"de": "chrfpp", "zh": "loss"}])
+@pytest.mark.parametrize(
+    ("metric", "batch_size"),
+    [(METRICS, 4), ("loss", 4), (MIXED, 4), (MIXED, 1)],  # in batches of one clip some hold nothing to translate
+)
 def test_candidates_score_the_mean_of_each_language_alone(
-    given, parts, model_settings, decode_settings, tmp_path: Path, metric
+    given, parts, model_settings, decode_settings, tmp_path: Path, metric, batch_size
 ):
+    decode_settings = decode_settings.model_copy(update={"batch_size": batch_size})
+
     def ranked(name: str, languages: list[str]):
         out, asked = tmp_path / name, TaskSettings(target_languages=languages)
         out.mkdir()
@@ -84,6 +92,17 @@ def test_candidates_score_the_mean_of_each_language_alone(
     for code in METRICS:
         for layer, scores in ranked(code, [code]).items():
             assert both[layer][code] == pytest.approx(scores[code], abs=1e-4)
+
+
+def test_a_gpu_takes_clips_that_are_not_translated_last(given, parts, model_settings, decode_settings, monkeypatch):
+    shared = SharedSettings(TaskSettings(target_languages=["de", "zh"]), model_settings, decode_settings)
+    model, processor = load_model(given.path, "float32", pick_device("cpu")), load_processor(given.path)
+    layers = given.lineage.layers
+    scorer = Scorer(model, processor, parts["both"], shared, RankSettings(metric=MIXED), given.lineage, layers)
+    monkeypatch.setattr(scorer._stepper.decoder, "device", torch.device("cuda"))
+    scorer.begin_round({}, {i: [[1, 2]] * ("de" in clip.references) for i, clip in enumerate(parts["both"].clips)})
+    ordered = [list(parts["both"].clips[i].references)[0] for block in scorer.blocks for i in block]
+    assert ordered == sorted(ordered)
 
 
 def test_a_manifest_may_lack_languages_but_not_all(parts, tmp_path: Path):

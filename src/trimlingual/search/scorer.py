@@ -161,7 +161,7 @@ class Scorer:
         clips = self.select.clips
 
         def length(clip: int) -> tuple[int, float, str]:
-            num_tokens = max(map(len, self.parent.get(clip, [()]))) if on_gpu else 0
+            num_tokens = max(map(len, self.parent.get(clip, ())), default=0) if on_gpu else 0
             return (-num_tokens, -clips[clip].duration_s, clips[clip].id)
 
         order = sorted(range(len(clips)), key=length)
@@ -348,13 +348,16 @@ class Scorer:
     def _trace(self, block: Sequence[int], language: str | None = None) -> Trace | None:
         """The parent's pass over a block's prompts and translations, or over its references in `language`. Made once per round.
 
-        None if it would not fit in memory, which is said once, or if an earlier one did not.
+        None if it would not fit in memory, which is said once, or if an earlier one did not; and for clips that are not translated,
+        because their only reference is in a language that is scored by its loss.
         """
         key = (tuple(block), language)
         if not self._sharing or key in self._traces:
             return self._traces.get(key)
         decoder = self._stepper.decoder
         prompts = self._prompts(block, [language] if language else self.translated)
+        if not prompts:
+            return None
         if language:
             limits = [0] * len(block)
             drafts = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
