@@ -101,7 +101,7 @@ def test_a_gpu_takes_clips_that_are_not_translated_last(given, parts, model_sett
     scorer = Scorer(model, processor, parts["both"], shared, RankSettings(metric=MIXED), given.lineage, layers)
     monkeypatch.setattr(scorer._stepper.decoder, "device", torch.device("cuda"))
     scorer.begin_round({}, {i: [[1, 2]] * ("de" in clip.references) for i, clip in enumerate(parts["both"].clips)})
-    ordered = [list(parts["both"].clips[i].references)[0] for block in scorer.blocks for i in block]
+    ordered = [next(iter(parts["both"].clips[i].references)) for block in scorer.blocks for i in block]
     assert ordered == sorted(ordered)
 
 

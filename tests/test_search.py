@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from trimlingual.models.saving import save_model
 from trimlingual.recipe import DecodeSettings, ModelSettings, RankSettings, SharedSettings, TaskSettings, load_recipe
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search import scorer
+from trimlingual.search.allowed import Candidate
 from trimlingual.search.from_parent import NO_DRAFT
 from trimlingual.search.plan import read_plan
-from trimlingual.search.search import wave_size
+from trimlingual.search.search import Search, wave_size
 from trimlingual.stages.rank import JOURNAL_FILE, rank
 from trimlingual.training.loss import answer_logits
 
@@ -342,6 +344,17 @@ def test_drafts_that_are_never_right_are_left_out(model_dir, easy, task, decode_
             (c["layer"], c["score"]) for c in plan.candidates
         ]
         drafted.clear()
+
+
+def test_a_search_that_goes_on_expects_the_time_that_its_records_took(monkeypatch, capsys, tmp_path):
+    layers = [Candidate("decoder", layer) for layer in range(4)]
+    model = SimpleNamespace(
+        candidates=lambda _: layers, lineage=None, settings=RankSettings(num_layers_to_remove=2), blocks=[], group_size=lambda: 4
+    )  # fmt: skip
+    search = Search(model, tmp_path / JOURNAL_FILE)
+    monkeypatch.setattr(search, "share_out", lambda *_: [{"seconds": 10.0}] * 4)
+    search._probe(layers)
+    assert "about 70 s at 10.00 s per candidate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["chrfpp", "loss"])

@@ -232,12 +232,12 @@ class Search:
         """Score some candidates, and say how long the whole search will take at their speed."""
         total = self._num_candidates()
         count = self._wave_size(len(candidates))
-        first = (
-            len(candidates) - count
-        ) // 2  # of middle depth, because the layers above the missing one take the time
+        first = (len(candidates) - count) // 2  # of middle depth: the layers above the missing one take the time
         started = time.perf_counter()
         probed = self.share_out(1, candidates[first : first + count], self.scorer.blocks)
-        seconds = max(time.perf_counter() - started, max(r["seconds"] for r in probed) / num_processes()) / len(probed)
+        # Records of an earlier run come at once, and say what they took.
+        of_records = max(record["seconds"] for record in probed) / num_processes()
+        seconds = max((time.perf_counter() - started) / len(probed), of_records)
         expected = f"{seconds * total / 60:.1f} minutes" if seconds * total > 90 else f"{seconds * total:.0f} s"
         say(f"  about {expected} at {seconds:.2f} s per candidate, if none is given up")
 

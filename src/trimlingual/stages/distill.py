@@ -107,7 +107,7 @@ def mix(
 ) -> tuple[list[Clip], list[Example]]:
     """Clips and examples of one epoch: gold, distilled and out-of-domain, each repeated as the mixture says.
 
-    Out-of-domain clips lend whatever target languages they have a reference for. Only clips that are used are returned.
+    Out-of-domain clips lend whatever target languages they have a reference for. Clips of a split that is not used are left out.
     """
     clips: list[Clip] = []
     examples: list[Example] = []

@@ -61,5 +61,6 @@ class LengthGroupedSampler(Sampler[int]):
         steps = [ordered[start : start + self.step_size] for start in range(0, len(ordered), self.step_size)]
         incomplete = [steps.pop()] if steps and len(steps[-1]) < self.step_size else []
         steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-        steps.sort(key=lambda step: max(self.lengths[i] for i in step) < max(self.lengths))  # stable: the longest first
+        longest = max(self.lengths, default=0)
+        steps.sort(key=lambda step: all(self.lengths[i] < longest for i in step))  # stable: the longest first
         yield from (i for step in steps + incomplete for i in step)
