@@ -76,6 +76,12 @@ def test_what_can_change_a_result_makes_its_stage_and_all_after_it_stale(overrid
     assert "report" in changed
 
 
+def test_how_a_model_is_decoded_ships_with_it_evaluated_or_not():
+    for evaluated in ("[base]", "[base, teacher]"):
+        settings = (f"evaluate.models={evaluated}", "rank=null", "distill=null", "recover=null", "quantize=null")
+        assert prints(*settings)["exported"] != prints(*settings, "decode.max_new_tokens=9")["exported"]
+
+
 def test_another_runtime_makes_nothing_stale():
     before, after = prints(), prints("export.for=[transformers, gguf]")
     assert {name for name in after if before.get(name) != after[name]} == {"exported gguf", "report"}

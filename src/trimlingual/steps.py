@@ -340,7 +340,9 @@ def export_step(recipe: Recipe, runtime: Runtime, model: Ref, evaluation: Ref | 
     base = recipe.model.model_copy(
         update={"base": public_name(recipe.model.base)}
     )  # artifact.json stands in what ships
-    settings = _settings(recipe) | {"model": base, "name": recipe.name}
+    # How the model is decoded stands in what ships; an evaluation covers it.
+    decode = None if evaluation else recipe.decode
+    settings = _settings(recipe, decode=decode) | {"model": base, "name": recipe.name}
     if runtime == "gguf" and recipe.export:
         settings["gguf"] = recipe.export.gguf
     folder = run_dir / name.replace(" ", "-")

@@ -19,7 +19,6 @@ from trimlingual.models.errors import ModelError
 from trimlingual.models.family import Family, family_of_processor
 from trimlingual.models.loading import BUILTIN, is_on_hub, load_processor, resolve_base
 from trimlingual.recipe import HubSource, Recipe, Runtime, Source
-from trimlingual.recipe.languages import language_name
 from trimlingual.report.tables import METRIC_NAMES, outcome_row, outcome_text
 from trimlingual.run.version import version
 
@@ -55,7 +54,7 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         version=version(),
         prompt=prompt,
         conversation=json.dumps(family.conversation(recipe.task.system_prompt, prompt), ensure_ascii=False),
-        languages=[language_name(code) or code for code in recipe.task.target_languages],
+        languages=[recipe.task.language_name(code) for code in recipe.task.target_languages],
         base=lineage.to_ship().base.removeprefix(BUILTIN),
         is_random=finished.is_random,
         on_hub=is_on_hub(lineage.base),
