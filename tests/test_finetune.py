@@ -241,6 +241,33 @@ def test_resumed_training_ends_with_equal_weights(
         assert torch.equal(straight[name], resumed[name]), name
 
 
+@pytest.mark.parametrize(
+    "damage", ["optimizer.pt missing", "rng_state.pth missing", "model.safetensors cut", "mark empty"]
+)
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    make_model, processor, shared, data, tmp_path, killed_in_step, capsys, damage
+):
+    """The Trainer itself would take up one without its optimizer, and end with other weights."""
+    settings = TrainSettings(max_steps=7, learning_rate=1e-3, save_steps=2)
+    straight = make_model(layers=2)
+    train_(straight, processor, data, shared, settings, tmp_path / "straight")
+    with killed_in_step(5):
+        train_(make_model(layers=2), processor, data, shared, settings, tmp_path / "stopped")
+    name, kind = damage.split()
+    file = tmp_path / "stopped" / "checkpoint-4" / ("complete.json" if name == "mark" else name)
+    if kind == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if kind == "empty" else file.read_bytes()[:-1])
+    resumed = make_model(layers=2)
+    train_(resumed, processor, data, shared, settings, tmp_path / "stopped")
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is damaged" in said
+    assert "training goes on at step 2 of 7" in said
+    for ours, theirs in zip(resumed.parameters(), straight.parameters()):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.fixture
 def trained(make_model, processor, shared, data, tmp_path):
     """Trains a small model for some steps in one folder; a clock that goes on by so many seconds a step, and the steps saved."""

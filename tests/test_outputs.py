@@ -25,6 +25,7 @@ from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.rows import MINI_DATA
 from trimlingual.models.loading import resolve_base
 from trimlingual.recipe import list_recipes
+from trimlingual.run.artifacts import alone
 from trimlingual.run.jsonl import read_jsonl
 
 from .damage import mutate_bytes
@@ -176,6 +177,50 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_left(talks, tmp_path, monke
     assert translate(talks, "--format", "srt", "--out-dir", out).exit_code == 0
     assert len(batches) == 1
     assert sorted(os.listdir(out)) == ["0.de.srt", "1.de.srt", "2.de.srt", MADE_FILE]
+
+
+def test_a_kill_at_any_write_is_gone_on_from(talks, tmp_path, monkeypatch):
+    """At each in turn, and then at the first of the next start: nothing is taken for somebody else's, no segment is lost."""
+    translated, fsync, batches = [], os.fsync, App._batches
+
+    def counted(self, ahead):
+        for batch in batches(self, ahead):
+            translated.extend(batch)
+            yield batch
+
+    def run(out: Path, num_writes: int):
+        def dies(descriptor):
+            nonlocal num_writes
+            num_writes -= 1
+            if num_writes < 0:
+                raise KeyboardInterrupt
+            fsync(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", dies)
+            return translate(talks / "0.ogg", "--format", "srt", "--out-dir", out)
+
+    monkeypatch.setattr(App, "_batches", counted)
+    for kills in range(99):
+        out = tmp_path / f"out-{kills}"
+        translated.clear()
+        if run(out, kills).exit_code == 0:
+            break
+        run(out, 0)
+        done = run(out, 99)
+        assert done.exit_code == 0, done.exception
+        assert sorted(os.listdir(out)) == ["0.de.srt", MADE_FILE]
+        assert len(translated) == 1
+    assert kills > 3
+
+
+def test_two_commands_do_not_write_into_one_folder(talks, tmp_path):
+    out = tmp_path / "out"
+    with alone(out / MADE_FILE):
+        done = translate(talks, "--format", "srt", "--out-dir", out)
+    assert "another run is making" in str(done.exception)
+    assert os.listdir(out) == []
+    assert translate(talks, "--format", "srt", "--out-dir", out).exit_code == 0
 
 
 def test_formats():

@@ -12,7 +12,9 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,8 @@ from trimlingual.data.audio import DataError
 from trimlingual.exports.shipped import SHIPPED_FILE
 from trimlingual.models.loading import is_on_hub, resolve_base
 from trimlingual.recipe import Recipe
-from trimlingual.run.artifacts import append_jsonl, fingerprint, read_journal, write_json, write_text
+from trimlingual.run.artifacts import alone, append_jsonl, fingerprint, read_journal, write_json, write_text
+from trimlingual.run.jsonl import write_jsonl
 from trimlingual.run.progress import say
 
 Format = Literal["json", "text", "srt", "vtt"]
@@ -76,8 +79,7 @@ class OutputFolder:
         header, *lines = _read_segments(journal) or [{}]
         now = {"settings": self.settings, "recordings": {each.name: _identity(each.path) for each in given}}
         if not header or self.force:
-            journal.unlink(missing_ok=True)
-            append_jsonl(journal, now)
+            write_jsonl(journal, [now])
             return {}
         if header.get("settings") != self.settings:
             raise DataError(
@@ -85,11 +87,9 @@ class OutputFolder:
                 "folder, or give --force to begin again"
             )
         same = {name for name, identity in now["recordings"].items() if header["recordings"].get(name) == identity}
-        found = {tuple(line["key"]): Segment(**line["segment"]) for line in lines if line["key"][0] in same}
-        journal.unlink()
-        append_jsonl(journal, now)
-        for key, segment in found.items():
-            self.remember(key, segment)
+        kept = [line for line in lines if line["key"][0] in same]
+        found = {tuple(line["key"]): Segment(**line["segment"]) for line in kept}
+        write_jsonl(journal, [now, *kept])
         if found:
             say(f"  {len(found)} segments were translated by an earlier run")
         return found
@@ -99,13 +99,15 @@ class OutputFolder:
         append_jsonl(self.folder / JOURNAL_FILE, {"key": list(key), "segment": vars(segment)})
 
     def write(self, given: Given, record: dict[str, Any]) -> Path:
-        """The file of one recording in one language."""
+        """The file of one recording in one language. It is listed first: a kill leaves no file that nobody is known to have made."""
         path = self._path(given, record["language"])
         text = rendered(record, self.form)
-        write_text(path, text)
         made = {"sha256": _digest(text.encode()), "of": self._of(given), "faults": len(_faults(record))}
+        if path.is_file():
+            made["replaces"] = _digest(path.read_bytes())
         self.made[path.name] = made
         write_json(self.folder / MADE_FILE, {MADE_BY: self.made})
+        write_text(path, text)
         return path
 
     def faults(self, done: Sequence[Given]) -> int:
@@ -128,11 +130,12 @@ class OutputFolder:
         if not os.path.lexists(path):
             return False
         made = self.made.get(path.name)
-        if made is None or not path.is_file() or made["sha256"] != _digest(path.read_bytes()):
+        digest = _digest(path.read_bytes()) if path.is_file() else None
+        if made is None or digest is None or digest not in (made["sha256"], made.get("replaces")):
             raise DataError(
                 f"{path} was not made by this command, or was changed since: move it away, or choose another folder (--out-dir)"
             )
-        if made["of"] == self._of(given) and not self.force:
+        if (made["sha256"], made["of"]) == (digest, self._of(given)) and not self.force:
             return True
         if not self.force:
             raise DataError(f"{path} was made from another recording or with other settings; --force makes it again")
@@ -208,7 +211,7 @@ def translate_to(
     if form not in ENDING:
         raise DataError(f"--format {form} is unknown; choose one of {', '.join(ENDING)}")
     chosen: Format = form
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         given = recordings(audio, Path(scratch))
         if chosen in ("srt", "vtt") and not out_dir and len(given) * len(languages) > 1:
             raise DataError(
@@ -223,7 +226,10 @@ def translate_to(
                 "cutting": vars(cutting),
                 "recipe": recipe and _asked(recipe),
             }
-            folder = OutputFolder(out_dir, chosen, languages, decide, force)
+            opened = partial(OutputFolder, out_dir, chosen, languages, decide, force)
+            if opened().left(given):  # which refuses what cannot be, before anything is written
+                stack.enter_context(alone(out_dir / MADE_FILE))
+            folder = opened()  # as it is now that no other command changes it
             todo = folder.left(given)
             if done := [each for each in given if each not in todo]:
                 say(f"  {len(done)} of {len(given)} recordings are done already")

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -44,8 +44,8 @@ from trimlingual.run.progress import LOG_FILE
 from trimlingual.run.version import version as own_version
 
 __all__ = [
-    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "append_jsonl", "as_json", "find_artifact",
-    "fingerprint", "hash_file", "machine", "produce", "read_artifact", "read_journal", "write_json", "write_text",
+    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "alone", "append_jsonl", "as_json", "find_artifact",
+    "fingerprint", "hash_file", "machine", "produce", "read_artifact", "read_journal", "sync", "write_json", "write_text",
 ]  # fmt: skip
 
 SCRATCH = (
@@ -149,6 +149,16 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def sync(paths: Iterable[Path]) -> None:
+    """Have files on the disk itself, so that what is then marked as whole is whole after a power cut too."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record and flush it to disk at once: what was paid for is not lost."""
     with path.open("a", encoding="utf-8") as file:
@@ -233,7 +243,7 @@ def produce(
     if existing is not None and existing.fingerprint == expected and (settled or not force):
         return existing
     main = is_main_process()
-    with _alone(folder):
+    with alone(folder):
         record = {"stage": stage, "settings": plain(settings), "decisive": decisive(settings), "inputs": dict(inputs)}
         if main:
             _prepare(partial, expected, record)
@@ -248,13 +258,12 @@ def produce(
             raise
         wait_for_everyone()
         if main:
-            shutil.rmtree(partial / SCRATCH, ignore_errors=True)
             artifact = Artifact(
                 **record,
                 fingerprint=expected,
                 origins=dict(origins or {}),
                 info=json.loads(json.dumps(info)),
-                files=tool_files(partial),
+                files=_flushed_files(partial),
                 seconds=round(time.perf_counter() - started, 3),
                 created=earlier["created"],
                 machine=machine(),
@@ -305,8 +314,8 @@ def _check(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mappin
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs from working on the same artefact; ArtifactError if one is. A process that dies lets go of the lock."""
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other runs from making the same thing; ArtifactError if one does. A process that dies lets go of the lock."""
     if not is_main_process():
         yield
         return
@@ -322,8 +331,8 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is not the next holder's
         lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _who(work_file: Path) -> str:
@@ -341,7 +350,7 @@ def settle(folder: Path) -> bool:
     aside, partial = aside_of(folder), partial_of(folder)
     waiting = False
     if is_main_process() and (is_finished(partial) or is_finished(aside)):
-        with _alone(folder):
+        with alone(folder):
             waiting = is_finished(partial) and not why_not_ours(folder, replaces=True)
             if waiting:
                 _finish(partial, folder)
@@ -352,8 +361,19 @@ def settle(folder: Path) -> bool:
     return any(gather(waiting))
 
 
+def _flushed_files(partial: Path) -> dict[str, int]:
+    """What was made, as `tool_files`, and without what only the work needed; it is on the disk itself."""
+    files = {name: size for name, size in tool_files(partial).items() if Path(name).parts[0] != SCRATCH}
+    sync(partial / name for name in files)
+    return files
+
+
 def _finish(partial: Path, folder: Path) -> None:
-    """Give a whole `.partial` folder its name. At every moment the old one or the new one is whole on disk."""
+    """Give a whole `.partial` folder its name. At every moment the old one or the new one is whole on disk.
+
+    What only the work needed goes now, and not before: a kill meanwhile costs nothing that would have to be done again.
+    """
+    shutil.rmtree(partial / SCRATCH, ignore_errors=True)
     (partial / WORK_FILE).unlink(missing_ok=True)
     aside = aside_of(folder)
     if is_finished(aside):  # put aside by a run that was killed, and no longer needed

@@ -20,8 +20,9 @@ import torch
 from transformers import TrainerCallback
 
 from trimlingual.run import interruptions
-from trimlingual.run.artifacts import write_json
+from trimlingual.run.artifacts import sync, write_json
 from trimlingual.run.fingerprint import read_object
+from trimlingual.run.ownership import tool_files
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
 from trimlingual.run.progress import progress, say
 
@@ -100,6 +101,9 @@ class Checkpoints(TrainerCallback):
         """Mark the checkpoint as whole: a killed run must not resume from half of one."""
         pending = gather(float(self.trainer._tr_loss))
         wait_for_everyone()  # every process has written its part
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = _files(folder) if state.is_world_process_zero else {}
+        sync(folder / name for name in files)
         self._last = self.clock()
         self._cost = self._last - self._began
         if state.is_world_process_zero:
@@ -110,8 +114,9 @@ class Checkpoints(TrainerCallback):
                 "pending_loss": sum(pending) / len(pending),
                 "logged_step": self.trainer._globalstep_last_logged,
                 "total_loss": self.trainer._total_loss_scalar,
+                "files": files,
             }
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, record)
+            write_json(folder / COMPLETE_FILE, record)
         self._from, self._starts = state.global_step, 0
         self._remember(state.global_step, state.global_step)
 
@@ -149,14 +154,29 @@ def step_size_of(checkpoint: str) -> int | None:
 
 
 def last_complete_checkpoint(work_dir: Path) -> str | None:
-    """Newest checkpoint that was written to its end, or None; incomplete ones are removed."""
+    """Newest checkpoint that was written to its end and is still whole, or None; all others are removed."""
     wait_for_everyone()
     found = []
     for folder in work_dir.glob("checkpoint-*"):
-        if (folder / COMPLETE_FILE).is_file():
+        if _is_whole(folder):
             found.append(folder)
         elif is_main_process():
+            if (folder / COMPLETE_FILE).exists():
+                say(f"WARNING: {folder} is damaged (files are missing or cut off), so training does not go on from it")
             shutil.rmtree(folder)
     wait_for_everyone()
     newest = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     return str(newest) if newest else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is marked as complete and has all files that the mark lists, which those of earlier versions do not.
+
+    Without the optimizer's file, for one, the Trainer would go on all the same, with an optimizer that has forgotten everything.
+    """
+    record = read_object(checkpoint / COMPLETE_FILE)
+    return bool(record) and record.get("files", {}).items() <= _files(checkpoint).items()
+
+
+def _files(checkpoint: Path) -> dict[str, int]:
+    return {name: size for name, size in tool_files(checkpoint).items() if name != COMPLETE_FILE}
