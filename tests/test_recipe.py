@@ -150,9 +150,53 @@ def test_bad_overrides(override, message):
         load_recipe("mini", ["quantize.train.data.distilled=1", override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("finetune.learning_rate=.inf", "finetune.learning_rate: Input should be a finite number"),
+        ("decode.tokens_per_second=1e400", "decode.tokens_per_second: Input should be a finite number"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0"),
+        ("seed=4294967296", "seed: Input should be less than 4294967296"),
+        ("rank.budget.size=1000000000000 GB", "size is '1000000000000 GB'; it must be a number"),
+        ("rank.budget.size=0.00001 kB", "size is '0.00001 kB'; it must be a number"),
+    ],
+)
+def test_numbers_that_only_fail_later_are_refused(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("mini", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("finetune: {epochs: 5}\nname: x\nfinetune: {batch_size: 2}\n", 3), ("finetune:\n  epochs: 1\n  epochs: 5\n", 3)],
+)
+def test_a_key_that_stands_there_twice_is_an_error(tmp_path, text, line):
+    """YAML's last one would win, and the settings of the first be lost."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        RecipeError, match=rf"is not YAML: the key '\w+' stands there twice; remove one\n.*line {line},"
+    ):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="the key 'r' stands there twice"):
+        load_recipe("mini", ["recover.lora={r: 1, r: 2}"])
+
+
+def test_merged_keys_may_be_given_again(tmp_path):
+    path = tmp_path / "r.yaml"
+    lora = (
+        "finetune: {lora: &a {r: 1}}\nrecover: {lora: &b {<<: *a, r: 2}}\nquantize: {train: {lora: {<<: *b, r: 3}}}\n"
+    )
+    path.write_text(yaml.dump(MINIMAL) + lora)
+    recipe = load_recipe(path)
+    assert [train.lora.r for train in (recipe.finetune, recipe.recover, recipe.quantize.train)] == [1, 2, 3]
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(RecipeError, match=r"neither a file nor a shipped recipe; shipped: .*, mini, "):
         load_recipe("nonsense")
+    with pytest.raises(RecipeError, match="is a folder; give the YAML file"):
+        load_recipe(tmp_path)
     path = tmp_path / "r.yaml"
     path.write_text("a: [1,")
     with pytest.raises(RecipeError, match="is not YAML"):

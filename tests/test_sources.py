@@ -15,7 +15,7 @@ from trimlingual.data import hub as hub_module
 from trimlingual.data import rows
 from trimlingual.data.audio import DataError, inspect_audio
 from trimlingual.data.hub import COMMIT_FILE
-from trimlingual.data.sources import Clip, read_source, source_fingerprint
+from trimlingual.data.sources import Clip, listing_problems, read_source, source_fingerprint
 from trimlingual.recipe import BuiltinSource, Covost2Source, FolderSource, HubSource, ManifestSource
 from trimlingual.run.artifacts import hash_file
 
@@ -104,6 +104,24 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path):
         assert says in line
 
 
+@pytest.mark.parametrize("part", ["offset", "start", "begin"])
+def test_a_manifest_of_parts_of_recordings_is_refused(tmp_path, part):
+    """Each line would be trained on with the whole recording."""
+    write_wav(tmp_path / "talk.wav", 1)
+    lines = [{"audio": "talk.wav", "id": str(n), part: 0.5 * n, "duration": 0.5, "reference": "ja"} for n in range(2)]
+    with pytest.raises(DataError, match=f"line 2: {part} is 0.5, but recordings are read whole"):
+        read_lines(tmp_path, lines)
+    assert len(read_lines(tmp_path, lines[:1])) == 1
+
+
+def test_an_id_twice_is_found_before_anything_is_decoded(tmp_path):
+    write_wav(tmp_path / "a.wav", 1)
+    lines = [{"audio": "a.wav", "id": "x", "reference": text} for text in ("eins", "zwei")]
+    source = ManifestSource(path=str(write_manifest(tmp_path / "m.jsonl", lines)))
+    (problem,) = listing_problems(source, ["de"])
+    assert "line 2: id 'x' was used in line 1" in problem
+
+
 def test_only_the_first_20_problems_are_spelled_out(tmp_path):
     with pytest.raises(DataError, match=r"has 23 problem\(s\)") as caught:
         read_lines(tmp_path, ["{"] * 23)
@@ -162,6 +180,26 @@ def test_folder_problems(tmp_path):
         read_source(source.model_copy(update={"references": {"de": "german"}}), ["de"], tmp_path)
     with pytest.raises(DataError, match="names no column for zh, only for de"):
         read_source(source, ["de", "zh"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (
+            "file_name,de\na.wav,Hallo\nb.wav,Guten Tag, du\n",
+            r"line 3 has 1 cell\(s\) more than the header, the first ' du'",
+        ),
+        ('file_name,de\na.wav,"Hallo\nb.wav,Tag\n', "a quote in it may not be closed"),
+        ('file_name,de\na.wav,"Hallo" sagt er\n', "a quote in it may not be closed or not be doubled"),
+        ("file_name,de,de\na.wav,Hallo,Tag\n", "has more than one column de"),
+    ],
+)
+def test_a_table_that_would_lose_text_is_refused(tmp_path, table, says):
+    for name in ("a.wav", "b.wav"):
+        write_wav(tmp_path / name, 1)
+    (tmp_path / "metadata.csv").write_text(table)
+    with pytest.raises(DataError, match=says):
+        read_source(FolderSource(kind="folder", path=str(tmp_path), references={"de": "de"}), ["de"], tmp_path)
 
 
 def make_covost2(tmp_path: Path, num: int = 6) -> Covost2Source:

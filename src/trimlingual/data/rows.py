@@ -21,6 +21,7 @@ from trimlingual.run.jsonl import numbered_lines, parse_json
 
 MINI_DATA = Path(__file__).resolve().parents[1] / "mini" / "data"
 MAX_REPORTED = 20  # problems spelled out in one error
+PART_KEYS = ("offset", "start", "begin")  # where other tools' manifests say that a line is a part of its recording
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Rows(list[Row]):
         self.languages = languages
         self.problems: list[tuple[int, str]] = []  # (how many rows came before, what)
         self.without_reference: list[tuple[int, str]] = []  # the same, of rows that lack some language, but not all
+        self._first: dict[str, str] = {}  # id -> where it was used
 
     def problem(self, where: str, what: str) -> None:
         """Note what is wrong with the row that comes next."""
@@ -58,6 +60,8 @@ class Rows(list[Row]):
         name = audio.stem if id is None else clean_text(str(id) if type(id) is int else id)
         if not name:
             self.problem(where, f"id is {id!r} but must be text; correct it, or leave it out to use the file's name")
+        elif (first := self._first.setdefault(name, where)) != where:
+            self.problem(where, f"id {name!r} was used in {first}; give each clip an id of its own")
         self.append(Row(where, name, audio, given, clean_text(source) or None))
 
     def require_all_languages(self) -> None:
@@ -142,6 +146,12 @@ def manifest_rows(path: Path, languages: Sequence[str]) -> Rows:
         if not clean_text(record.get("audio")):
             rows.problem(where, 'no audio; write {"audio": "path of a file", "references": {"<language>": "text"}}')
             continue
+        if part := next((key for key in PART_KEYS if _is_positive(record.get(key))), None):
+            rows.problem(
+                where,
+                f"{part} is {record[part]!r}, but recordings are read whole: write each part into a file of its own "
+                f"(where the file is the part already, take `{part}` out)",
+            )
         references = record.get("references", {})
         if "reference" in record:
             if len(languages) > 1 or "references" in record:
@@ -155,6 +165,10 @@ def manifest_rows(path: Path, languages: Sequence[str]) -> Rows:
         audio = find_audio(path.parent, record["audio"])
         rows.add(where, audio, references, record.get("source"), record.get("id"))
     return rows
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
 
 
 def _objects(path: Path, rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -173,17 +187,28 @@ def _objects(path: Path, rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _table(path: Path, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("line N", row) of a CSV or TSV file with a header; DataError if a column is missing."""
+    """Yield ("line N", row) of a CSV or TSV file with a header.
+
+    DataError where a column is missing or stands there twice, or a line has more cells than the header.
+    """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), **dialect)
     try:
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
             has = ", ".join(reader.fieldnames or ())
             raise DataError(f"{path} has no column {', '.join(missing)} (it has {has}); correct the recipe or the file")
+        if twice := [column for column in columns if (reader.fieldnames or []).count(column) > 1]:
+            raise DataError(f"{path} has more than one column {', '.join(twice)}; rename or remove the others")
         for row in reader:
+            if extra := row.get(None):  # type: ignore[call-overload]
+                raise DataError(
+                    f"{path}, line {reader.line_num} has {len(extra)} cell(s) more than the header, the first {extra[0]!r}: put a "
+                    "text with a delimiter in it in quotes, else only its beginning would be read"
+                )
             yield f"line {reader.line_num}", row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; write it as CSV with a header") from error
+        what = f"{error}; a quote in it may not be closed or not be doubled" if dialect.get("strict") else str(error)
+        raise DataError(f"{path}, line {reader.line_num}: {what}; write it as CSV with a header") from error
 
 
 def columns_of(source: FolderSource | HubSource, languages: Sequence[str]) -> dict[str, str]:
@@ -223,7 +248,7 @@ def folder_rows(source: FolderSource, languages: Sequence[str]) -> Rows:
     if path.suffix == ".jsonl":
         lines = _objects(path, rows)
     else:
-        lines = _table(path, ["file_name", *columns.values(), *optional])
+        lines = _table(path, ["file_name", *columns.values(), *optional], strict=True)
     for where, row in lines:
         if not clean_text(row.get("file_name")):
             rows.problem(where, "file_name is empty; write the audio file's path in the folder")

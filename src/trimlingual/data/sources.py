@@ -138,13 +138,9 @@ def _verify(rows: Rows) -> tuple[list[Clip], dict[Path, Recording]]:
         for path, result in zip(paths, results):
             found[path] = result
             advance(1)
-    first: dict[str, str] = {}
     clips = []
     for position, row in enumerate(rows):
         heard = found[row.audio]
-        if row.id and first.setdefault(row.id, row.where) != row.where:
-            what = f"{row.where}: id {row.id!r} was used in {first[row.id]}; give each clip an id of its own"
-            rows.problems.append((position, what))
         if isinstance(heard, DataError):
             rows.problems.append((position, f"{row.where}: {heard}"))
         else:

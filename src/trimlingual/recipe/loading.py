@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -44,6 +44,20 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem by path."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error: of two sections the first would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key.value in [other.value for other in keys[:number]]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands there twice; remove one", problem_mark=key.start_mark
+                )
+        return node
+
+
 @dataclass(frozen=True)
 class SharedSettings:
     """What every stage that runs a model needs to know of a recipe, beside its own section."""
@@ -59,7 +73,9 @@ class Recipe(Section):
 
     name: str = Field(description="of the run; its folder is runs/NAME by default")
     description: str = Field(default="", description="one line, for `trimlingual recipes`")
-    seed: int = Field(default=0, description="of training and of adapters' first weights")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="of training and of adapters' first weights"
+    )
     model: ModelSettings = Field(description="the base model")
     task: TaskSettings = Field(description="languages and prompt")
     data: DataSettings = Field(description="the clips")
@@ -232,6 +248,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises RecipeError with every problem at once.
     """
     path = Path(name_or_path)
+    if path.is_dir():
+        raise RecipeError(f"recipe {str(name_or_path)!r} is a folder; give the YAML file")
     if not path.is_file():
         shipped = list_recipes()
         if str(name_or_path) not in shipped:
@@ -240,7 +258,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             )
         path = shipped[str(name_or_path)]
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except YAML_PROBLEMS as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -297,7 +315,7 @@ def _explain(problem: Any) -> str:
     given = problem["input"]
     if isinstance(given, (str, int, float, bool)):
         hint = ""
-        if isinstance(given, str) and _is_number(given):
+        if isinstance(given, str) and "e" in given.lower() and _is_number(given):
             hint = " (YAML reads 3e-4 as text: write 3.0e-4)"
         return f"{message}; got {given!r}{hint}"
     return message
@@ -318,7 +336,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise RecipeError(f"--set {override!r} must look like section.key=value, e.g. rank.num_layers_to_remove=4")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except YAML_PROBLEMS as error:
         what = str(getattr(error, "problem", None) or error).splitlines()[0]
         raise RecipeError(

@@ -46,9 +46,10 @@ class BudgetSettings(Section):
     @classmethod
     def _in_one_spelling(cls, size: str) -> str:
         found = SIZE.fullmatch(size.strip())
-        if not found:
+        spelled = f"{float(found[1]):.12g} {found[2]}" if found else ""
+        if not SIZE.fullmatch(spelled):  # also a number that is only written with an exponent
             raise ValueError(f"size is {size!r}; it must be a number with kB, MB or GB, such as 3.3 GB")
-        return f"{float(found[1]):.12g} {found[2]}"
+        return spelled
 
     @model_validator(mode="after")
     def _known(self) -> BudgetSettings:

@@ -25,6 +25,6 @@ NO_RESULT: dict[str, JsonValue] = {"result": False}
 
 
 class Section(BaseModel):
-    """Strict base: no unknown keys, no silent conversion of `"3e-4"` or `no` (YAML 1.1 traps), immutable."""
+    """Strict base: no unknown keys, no infinity, no silent conversion of `"3e-4"` or `no` (YAML 1.1 traps), immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True, allow_inf_nan=False)

@@ -101,8 +101,8 @@ class TrainSettings(Section):
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="over which the rate rises from 0")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of AdamW")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="longer gradients are scaled down to this norm"
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = Field(
+        default=1.0, description="longer gradients are scaled down to this norm; .inf: none are"
     )
     length_grouped: bool = Field(default=True, description="clips of similar length share a step: less padding")
     optimizer: str = Field(
