@@ -200,7 +200,7 @@ def _table(path: Path, columns: Sequence[str], **dialect: Any) -> Iterator[tuple
         if twice := [column for column in columns if (reader.fieldnames or []).count(column) > 1]:
             raise DataError(f"{path} has more than one column {', '.join(twice)}; rename or remove the others")
         for row in reader:
-            if extra := row.get(None):  # type: ignore[call-overload]
+            if extra := row.get(None):
                 raise DataError(
                     f"{path}, line {reader.line_num} has {len(extra)} cell(s) more than the header, the first {extra[0]!r}: put a "
                     "text with a delimiter in it in quotes, else only its beginning would be read"

@@ -47,7 +47,7 @@ class RecipeError(ValueError):
 class _Loader(yaml.SafeLoader):
     """YAML in which a key that stands twice in a mapping is an error: of two sections the first would be lost without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, key in enumerate(keys):
