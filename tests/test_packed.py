@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
@@ -16,6 +17,7 @@ from trimlingual.models.packed_layers import (
     PackedEmbedding,
     PackedLinear,
     TorchLinear,
+    integers_of,
     no_slower_packed,
 )
 from trimlingual.quantization.int4 import save_packed
@@ -103,6 +105,14 @@ def test_pytorchs_kernel_is_left_where_it_does_not_fit():
     assert not TorchLinear.fits(*drawn(64, 64, 32, torch.float32)[:2], 4)
     assert not TorchLinear.fits(*drawn(72, 64, 32, torch.bfloat16)[:2], 4)
     assert not TorchLinear.fits(*drawn(64, 64, 32, torch.bfloat16)[:2], 8)
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_words_of_every_width_are_read_as_the_library_writes_them(num_bits):
+    """A folder that was made elsewhere may have widths that no recipe asks for."""
+    half = 2 ** (num_bits - 1)
+    integers = torch.randint(-half, half, (3, 320), dtype=torch.int8)
+    assert torch.equal(integers_of(pack_to_int32(integers, num_bits), num_bits).int() - half, integers.int())
 
 
 def test_eight_bits_by_hand():

@@ -245,7 +245,8 @@ def integers_of(words: Tensor, num_bits: int) -> Tensor:
     parts = words.view(torch.uint8).view(len(words), -1, num_bytes)
     whole = parts[..., 0]
     if num_bytes > 1:
-        whole = torch.stack([parts[..., i].int() << 8 * i for i in range(num_bytes)]).sum(0, dtype=torch.int32)
+        kind = torch.int32 if num_bytes < 4 else torch.int64  # of 5 and 7 bits
+        whole = torch.stack([parts[..., i].to(kind) << 8 * i for i in range(num_bytes)]).sum(0, dtype=kind)
     shifts = torch.arange(0, 8 * num_bytes, num_bits, dtype=whole.dtype, device=words.device)
     return (whole[..., None] >> shifts & 2**num_bits - 1).to(torch.uint8).view(len(words), -1)
 
