@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
 
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
@@ -18,8 +26,11 @@ from trimlingual.models.packed_layers import (
     PackedLinear,
     TorchLinear,
     integers_of,
+    linear_of,
     no_slower_packed,
 )
+from trimlingual.models.packed_weights import alone, is_packed
+from trimlingual.models.tree import PATTERNS
 from trimlingual.quantization.int4 import save_packed
 from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings
 from trimlingual.run.lineage import ModelFolder
@@ -105,6 +116,38 @@ def test_pytorchs_kernel_is_left_where_it_does_not_fit():
     assert not TorchLinear.fits(*drawn(64, 64, 32, torch.float32)[:2], 4)
     assert not TorchLinear.fits(*drawn(72, 64, 32, torch.bfloat16)[:2], 4)
     assert not TorchLinear.fits(*drawn(64, 64, 32, torch.bfloat16)[:2], 8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "form"),
+    [
+        (QuantizationArgs(num_bits=8, strategy="channel", symmetric=True), "naive-quantized"),  # beside biases
+        (QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True), "float-quantized"),
+    ],
+)
+def test_a_folder_of_another_kind_says_packed_what_it_says_unpacked(model_dir, tmp_path, weights, form):
+    """Packed by the library itself, in forms that we do not write."""
+    model, scheme = load_model(model_dir, "float32", CPU), {"targets": [PATTERNS["decoder"]], "weights": weights}
+    config = QuantizationConfig(config_groups={"all": QuantizationScheme(**scheme, format=form)}, format=form)
+    apply_quantization_config(model, config)
+    for module in filter(is_packed, model.modules()):
+        module.weight_scale.data = calculate_qparams(module.weight.amin(1, True), module.weight.amax(1, True), weights)[
+            0
+        ]
+    pack = ModelCompressor(quantization_config=config)
+    with alone():
+        pack.compress_model(model)
+    model.save_pretrained(tmp_path)
+    pack.update_config(str(tmp_path))
+    plain, packed = (load_model(tmp_path, "bfloat16", CPU, keep_packed=kept) for kept in (False, True))
+    states = torch.randn(1, 9, plain.config.text_config.hidden_size).bfloat16()
+    said, expected = (each.model.language_model(inputs_embeds=states).last_hidden_state for each in (packed, plain))
+    assert (said - expected).norm() < 0.02 * expected.norm()
+
+
+def test_groups_that_pytorchs_kernel_does_not_know_are_unpacked():
+    words, scale, bias = drawn(64, 192, 192, torch.bfloat16)
+    assert linear_of(words, scale, bias, 4)(torch.randn(2, 192).bfloat16()).shape == (2, 64)
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))

@@ -16,7 +16,7 @@ from trimlingual.models.errors import ModelError
 from trimlingual.models.family import family_named
 from trimlingual.models.folders import is_bitsandbytes, model_problems, processor_problems, refuse
 from trimlingual.models.packed_layers import no_slower_packed
-from trimlingual.models.packed_weights import keep_packed_, loading, unpack_
+from trimlingual.models.packed_weights import can_stay_packed, keep_packed_, loading, unpack_
 from trimlingual.models.random_weights import RANDOM, draw, is_random, random_base
 from trimlingual.models.saving import DTYPES, save_model
 from trimlingual.recipe import AudioPadding, Dtype
@@ -110,10 +110,10 @@ def load_model(
             )
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
-    if stays_packed:
+    if stays_packed and can_stay_packed(model):
         keep_packed_(model, DTYPES[dtype], device)
     elif is_packed_folder(config):
-        unpack_(model, DTYPES[dtype])
+        unpack_(model.to(device), DTYPES[dtype])
     if is_bitsandbytes(folder):
         # transformers 5.23 casts the biases, and leaves weights that are not 4-bit as they are stored
         for parameter in model.parameters():

@@ -25,6 +25,7 @@ HEAD_ROWS = 16_384  # of an output head are unpacked at once: 134 MB at a width 
 # the kernel's time (22 ms for 24 layers of a 7B model and 64 tokens on an H100) and the bytes that unpacking moves.
 KERNEL_TOKENS = {"cpu": 256, "cuda": 64}
 VECTORISED = ("AVX2", "AVX512")  # elsewhere PyTorch's kernel for CPUs goes weight by weight, as it does in float32
+TORCH_GROUPS = (32, 64, 128, 256)  # weights that share a scale, for PyTorch's kernels
 TILE_ROWS = {"cpu": 64, "cuda": 8}  # rows whose integers PyTorch's layouts keep together
 ALL = slice(None)
 
@@ -93,7 +94,7 @@ class TorchLinear(PackedLinear):
     def fits(words: Tensor, scale: Tensor, num_bits: int) -> bool:
         """Whether the kernel takes weights of this shape and device in the scales' dtype."""
         rows, width = len(words), words.shape[1] * 32 // num_bits
-        if num_bits > 4:
+        if num_bits > 4 or width // scale.shape[1] not in TORCH_GROUPS:
             return False
         if words.device.type == "cpu":
             return no_slower_packed(words.device, scale.dtype) and rows % TILE_ROWS["cpu"] == 0

@@ -63,6 +63,24 @@ def keep_packed_(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     say_kernels(model)
 
 
+def can_stay_packed(model: nn.Module) -> bool:
+    """Whether every packed module is of a kind that packed_layers.py computes on; a folder that was made elsewhere may have others.
+
+    These are symmetric integers in words or, with one scale a row and without a bias, in bytes.
+    """
+    return all(map(_is_known, filter(is_packed, model.modules())))
+
+
+def _is_known(module: Any) -> bool:
+    weights = module.quantization_scheme.weights
+    if weights.type != "int" or not weights.symmetric or hasattr(module, "weight_g_idx"):
+        return False
+    if _words(module) is not None:
+        return True
+    by_row = module.weight.dtype == torch.int8 and module.weight_scale.shape[1] == 1
+    return by_row and getattr(module, "bias", None) is None
+
+
 def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
