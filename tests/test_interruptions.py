@@ -69,6 +69,8 @@ import signal, sys, time
 from trimlingual import cli
 from trimlingual.run import interruptions
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+
 def work():
     if sys.argv[1] == "deferred":
         with interruptions.deferred():
@@ -84,7 +86,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("kind", ["deferred", "plain"])
 def test_what_can_be_saved_is_what_else_ends_at_once(kind, number, code):
     process = subprocess.Popen(
@@ -97,6 +99,40 @@ def test_what_can_be_saved_is_what_else_ends_at_once(kind, number, code):
     assert out == ("done\n" if kind == "deferred" else "")
     assert "stopped: " in said
     assert "Traceback" not in said
+
+
+UNHEARD = """
+import signal, sys, time
+from trimlingual import cli
+from trimlingual.run import interruptions
+from trimlingual.run.progress import say
+
+def work():
+    with interruptions.deferred():
+        print("begun", flush=True)
+        while not interruptions.asked():
+            time.sleep(0.01)
+        say("saving")
+        print("a library's warning", file=sys.stderr)
+        print("saved", flush=True)
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+cli.app = work
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_what_can_be_saved_is_when_nobody_listens_any_more(number, code):
+    """Ctrl-C in `trimlingual ... 2>&1 | tee log.txt` ends `tee` too."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNHEARD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.stderr.close()
+    process.send_signal(number)
+    assert process.stdout.read() == "saved\n"
+    assert process.wait(timeout=120) == code
 
 
 def test_no_error_handler_goes_on_from_it():

@@ -21,7 +21,7 @@ from trimlingual.cli_use import COMPRESS, alone, out
 from trimlingual.recipe import EXPORT_STAGES, Recipe, load_recipe
 from trimlingual.run import interruptions, processes
 from trimlingual.run.processes import is_main_process, num_processes, process_index
-from trimlingual.run.progress import say
+from trimlingual.run.progress import outlive_listeners, say
 
 if TYPE_CHECKING:
     from trimlingual.preflight import Findings
@@ -326,9 +326,10 @@ def _show_steps(title: str, steps: Mapping[str, Step], found: Findings, remember
 def main() -> None:
     """Entry point: errors of the input end with their message and exit code 1. TRIMLINGUAL_DEBUG=1 shows where they arose.
 
-    A run that was stopped by SIGTERM ends with 143, by SIGINT (Ctrl-C) with 130.
+    A run that was stopped by SIGTERM ends with 143, by SIGINT (Ctrl-C) with 130, by SIGHUP (the terminal was closed) with 129.
     """
     interruptions.install()
+    outlive_listeners()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals
     # What libraries say to their own developers about each other is nothing a user can act on.

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (a scheduler's warning) and SIGINT (Ctrl-C).
+"""Being asked to stop: SIGTERM (a scheduler's warning), SIGINT (Ctrl-C) and SIGHUP (the terminal was closed).
 
 Work that saves what it has done runs inside `deferred()`: there the first signal is only noted, and the work ends at its next safe
 place (the end of a training step, which is saved; the end of a batch or a candidate, which is in a journal). Anywhere else it ends at
@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _asked: int | None = None  # the signal that came
 _depth = 0  # blocks of `deferred` we are in
@@ -30,7 +30,7 @@ class Interrupted(BaseException):
 def install() -> None:
     """Handle the signals from here on; for programs, not for libraries. To be called in the main thread."""
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGINT
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, _note)
 
 
@@ -41,7 +41,10 @@ def _note(signum: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # so that a second one ends the process at once, whatever it is doing
     if not _depth:
         raise Interrupted("nothing that is on disk is lost", signum)
-    os.write(2, f"{signal.Signals(signum).name}: stopping at the next safe place; a second one ends at once\n".encode())
+    with suppress(OSError):  # who listened may be gone
+        os.write(
+            2, f"{signal.Signals(signum).name}: stopping at the next safe place; a second one ends at once\n".encode()
+        )
 
 
 def asked() -> bool:

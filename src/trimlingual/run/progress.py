@@ -6,7 +6,9 @@ line when it begins, one at least every half minute while it goes on, and one wh
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,37 @@ EVERY_S = 30.0  # seconds between two lines about the same work
 console = Console(stderr=True)
 _log: Path | None = None
 _depth = 0  # works within works: only the outermost shows a bar and tells its beginning and end
+
+
+class _Lasting(io.TextIOWrapper):
+    """Standard error that may go away: a pipe whose reader has ended (Ctrl-C ends `tee` as well), a terminal that was closed.
+
+    What is said after that goes nowhere, and the work goes on: a run that was asked to stop has to save first.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._silence()
+
+    def _silence(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def outlive_listeners() -> None:
+    """Let nothing that is said to standard error end the work; for programs, not for libraries."""
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _Lasting(
+            sys.stderr.buffer, encoding=sys.stderr.encoding, errors=sys.stderr.errors, line_buffering=True
+        )
 
 
 @contextmanager
