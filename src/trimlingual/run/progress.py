@@ -54,10 +54,9 @@ class _Lasting(io.TextIOWrapper):
 
 def outlive_listeners() -> None:
     """Let nothing that is said to standard error end the work; for programs, not for libraries."""
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = _Lasting(
-            sys.stderr.buffer, encoding=sys.stderr.encoding, errors=sys.stderr.errors, line_buffering=True
-        )
+    heard = sys.__stderr__
+    if heard is not None and sys.stderr is heard:
+        sys.stderr = _Lasting(heard.buffer, encoding=heard.encoding, errors=heard.errors, line_buffering=True)
 
 
 @contextmanager
