@@ -23,6 +23,7 @@ from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
 from trimlingual.models.errors import ModelError
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
+from trimlingual.preflight import PreflightError
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.artifacts import ArtifactError, read_artifact
 from trimlingual.run.lineage import LeakError, read_lineage
@@ -105,6 +106,23 @@ def test_second_run_does_nothing(recipe, run_dir, capsys):
     compress(recipe, run_dir)
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != "recipe.json"} == before
     assert capsys.readouterr().err.count("already done") == len(plan(recipe, run_dir))
+
+
+@pytest.mark.parametrize(("stage", "file"), [("data", "train"), ("distilled", "distilled")])
+def test_what_was_cut_off_or_edited_is_not_gone_on_from(recipe, run_dir, tmp_path, stage, file):
+    """Its fingerprint would say that it is as it was. What only finished stages read may change, and so may a plan or a card."""
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    path = folder / stage / f"{file}.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    for edited in (folder / "rank" / "plan.json", folder / "exported" / "README.md"):
+        edited.write_text(edited.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    compress(recipe, folder)
+    shutil.rmtree(folder / "recovered")
+    with pytest.raises(
+        PreflightError, match=rf"{stage} was changed since it was made \({file}.jsonl\), and 'recovered'"
+    ):
+        compress(recipe, folder)
+    assert not (folder / "recovered.partial").exists()
 
 
 def test_a_changed_recipe_names_what_it_invalidates(recipe, run_dir, manifests):

@@ -125,7 +125,7 @@ def run_stage(
     makers = {other.folder: other for other in steps.values()}
     read = [maker for ref in inputs.values() if ref.path and (maker := makers.get(ref.path)) and maker.name == "data"]
     not_done = [each for each in (*read, step) if each.status() != "done"]
-    check(recipe, run_dir, not_done, [problem for problem in (step.problem(force),) if problem]).refuse()
+    check(recipe, run_dir, not_done, [problem for problem in (step.problem(force), step.damage()) if problem]).refuse()
     for role, ref in list(inputs.items()):
         maker = makers.get(ref.path) if ref.path else None
         if maker is None or maker.status() == "done":
@@ -254,8 +254,8 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None, oth
 
 
 def blocked(steps: Sequence[Step], recipe: Recipe, run_dir: Path) -> list[str]:
-    """All places where a run would write but something of the user's stands; empty if it may run."""
-    problems = [step.problem() for step in steps]
+    """All places where a run would write but something of the user's stands, or read what was changed; empty if it may run."""
+    problems = [problem for step in steps for problem in (step.problem(), step.damage())]
     path = run_dir / "recipe.json"
     if path.exists() and not _is_own_recipe(path, recipe):
         problems.append(

@@ -17,7 +17,7 @@ from trimlingual.recipe import EXPORT_STAGES, MixSettings, Recipe, Runtime, Trai
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import FORMAT, UNREAD, HashCache, decisive, differences, fingerprint, flatten
 from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
-from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record
+from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record, why_not_as_made
 from trimlingual.run.processes import is_main_process, num_processes
 from trimlingual.run.progress import LOG_FILE, log_to, say
 from trimlingual.step_inputs import Ref, SourceRef, base_ref, files_ref, model_ref, processor_ref, source_ref
@@ -80,6 +80,18 @@ class Step:
         if self.changes():
             return "stale"
         return "unknown" if self.fingerprint == UNREAD else "unfinished"
+
+    def damage(self) -> str:
+        """Why it may not be made from what it reads, or nothing. Plans may be edited, and a report shows what there is."""
+        for role, ref in self.inputs.items():
+            if self.derived or role == "plan" or not ref.path or self.status() == "done":
+                continue
+            if changed := why_not_as_made(ref.path):
+                return (
+                    f"{changed}, and {self.name!r} would be made from it as if it were not: put the files back, or move the folder "
+                    "away, so that it is made again"
+                )
+        return ""
 
     def changes(self) -> list[str]:
         """What makes it stale; for unfinished work of other settings, also what that holds."""

@@ -137,6 +137,15 @@ def _why_kept(folder: Path) -> str:
     )
 
 
+def why_not_as_made(folder: Path) -> str:
+    """Says which files of a finished artefact are cut off or edited: of another size than when it was made. Cards may be edited."""
+    made = (read_record(folder / ARTIFACT_FILE) or {}).get("files")
+    sizes = {folder / name: size for name, size in made.items()} if isinstance(made, dict) else {}
+    there = {path: size for path, size in sizes.items() if path.is_file() and path.suffix != ".md"}
+    changed = [path.name for path, size in there.items() if path.stat().st_size != size]
+    return f"{folder} was changed since it was made ({_some(changed)})" if changed else ""
+
+
 def describe_work(partial: Path) -> str:
     """What unfinished work holds: checkpoints, lines of journals, when it was begun and for how long it was worked on."""
     contents = []
