@@ -387,7 +387,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(make_model, processor, share
     settings = TrainSettings(max_steps=2, save_steps=2)
     train_(make_model(layers=2), processor, data, shared, settings, tmp_path)
     state = tmp_path / "checkpoint-2" / "trainer_state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 1}))
+    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 1'))  # of the same size: not damaged
     with pytest.raises(TrainingError, match="does not fit"):
         train_(make_model(layers=3), processor, data, shared, settings, tmp_path)
 
@@ -398,6 +398,21 @@ def test_non_finite_loss_stops_with_step_and_ids(make_model, processor, shared, 
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(TrainingError, match=r"nan at step 1; the batch holds clip-\d+:(de|zh)"):
         train_(model, processor, data, shared, TrainSettings(max_steps=2), tmp_path)
+
+
+@EVERY_FAMILY
+def test_a_reference_that_spells_a_special_token_is_text(make_model, processor, split, shared, tmp_path):
+    """As a placeholder for audio it broke the training, as an end it cut the answer."""
+    prompter = Prompter(processor, shared.task)
+    text = f"Das {processor.tokenizer.convert_ids_to_tokens(prompter.audio_token_id)} ist Text."
+    ids = prompter.answer_ids(text)
+    assert ids[-1] == prompter.end_id
+    assert prompter.audio_token_id not in ids
+    assert prompter.decode(ids) == text
+    clip = split.clips[0]
+    data = TrainingData(split.clips, [Example(0, clip.id, "de", text)])
+    info = train_(make_model(layers=2), processor, data, shared, TrainSettings(max_steps=1), tmp_path)
+    assert info["steps"] == 1
 
 
 def test_nothing_to_train_on(make_model, processor, split, shared, tmp_path):

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from trimlingual.models.errors import ProofError
+from trimlingual.models.errors import ModelError, ProofError
 from trimlingual.models.loading import load_model
+from trimlingual.models.saving import save_model
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages import prune as module
 from trimlingual.stages.prune import prune
@@ -83,3 +84,14 @@ def test_the_proof_can_fail(given, model_settings, tmp_path, monkeypatch, damage
     monkeypatch.setattr(module, "save_model", spoiled)
     with pytest.raises(ProofError):
         prune(given, plan_file(tmp_path, [2]), model_settings, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e5, "float16")])
+def test_weights_that_are_not_finite_are_not_saved(make_model, processor, tmp_path, value, dtype):
+    """A last step may break them after the last loss; and float16 ends at 65,504."""
+    model = make_model(layers=2)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = value
+    with pytest.raises(ModelError, match=r"1 of \d+ weight tensors .* hold infinity or NaN \(first: lm_head.weight\)"):
+        save_model(model, processor, tmp_path / "saved", dtype)
+    assert not list(tmp_path.iterdir())

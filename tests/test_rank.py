@@ -193,19 +193,31 @@ def test_finetuning_after_every_removal(search, split, given, model_settings, tm
         ('{"removals": [{"layer": "three"}]}', "valid integer"),
         ('{"removals": [{"layer": 1}, {"layer": 1}]}', "removes a layer twice: decoder 1"),
         ('{"layers_to_remove": [1]}', "not a prune plan"),
+        ('{"removals": [5, 3]}', "not a prune plan: removals.0: .*By hand, {"),
+        ("[5, 3]", "not a prune plan: the whole: "),
     ],
 )
 def test_bad_plans(tmp_path, text, message):
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError, match=message) as caught:
         read_plan(path)
+    assert "\n" not in str(caught.value)
     with pytest.raises(PlanError, match="cannot be read"):
         read_plan(tmp_path / "missing.json")
 
 
+def test_a_plan_of_a_windows_editor_is_read(tmp_path):
+    (tmp_path / "plan.json").write_text('{"removals": [{"layer": 1}]}', encoding="utf-8-sig")
+    assert read_plan(tmp_path).layers_of("decoder") == [1]
+
+
 def test_plan_for_another_model(lineage, tmp_path):
     path = tmp_path / "plan.json"
+    for layer in (1, 17):  # one that the plan removes, and one that there is not
+        path.write_text(json.dumps({"removals": [{"layer": 1}], "bits": [{"part": f"decoder.{layer}.mlp", "bits": 2}]}))
+        with pytest.raises(PlanError, match=rf"gives bits to decoder\.{layer}\.mlp, but after its removals"):
+            check_plan(read_plan(path), lineage)
     path.write_text('{"removals": [{"layer": 17}]}')
     with pytest.raises(PlanError, match=r"removes decoder layers \[17\], which this model does not have"):
         check_plan(read_plan(path), lineage)

@@ -43,6 +43,8 @@ class Family(ABC):
     states_per_s: ClassVar[float]  # F per second of audio
     shapes: ClassVar[Shapes]  # of `random:` bases, by name
     gguf: ClassVar[GgufForm | None] = None  # None: not written
+    # A text that spells a special token ("<|im_end|>") is text, and not that token: what the tokenizer must be told for it.
+    spelled_out: ClassVar[Mapping[str, bool]] = {"split_special_tokens": True}
     licenses: ClassVar[
         Mapping[str, Mapping[str, str]]
     ] = {}  # of published weights by Hub id, as a card's metadata has it

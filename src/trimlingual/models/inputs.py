@@ -64,7 +64,8 @@ class Prompter:
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of the answer, with the end token that the model must learn to give."""
-        return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+        ids = self.processor.tokenizer(text, add_special_tokens=False, **self.family.spelled_out)["input_ids"]
+        return [*ids, self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""

@@ -43,21 +43,38 @@ def save_model(
 ) -> None:
     """Save model and processor as safetensors; with `weights`, these instead of the model's.
 
-    With `storage_dtype` the weights are rounded to it in memory too, so that what is evaluated is what is on disk.
+    With `storage_dtype` the weights are rounded to it in memory too, so that what is evaluated is what is on disk. Raises ModelError,
+    before anything is written, where a weight is then infinite or NaN.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = weights
     if storage_dtype is not None:
         if weights is None:
             round_weights_(model, storage_dtype)
         target = DTYPES[storage_dtype]
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in (weights or model.state_dict()).items()}
+        _require_finite(state, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with explained_disk_full(folder):
         model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
         if storage_dtype is not None:
             _write_stored_dtype(folder, storage_dtype)
         processor.save_pretrained(folder)
         finish_saved(folder)
+
+
+def _require_finite(state: Mapping[str, Tensor], folder: Path) -> None:
+    """By the least and the largest value of each tensor, which takes no memory beside it."""
+    bad = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
+    if bad:
+        raise ModelError(
+            f"{len(bad)} of {len(state)} weight tensors for {folder} hold infinity or NaN (first: {bad[0]}), so nothing was saved. "
+            "After a training lower learning_rate; with model.storage_dtype float16, whose largest number is 65,504, use bfloat16; "
+            "else the model that this stage was given holds them already"
+        )
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class Voxtral(Family):
         no_audio="llama.cpp averages pairs of this model's audio states before it stacks four, and hears half of what it should",
     )
     states_per_s = 12.5
+    spelled_out: ClassVar[Mapping[str, bool]] = {}  # mistral-common never takes text for a special token
     # Mini and Small as published, and a model of their form that a CPU runs in seconds.
     shapes: ClassVar[Shapes] = {
         "voxtral-mini-3b": {

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from trimlingual.recipe import LAYER_PART, ROW_PARTS, TOWERS, Tower
 from trimlingual.run.jsonl import parse_json
 from trimlingual.run.lineage import Lineage
+from trimlingual.run.records import brief
 
 PLAN_FILE = "plan.json"
 FINETUNED = "model"  # folder beside the plan, when the search fine-tuned after every removal
@@ -83,11 +84,13 @@ def read_plan(path: Path) -> PrunePlan:
     """Read `plan.json` (or the folder that holds it). PlanError says what is wrong with it."""
     path = path / PLAN_FILE if path.is_dir() else path
     try:
-        plan = PrunePlan.model_validate(parse_json(path.read_text(encoding="utf-8")))
+        plan = PrunePlan.model_validate(parse_json(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
-    except (ValueError, ValidationError) as error:
-        raise PlanError(f"{path} is not a prune plan: {error}") from error
+    except ValueError as error:
+        raise PlanError(
+            f'{path} is not a prune plan: {brief(error)}. By hand, {{"removals": [{{"layer": 13}}, {{"layer": 3}}]}} is enough'
+        ) from error
     if not plan.removals and not plan.bits and plan.num_bytes is None:
         raise PlanError(f"{path} is not a prune plan: it removes no layer and gives no part other bits")
     named = [(removal.tower, removal.layer) for removal in plan.removals]
@@ -115,6 +118,13 @@ def check_plan(plan: PrunePlan, lineage: Lineage) -> dict[Tower, list[int]]:
         if len(removed) >= len(present):
             raise PlanError(f"the plan removes all {len(present)} {tower} layers")
         indices[tower] = [present.index(layer) for layer in removed]
+    staying = set(lineage.layers["decoder"]) - set(plan.layers_of("decoder"))
+    named = [fewer.part for fewer in plan.bits if LAYER_PART.fullmatch(fewer.part)]
+    if gone := [part for part in named if int(part.split(".")[1]) not in staying]:
+        raise PlanError(
+            f"the plan gives bits to {', '.join(gone)}, but after its removals the decoder has layers {sorted(staying)}; take these "
+            "entries out of `bits`, or the removals"
+        )
     return indices
 
 
