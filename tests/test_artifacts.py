@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from trimlingual.run import artifacts
 from trimlingual.run.artifacts import (
@@ -317,6 +320,25 @@ def test_one_run_at_a_time(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         produce(tmp_path / "a", "stage", {"x": 1}, {}, intruded)
     produce(tmp_path / "a", "stage", {"x": 1}, {}, work)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_disk_without_locks_is_worked_on_and_named(tmp_path, monkeypatch, capsys, error):
+    """And nothing is left there that would keep out the run after one that was killed."""
+    if error != "ENOSYS" and not hasattr(FileLock, "fallback_to_soft"):
+        pytest.skip("older versions of filelock take it for a lock that somebody holds")
+
+    def flock(_descriptor, _operation):
+        raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+
+    def looks(folder):
+        assert not any(path.stat().st_size for path in tmp_path.glob(".a.lock"))
+        return work(folder)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert produce(tmp_path / "a", "stage", {}, {}, looks).info == {"answer": 42}
+    assert f"the disk of {tmp_path} has no locks" in capsys.readouterr().err.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

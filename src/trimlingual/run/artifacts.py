@@ -7,6 +7,7 @@ Folders belong to the user (ownership.py): only what this tool made is ever repl
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pydantic import TypeAdapter
 
 from trimlingual.run.fingerprint import FORMAT, UNREAD, decisive, differences, fingerprint, hash_file, plain
@@ -30,6 +31,7 @@ from trimlingual.run.ownership import (
     aside_of,
     describe_work,
     is_finished,
+    lock_at,
     lock_of,
     partial_of,
     read_record,
@@ -40,7 +42,7 @@ from trimlingual.run.ownership import (
     why_not_ours,
 )
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
-from trimlingual.run.progress import LOG_FILE
+from trimlingual.run.progress import LOG_FILE, say
 from trimlingual.run.version import version as own_version
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
 SCRATCH = (
     "scratch"  # folder inside a .partial one for what only the work itself needs (checkpoints); removed at the end
 )
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS without its lock service, Lustre mounted without flock
 LIBRARIES = (
     "torch",
     "transformers",
@@ -320,7 +323,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_of(folder))
+    lock = lock_at(lock_of(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -328,6 +331,12 @@ def alone(folder: Path) -> Iterator[None]:
             f"another run is making {folder}{_who(partial_of(folder) / WORK_FILE)}; wait for it, or stop it and start this one "
             "again (processes of a torchrun that was killed may still be running)"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        say(
+            f"note: the disk of {folder.parent} has no locks ({error}), so nothing keeps a second run out: start one at a time"
+        )
     try:
         yield
     finally:

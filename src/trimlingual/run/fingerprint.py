@@ -17,9 +17,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import BaseModel
 
+from trimlingual.run.ownership import lock_at
 from trimlingual.run.progress import say
 
 # Bump when a stage's output for equal settings changes meaning: old artefacts are then stale instead of silently mixed in.
@@ -197,7 +197,7 @@ class HashCache:
     def _alone(self, folder: Path) -> AbstractContextManager[Any]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            return FileLock(self._file(folder).with_suffix(".lock")).acquire()
+            return lock_at(self._file(folder).with_suffix(".lock")).acquire()
         except (OSError, NotImplementedError):  # a home that cannot be written, or a disk without locks
             return nullcontext()
 

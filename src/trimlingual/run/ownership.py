@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 ARTIFACT_FILE = "artifact.json"
 WORK_FILE = (
     "work.json"  # in a .partial folder: the fingerprint the work in it belongs to, its settings, and who is at it
@@ -46,6 +48,15 @@ def temporary_of(file: Path) -> Path:
 def lock_of(folder: Path) -> Path:
     """The file that keeps a second run out."""
     return folder.parent / f".{folder.name}.lock"
+
+
+def lock_at(path: Path) -> FileLock:
+    """A lock that a process which dies lets go of; taking it is an OSError or NotImplementedError on a disk without such locks.
+
+    Newer versions of filelock would there take a file for a lock, which outlives a process that is killed.
+    """
+    never_a_file: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    return FileLock(path, **never_a_file)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
