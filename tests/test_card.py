@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -19,13 +20,14 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import trimlingual
 from trimlingual.data.audio import load_audio
 from trimlingual.decoding.translate_clips import translate_clips
-from trimlingual.exports.card import license_of, model_card
+from trimlingual.exports.card import license_of, messages_for_curl, model_card
 from trimlingual.exports.target import Finished, Outcome
-from trimlingual.models.family import family_of_processor
+from trimlingual.models.family import family_named, family_of_processor
 from trimlingual.models.loading import load_model, load_processor
 from trimlingual.models.saving import finish_saved
-from trimlingual.recipe import DecodeSettings, load_recipe
+from trimlingual.recipe import DecodeSettings, QuantizeSettings, TrainSettings, load_recipe
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
+from trimlingual.stages.quantize import config_summary
 
 from .conftest import EVERY_FAMILY
 from .made_run import scores, write
@@ -114,6 +116,49 @@ def test_each_runtime_has_its_use(runtime):
     assert ("## Use in llama.cpp" in written.text) == (runtime == "gguf")
     assert ("## Use in transformers" in written.text) == (runtime != "gguf")
     assert written.data.eval_results is None
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "gguf"])
+def test_the_request_on_the_card_is_what_the_model_was_trained_to_be_asked(runtime, tmp_path):
+    """As the shell makes it, for words that JSON or a shell would read otherwise."""
+    words = {"system_prompt": 'Say "it" for $HOME\\n,\nnot `id`.', "prompt": "Into {language}: \\"}
+    recipe = RECIPE.model_copy(update={"task": RECIPE.task.model_copy(update=words)})
+    (tmp_path / "clip.wav").write_bytes(b"sound")
+    shell = re.search(r"-d @- (<<END\n.*?\nEND\n)", card(recipe=recipe, runtime=runtime).text, re.DOTALL)[1]
+    ran = subprocess.run(["bash", "-c", f"cat {shell}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    system, user = json.loads(ran.stdout)["messages"]
+    assert system == {"role": "system", "content": words["system_prompt"]}
+    assert user["content"] == [
+        {"type": "input_audio", "input_audio": {"format": "wav", "data": base64.b64encode(b"sound").decode()}},
+        {"type": "text", "text": "Into German: \\"},
+    ]
+
+
+def test_a_chat_without_system_message_has_none_in_the_request():
+    made = messages_for_curl(family_named("voxtral").conversation("Be brief.", "Go:"))
+    assert [message["role"] for message in json.loads(made)] == ["user"]
+    assert '"text": "Be brief. Go:"' in made
+
+
+def test_a_gguf_card_claims_nothing_of_files_that_are_not_there(evaluation):
+    """Scores and bytes are those of the model before; the folder has GGUF files alone."""
+    text = card(runtime="gguf", evaluation_dir=evaluation).text
+    assert "before it was written as GGUF" in text
+    assert "bytes on disk" not in text
+    assert "lineage.json" not in text
+    assert f"{OUTCOME.disk_bytes:,} bytes on disk" in card(evaluation_dir=evaluation).text
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [(None, "not trained in 4 bits"), ("lora", "adapter merged"), ("full", "trained on rounded weights")],
+)
+def test_how_it_was_trained_in_4_bits_is_said(train, expected):
+    settings = QuantizeSettings(scheme="int4", train=train and TrainSettings(method=train))
+    text = str(card(quantization=config_summary(settings)))
+    assert f"(compressed-tensors, groups of 128): audio_tower, decoder, projector; {expected}\n" in text
+    if train != "full":  # which nf4 has not
+        assert expected in str(card(quantization=config_summary(settings.model_copy(update={"scheme": "nf4"}))))
 
 
 def test_what_is_not_known_is_left_out(tmp_path):

@@ -86,7 +86,8 @@ def test_what_was_trained_on_rounded_weights_is_what_ships(given, shared, data, 
     settings = ROUNDED.model_copy(update={"rounding": rounding})
     untrained = quantize(given, data, shared, settings.model_copy(update={"train": None}), tmp_path / "untrained")
     info = quantize(given, data, shared, settings, tmp_path / "trained")
-    assert info["change"]["final_sqnr_db"] > 60  # of logits: only float32's last bits
+    final_sqnr_db = info["change"]["final_sqnr_db"]
+    assert final_sqnr_db is None or final_sqnr_db > 60  # of logits: only float32's last bits, if any
     assert info["change"]["final_loss"] < untrained["change"]["final_loss"]
     assert not (tmp_path / "trained" / "adapter").exists()
     assert read_lineage(tmp_path / "trained").quantization["trained"] == "on rounded weights"

@@ -112,6 +112,9 @@ def test_stage_without_training_ships_what_was_measured(given, model_dir, split,
     )
     info = quantize(given, TrainingData(split.clips, examples), shared, settings, tmp_path)
     assert info["change"]["trained_loss"] == info["change"]["merged_loss"]
+    assert (
+        info["change"]["merged_sqnr_db"] is None
+    )  # nothing was merged: no error, which has no dB that JSON could hold
     assert info["change"]["final_sqnr_db"] > 5
     assert info["quantization"]["rounding"] == "calibrated"
     assert "merge_base" not in info["quantization"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -49,10 +50,11 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         window_s=family.window_s(processor),
         clip_s=shipped.clip_s if shipped else None,
         result=result,
+        size=outcomes[0].disk_bytes,
         outcomes=[(outcome_row(asdict(outcome)), outcome_text(asdict(outcome))) for outcome in outcomes],
         removed=lineage.removed("decoder"),
         version=version(),
-        prompt=prompt,
+        messages=messages_for_curl(family.conversation(recipe.task.system_prompt, prompt)),
         conversation=json.dumps(family.conversation(recipe.task.system_prompt, prompt), ensure_ascii=False),
         languages=[recipe.task.language_name(code) for code in recipe.task.target_languages],
         base=lineage.to_ship().base.removeprefix(BUILTIN),
@@ -62,6 +64,19 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         datasets=datasets(recipe),
     )
     return f"---\n{metadata(finished, runtime, result, base_license).to_yaml()}\n---\n\n{text}"
+
+
+def messages_for_curl(conversation: Sequence[Mapping[str, Any]]) -> str:
+    """A chat about `clip.wav` as JSON inside a shell's `<<END`, where $, ` and backslashes must not be read by the shell."""
+    sound = {"type": "input_audio", "input_audio": {"format": "wav", "data": "CLIP"}}
+    lines = []
+    for message in conversation:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [sound if piece["type"] == "audio" else piece for piece in content]
+        line = re.sub(r"[\\$`]", r"\\\g<0>", json.dumps({**message, "content": content}, ensure_ascii=False))
+        lines.append(line.replace('"data": "CLIP"', '"data": "$(base64 -w0 clip.wav)"'))
+    return "[\n  " + ",\n  ".join(lines) + "]"
 
 
 def metadata(

@@ -12,6 +12,7 @@ every step (straight_through.py), so what was trained is what ships.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -237,14 +238,16 @@ def _stored(model_dir: Path, folder: Path, device: torch.device) -> Path:
 
 def _change(
     trained: tuple[float, Tensor], merged: tuple[float, Tensor], final: tuple[float, Tensor]
-) -> dict[str, float]:
-    """Losses, and how far the logits (tokens, V) are from those of the trained model."""
+) -> dict[str, float | None]:
+    """Losses, and how far the logits (tokens, V) are from those of the trained model: dB of signal to error, None for no error."""
     return {
         "trained_loss": trained[0],
         "merged_loss": merged[0],
         "final_loss": final[0],
-        "merged_sqnr_db": sqnr_db(trained[1], merged[1]),
-        "final_sqnr_db": sqnr_db(trained[1], final[1]),
+        **{
+            f"{name}_sqnr_db": value if math.isfinite(value := sqnr_db(trained[1], after[1])) else None
+            for name, after in (("merged", merged), ("final", final))
+        },
         "final_max_logit_difference": (trained[1] - final[1]).abs().max().item(),
         "num_tokens": len(trained[1]),
     }
@@ -273,7 +276,7 @@ def config_summary(settings: QuantizeSettings) -> dict[str, Any]:
         "double_quantization": settings.double_quantization,
         "parts": sorted(settings.parts),
         "compute_dtype": settings.compute_dtype,
-        "merge_base": settings.merge_base,
+        **({"merge_base": settings.merge_base} if settings.train else {}),
     }
 
 
