@@ -19,6 +19,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
 from trimlingual.evaluation.cost import count_parameters
+from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.loading import load_model
 from trimlingual.models.packed_layers import (
     EightBitLinear,
@@ -32,10 +33,12 @@ from trimlingual.models.packed_layers import (
 from trimlingual.models.packed_weights import alone, is_packed
 from trimlingual.models.tree import PATTERNS
 from trimlingual.quantization.int4 import save_packed
-from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings
-from trimlingual.run.lineage import ModelFolder
+from trimlingual.recipe import DecodeSettings, EvaluateSettings, QuantizeSettings, RankSettings, TrainSettings
+from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.plan import read_plan
 from trimlingual.stages.evaluate import evaluate
+from trimlingual.stages.finetune import finetune
+from trimlingual.stages.prune import prune
 from trimlingual.stages.rank import rank
 
 CPU = torch.device("cpu")
@@ -220,6 +223,18 @@ def test_layers_are_searched_on_packed_weights(folder, lineage, split, shared, t
     monkeypatch.setattr("trimlingual.models.loading.unpack_", None)
     rank(ModelFolder(folder, lineage), split, shared, RankSettings(num_layers_to_remove=1, **asked), None, tmp_path)
     assert len(read_plan(tmp_path).layers_of("decoder")) == 1
+
+
+def test_what_is_made_of_a_packed_base_is_not_called_packed(folder, lineage, split, shared, tmp_path):
+    """Its weights are whole: lineage, card and what a runtime is said to take follow from that."""
+    base = ModelFolder(folder, replace(lineage, quantization={"scheme": "int4"}))
+    (tmp_path / "plan.json").write_text('{"removals": [{"layer": 2}]}', encoding="utf-8")
+    prune(base, tmp_path / "plan.json", shared.model, tmp_path / "pruned")
+    data = TrainingData(split.clips, [Example(0, split.clips[0].id, "de", split.clips[0].references["de"])])
+    finetune(base, data, shared, TrainSettings(max_steps=1), tmp_path / "trained")
+    for made in (tmp_path / "pruned", tmp_path / "trained"):
+        assert read_lineage(made).quantization is None
+        assert "quantization_config" not in (made / "config.json").read_text(encoding="utf-8")
 
 
 @vectorised

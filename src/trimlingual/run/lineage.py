@@ -47,6 +47,10 @@ class Lineage:
         """The lineage of what `stage` makes of this model."""
         return replace(self, stages=[*self.stages, stage])
 
+    def unpacked(self) -> Lineage:
+        """The lineage of a model that is saved with whole weights, whatever those it was made of were packed as."""
+        return replace(self, quantization=None)
+
     def with_seen(self, use: str, hashes: Iterable[str]) -> Lineage:
         """Add clips to what this model has seen."""
         return replace(self, seen={**self.seen, use: sorted({*self.seen.get(use, ()), *hashes})})

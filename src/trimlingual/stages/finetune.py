@@ -95,7 +95,7 @@ def finetune(
     weights = info.pop("weights", None)
     if is_main_process():
         save_model(model, processor, out_dir, shared.model.storage_dtype, weights)
-        lineage = folder.lineage.with_seen("train", {clip.audio_sha256 for clip in data.clips})
+        lineage = folder.lineage.unpacked().with_seen("train", {clip.audio_sha256 for clip in data.clips})
         if guide.select and settings.selection_checks:
             lineage = lineage.with_seen("select", guide.select.audio_hashes)
         lineage.save(out_dir)

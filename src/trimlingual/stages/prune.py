@@ -37,7 +37,8 @@ def prune(folder: ModelFolder, plan_path: Path, model_settings: ModelSettings, o
     plan = read_plan(plan_path)
     positions = check_plan(plan, folder.lineage)
     removed: dict[str, list[int]] = {tower: plan.layers_of(tower) for tower in TOWERS}
-    after = folder.lineage.without(removed).after("prune").with_seen("select", plan.selection.get("audio_sha256", ()))
+    after = folder.lineage.unpacked().without(removed).after("prune")
+    after = after.with_seen("select", plan.selection.get("audio_sha256", ()))
     device = pick_device(model_settings.device)
     processor = load_processor(folder.path, model_settings.audio_padding)
     if plan.finetuned:
