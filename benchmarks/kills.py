@@ -55,10 +55,13 @@ def outcome(run_dir: Path) -> dict[str, str]:
 
 
 def under_way(run_dir: Path) -> str:
-    """The stage that was being made."""
-    partial = [p for pattern in ("*.partial", "*/*.partial") for p in run_dir.glob(pattern)]
-    newest = max(partial, key=lambda p: p.stat().st_mtime, default=None)
-    return str(newest.relative_to(run_dir)).removesuffix(".partial") if newest else "none"
+    """The stage that is being made. A folder may get its name while it is looked at."""
+    found: dict[str, float] = {}
+    for pattern in ("*.partial", "*/*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            for path in run_dir.glob(pattern):
+                found[str(path.relative_to(run_dir)).removesuffix(".partial")] = path.stat().st_mtime
+    return max(found, key=lambda name: found[name], default="none")
 
 
 @dataclass

@@ -80,7 +80,7 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     layers = sizes["decoder"] + sizes["decoder_other"]
     budget = recipe.rank.budget if recipe.rank else None  # how many layers go is not known then: as if none
     removed = recipe.rank.num_layers_to_remove if recipe.rank and recipe.rank.towers == "decoder" and not budget else 0
-    gone = removed / num_decoder_layers(recipe)
+    gone = min(1.0, removed / num_decoder_layers(recipe))  # that more cannot go is said elsewhere
     pruned = full - round(layers * gone)
     weight_bytes, stored_bytes = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
     rows = {
