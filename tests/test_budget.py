@@ -33,7 +33,6 @@ from trimlingual.report.heat_map import heat_maps
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
-from trimlingual.search.budget import _identity, _known
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.stages.rank import JOURNAL_FILE, rank
@@ -86,7 +85,8 @@ def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_p
     split = Split("select", split.clips[:4])
     start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
     out = tmp_path / "rank"
-    plan = searched(folder, split, task, out, f"{start * 0.8 / 1e3:.1f} kB", early_stopping=False)
+    budget = {"size": f"{start * 0.8 / 1e3:.1f} kB", "bits": EVERY, "shortlist": None}
+    plan = searched(folder, split, task, out, "", budget=budget)
     assert plan.num_bytes <= start * 0.8
     model = load_model(folder, "float32", CPU)
     layers = read_lineage(folder, "tiny").layers
@@ -116,9 +116,8 @@ def test_the_best_action_per_byte_is_taken(folder, processor, split, task, tmp_p
     for candidate in first:
         assert candidate["score"] == pytest.approx(score(candidate["part"], candidate["bits"]), abs=1e-6), candidate
     missing = start - start * 0.8
-    per_byte = {
-        (c["part"], c["bits"]): max(0, plan.baseline_score - c["score"]) / min(c["saved_bytes"], missing) for c in first
-    }
+    assert [c["lost"] for c in first] == pytest.approx([plan.baseline_score - c["score"] for c in first])
+    per_byte = {(c["part"], c["bits"]): max(0, c["lost"]) / min(c["saved_bytes"], missing) for c in first}
     taken = next((r.part, r.bits) for r in plan.bits if r.round == 1) if not _gone_in(plan, 1) else _gone_in(plan, 1)
     assert per_byte[taken] == min(per_byte.values())
 
@@ -127,66 +126,54 @@ def _gone_in(plan, number):
     return next(((f"{r.tower}.{r.layer}", GONE) for r in plan.removals if r.round == number), None)
 
 
-def test_early_stopping_and_a_restart_give_the_same_plan(folder, split, task, tmp_path):
+def test_a_restart_gives_the_same_plan_and_makes_nothing_twice(folder, split, task, tmp_path):
     size = f"{bytes_of(folder, num_layers_to_remove=2).num_bytes() * 0.75 / 1e3:.1f} kB"
-    plain = searched(folder, split, task, tmp_path / "plain", size, early_stopping=False)
-    quick = searched(folder, split, task, tmp_path / "quick", size)
-    assert (quick.removals, quick.bits) == (plain.removals, plain.bits)
-    assert any(c["score"] is None for c in quick.candidates) or len(quick.candidates) == len(plain.candidates)
-    lines = (tmp_path / "plain" / JOURNAL_FILE).read_text().splitlines(keepends=True)
+    budget = {"size": size, "bits": EVERY, "shortlist": 5}
+    plain = searched(folder, split, task, tmp_path / "plain", "", budget=budget)
+    lines = _lines(tmp_path / "plain" / JOURNAL_FILE)
     again = tmp_path / "again"
-    again.mkdir()
-    (again / JOURNAL_FILE).write_text("".join(lines[: len(lines) // 2]))
-    resumed = searched(folder, split, task, again, size, early_stopping=False)
-    assert (resumed.removals, resumed.bits) == (plain.removals, plain.bits)
-    found = [json.loads(line) for line in (again / JOURNAL_FILE).read_text().splitlines()]
-    assert len({(r["state"], r["part"], r["bits"]) for r in found}) == len(found) == len(lines)
+    for kept in (1, len(lines) // 2, len(lines) - 3):
+        again.mkdir(exist_ok=True)
+        (again / JOURNAL_FILE).write_text("".join(line + "\n" for line in lines[:kept]))
+        resumed = searched(folder, split, task, again, "", budget=budget)
+        assert (resumed.removals, resumed.bits) == (plain.removals, plain.bits)
+        found = [json.loads(line) for line in _lines(again / JOURNAL_FILE)]
+        assert len(set(map(_identity, found))) == len(found) == len(lines)
 
 
-@pytest.mark.parametrize("early_stopping", [True, False])
-def test_searches_for_other_sizes_share_scores_and_choose_as_alone(folder, split, task, tmp_path, early_stopping):
+def _identity(record):
+    return record["state"], record["part"], record["bits"], "loss" in record
+
+
+@pytest.mark.parametrize("shortlist", [4, None])
+def test_searches_for_other_sizes_share_scores_and_choose_as_alone(folder, split, task, tmp_path, shortlist):
     """Whichever goes first: each plan is the one that the search makes alone, and what was scored is not scored again."""
     split = Split("select", split.clips[:4])
     start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
-    sizes = [f"{start * share / 1e3:.1f} kB" for share in (0.92, 0.84, 0.75)]
-    more = {"early_stopping": early_stopping}
-    alone = {size: searched(folder, split, task, tmp_path / f"alone {size}", size, **more) for size in sizes}
-    for number, order in enumerate([sizes, sizes[::-1]]):
+    budgets = [
+        {"size": f"{start * share / 1e3:.1f} kB", "bits": EVERY, "shortlist": shortlist} for share in (0.92, 0.84, 0.75)
+    ]
+    alone = [searched(folder, split, task, tmp_path / f"alone {i}", "", budget=b) for i, b in enumerate(budgets)]
+    for order in ([0, 1, 2], [2, 1, 0]):
         done = []
-        for size in order:
-            out = tmp_path / f"{number} {size}"
-            plan = searched(folder, split, task, out, size, others=done, **more)
-            wanted = alone[size]
+        for number in order:
+            out = tmp_path / f"{order[0]} {number}"
+            plan = searched(folder, split, task, out, "", budget=budgets[number], others=done)
+            wanted = alone[number]
             assert (plan.removals, plan.bits, plan.num_bytes) == (wanted.removals, wanted.bits, wanted.num_bytes)
-            scores = {(c["round"], c["part"], c["bits"]): c["score"] for c in wanted.candidates}
-            for candidate in plan.candidates:
-                expected = scores[candidate["round"], candidate["part"], candidate["bits"]]
-                assert None in (candidate["score"], expected) or candidate["score"] == expected
-            shared_ones = [c for c in plan.candidates if c.get("shared")]
-            assert bool(shared_ones) == bool(done)
-            if not early_stopping:
-                own = [json.loads(line) for line in _lines(out / JOURNAL_FILE)]
-                assert sum(record["part"] is not None for record in own) == len(plan.candidates) - len(shared_ones)
-                before = [json.loads(line) for other in done for line in _lines(other / JOURNAL_FILE)]
-                assert not {_identity(r) for r in own} & {_identity(r) for r in before}
+            assert [_without_time(c) for c in plan.candidates] == [_without_time(c) for c in wanted.candidates]
+            assert any(c.get("shared") for c in plan.candidates) == bool(done)
+            before = {_identity(json.loads(line)) for other in done for line in _lines(other / JOURNAL_FILE)}
+            assert not {_identity(json.loads(line)) for line in _lines(out / JOURNAL_FILE)} & before
             done.append(out)
+
+
+def _without_time(candidate):
+    return {key: value for key, value in candidate.items() if key not in ("seconds", "shared")}
 
 
 def _lines(path):
     return path.read_text().splitlines() if path.exists() else []
-
-
-def test_a_candidate_that_was_given_up_is_scored_where_more_must_be_known():
-    """A lower bound is kept, a score is kept over a bound, and what an earlier version gave up is not known."""
-    state = {"state": "", "part": "lm_head", "bits": 4}
-    high, low, scored = (
-        {**state, "score": None, "below": 30.0},
-        {**state, "score": None, "below": 20.0},
-        {**state, "score": 19.0},
-    )
-    for records, best in (([high, low], low), ([low, high], low), ([scored, low], scored), ([low, scored], scored)):
-        assert list(_known(records).values()) == [best]
-    assert not _known([{**state, "score": None}])
 
 
 def test_several_actions_of_a_round_are_in_layers_of_their_own(folder, split, task, tmp_path):
@@ -323,16 +310,15 @@ def test_the_stages_make_a_model_of_that_size(manifests, tmp_path):
     assert next(iter(planned)) in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("early_stopping", [True, False])
-def test_what_is_left_of_the_budget_is_spent_on_what_gains_most_per_byte(folder, split, task, tmp_path, early_stopping):
+@pytest.mark.parametrize("shortlist", [8, None])
+def test_what_is_left_of_the_budget_is_spent_on_what_gains_most_per_byte(folder, split, task, tmp_path, shortlist):
     smaller = bytes_of(folder, num_layers_to_remove=1)
     target = smaller.num_bytes([Action("decoder.1", GONE)]) + 12_000
     bits = {"attention": [8, 3], "mlp": [3], "lm_head": [4]}
-    more = {"num_layers_to_remove": 1, "early_stopping": early_stopping}
     plans = {}
     for spend in (False, True):
-        budget = {"size": f"{target / 1e3:.3f} kB", "bits": bits, "spend_rest": spend}
-        plans[spend] = searched(folder, split, task, tmp_path / f"{spend}", "", budget=budget, **more)
+        budget = {"size": f"{target / 1e3:.3f} kB", "bits": bits, "spend_rest": spend, "shortlist": shortlist}
+        plans[spend] = searched(folder, split, task, tmp_path / f"{spend}", "", budget=budget, num_layers_to_remove=1)
     plain, spent = plans[False], plans[True]
     reached = len(plain.curve) - 1
     assert spent.curve[: reached + 1] == plain.curve
@@ -368,18 +354,23 @@ def test_more_bits_are_those_allowed_and_those_before(folder):
     )
 
 
-def test_only_the_most_promising_are_scored_again_where_the_recipe_says_so(folder, split, task, tmp_path):
+def test_those_are_translated_whose_loss_rises_least_per_byte(folder, split, task, tmp_path):
     smaller = bytes_of(folder, num_layers_to_remove=1)
     size = f"{smaller.num_bytes([Action(f'decoder.{layer}.mlp', 3) for layer in range(3)]) / 1e3:.3f} kB"
-    budget = {"size": size, "bits": {"mlp": [3]}, "scored_again": 2}
-    more = {"budget": budget, "early_stopping": False, "protected": [0, 1, 2, 3]}
-    plan = searched(folder, split, task, tmp_path / "rank", size, **more)
-    assert plan.selection_mode == "budget, 2 scored again"
-    rounds = [{c["part"]: max(0.0, c["lost"]) for c in plan.candidates if c["round"] == n} for n in (1, 2, 3)]
-    assert [len(scored) for scored in rounds] == [4, 2, 2]
-    best = {fewer.part: fewer.round for fewer in plan.bits}
-    last = rounds[0]
-    for number in (2, 3):
-        possible = [last[part] for part in last if best.get(part, 9) >= number]
-        assert sorted(last[part] for part in rounds[number - 1]) == sorted(possible)[:2]
-        last |= rounds[number - 1]
+    budget = {"size": size, "bits": {"mlp": [3], "attention": [3]}, "shortlist": 2}
+    plan = searched(folder, split, task, tmp_path / "rank", "", budget=budget, protected=[0, 1, 2, 3])
+    assert plan.selection_mode == "budget, 2 translated a round"
+    journal = [json.loads(line) for line in _lines(tmp_path / "rank" / JOURNAL_FILE)]
+    parents = [record["loss"] for record in journal if record["part"] is None and "loss" in record]
+    for number, parent in enumerate(parents, 1):
+        tried = [c for c in plan.candidates if c["round"] == number]
+        rise = {
+            c["part"]: max(0.0, sum(c["loss"][code] - parent[code] for code in parent)) / c["saved_bytes"]
+            for c in tried
+        }
+        translated = [c["part"] for c in tried if c["score"] is not None]
+        assert len(translated) == 2
+        if number == 1:  # later less may be missing than an action saves
+            assert sorted(rise[part] for part in translated) == sorted(rise.values())[:2]
+        assert all((c["lost"] is None) == (c["score"] is None) for c in tried)
+    assert len(parents) > 1

@@ -10,7 +10,7 @@ from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.translate_clips import greedy
 from trimlingual.recipe import RankSettings
 from trimlingual.run.lineage import Lineage
-from trimlingual.search.actions import Action
+from trimlingual.search.actions import GONE, Action
 from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.rounded import RoundedModel
@@ -103,8 +103,38 @@ def test_tables_in_fewer_bits_are_translated_by_drafts(make_model, processor, sp
     scorer.parent.update(scorer.parent_tally().tokens)
     scorer.prepare()
     for action in (Action("embeddings", 2), Action("lm_head", 2)):
-        (tally,) = scorer.tallies([action], None)
+        (tally,) = scorer.tallies([action])
         with scorer.rounded.tried(*action):
             anew = {clip: rows for block in scorer.blocks for clip, rows in scorer._translate(None, block).items()}
         assert tally.tokens == anew != scorer.parent, action
     assert scorer._num_drafted == 2 * sum(len(row) for rows in scorer.parent.values() for row in rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_that_starts_from_the_parent_is_that_of_the_whole_model(make_model, processor, split, task, tied):
+    """For every kind of action; float32, whose additions come in another order."""
+    model = make_model(layers=4, heads=2, kv_heads=1, width=64, seed=5, tied=tied)
+    layers = {"decoder": list(range(4)), "encoder": [0, 1]}
+    lineage = Lineage("tiny", layers, {tower: len(numbers) for tower, numbers in layers.items()})
+    settings = RankSettings.model_validate(
+        {"metric": METRICS, "towers": "both", "budget": {"size": "1 MB", "bits": EVERY}}
+    )
+    scorer = BudgetScorer(model, processor, split, shared(task), settings, lineage, layers)
+    scorer.rounded = RoundedModel(model, layers, STORED, "float32")
+    found = {None: scorer.loss(None)}
+    for action in (
+        Action("decoder.2.mlp", 2),
+        Action("decoder.0.attention", 2),
+        Action("embeddings", 2),
+        Action("lm_head", 2),
+    ):
+        found[action] = scorer.loss(action)
+        with scorer.rounded.tried(*action):
+            assert found[action] == pytest.approx(scorer.loss(None), rel=1e-5)
+    for tower in ("decoder", "encoder"):
+        action = Action(f"{tower}.1", GONE)
+        found[action] = scorer.loss(action)
+        scorer.begin_round({tower: [1]}, None)
+        assert found[action] == pytest.approx(scorer.loss(None), rel=1e-5)
+        scorer.begin_round({}, None)
+    assert len({round(loss["de"], 6) for loss in found.values()}) == len(found)

@@ -30,9 +30,9 @@ class BudgetSettings(Section):
         default=False,
         description="bytes left under the size go to parts in more bits, back up or to more of `bits`, most gained per byte first",
     )
-    scored_again: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="candidates of the round before that are scored again, the most promising by their last score; null: all",
+    shortlist: Annotated[int, Field(ge=1)] | None = Field(
+        default=24,
+        description="candidates of a round that are translated, those whose loss of the references rises least per byte; null: all",
     )
 
     @property
@@ -78,7 +78,7 @@ class RankSettings(Section):
     )
     early_stopping: bool = Field(
         default=True,
-        description="exact: give a candidate up once it cannot be among the two best of its round any more",
+        description="exact, without a budget: give a candidate up once it cannot be among the two best of its round any more",
     )
     first_clips: Annotated[int, Field(ge=1)] = Field(
         default=10, description="clips after which halving and racing decide for the first time"

@@ -1,25 +1,28 @@
 """The search for the best model of a size: layers and bits, by translation score lost per byte saved.
 
-It starts from the model as `quantize` would store it. In every round each possible action (actions.py) is scored by real
-translations, as the layer search does it: an action in a decoder layer shares with its parent all that is below, and the parent's
-translations are its drafts. The action that loses least per byte is done, or the best few, each in a layer of its own; then
-everything is scored again, or what was most promising by its last score (`scored_again`), until the budget holds. A score above
-the parent's counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for
-nothing, unless they are spent (`spend_rest`): then parts get more bits while the budget holds, first the one that gains most per byte,
-until none gains. What is missing to the budget is negative then, and so is what an action saves.
+It starts from the model as `quantize` would store it. In every round the loss of the references is computed for each possible action
+(actions.py). Those for which it rises least, per byte saved, are the shortlist, and are scored by real translations, as in the layer
+search: an action in a decoder layer shares with its parent all that is below, and the parent's translations are its drafts. (On a
+hundred clips a score's noise is larger than what most actions cost: the best of all by score alone is often one of the worst. The loss
+has less noise, because it moves with every token and not only where a translation changes.) The action that loses least per byte is
+done, or the best few, each in a layer of its own; then everything is scored again, until the budget holds. A score above the parent's
+counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for nothing, unless they
+are spent (`spend_rest`): then parts get more bits while the budget holds, first the one that gains most per byte, until none gains.
+What is missing to the budget is negative then, and so is what an action saves.
 
-The processes of a distributed run share a round's actions. Each score is in the journal, so a search that was killed goes on. A
-search for another size of the same model goes through the same states as long as its choices are the same, and takes the scores of
-`others` there. A candidate that was given up is known to stay below a score; it is scored after all where that is not enough.
+The processes of a distributed run share a round's actions. Each result is in the journal, so a search that was killed goes on. A
+search for another size of the same model goes through the same states as long as its choices are the same, and takes the results of
+`others` there: its plan is the one that it would have found alone.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from trimlingual.recipe import TOWERS
@@ -32,6 +35,7 @@ from trimlingual.search.plan import FewerBits, PrunePlan, Removal
 from trimlingual.search.scorer import Tally
 
 State = tuple[Action, ...]
+Identity = tuple[str, str | None, int | None]
 
 
 @dataclass
@@ -44,6 +48,9 @@ class BudgetSearch:
     others: Sequence[Path] = ()  # journals of searches that differ in the size alone
     records: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)  # per round: layers removed, bytes, score and share kept
+    # What is known of actions after a state, of the state itself under (state, None, None): their losses, and their translations.
+    losses: dict[Identity, dict[str, Any]] = field(default_factory=dict)
+    translated: dict[Identity, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> PrunePlan:
         """Run all rounds. ValueError, before anything is scored, if no actions reach the budget."""
@@ -52,9 +59,10 @@ class BudgetSearch:
         target = settings.num_bytes
         if problem := self.smaller.problem():
             raise ValueError(problem)
-        self.known = _known(gather(self._read() if is_main_process() else [])[0])
+        for record in gather(self._read() if is_main_process() else [])[0]:
+            self._remember(record)
         state: State = ()
-        parent = baseline = self._parent(state, None)
+        parent = baseline = self._parent(state)
         taken: list[tuple[Action, dict[str, Any]]] = []
         self._add_to_curve(state, baseline)
         start = self.smaller.num_bytes()
@@ -62,18 +70,21 @@ class BudgetSearch:
             f"search under a budget: {start / 1e6:.1f} MB before it, score {baseline['score']:.2f}; to reach {settings.size}"
         )
         while (missing := self.smaller.num_bytes(state) - target) > 0 or settings.spend_rest:
-            number, started = len({record["round"] for record in self.records}) + 1, time.perf_counter()
+            number, started = len(self.curve), time.perf_counter()
             chosen = self._choose(self._round(number, state, parent, missing), missing)
             if not chosen:
                 assert missing <= 0
                 break  # no part gains by more bits
+            before = state
             for record in chosen:
                 action = Action(record["part"], record["bits"])
                 state = (*state, action)
                 taken.append((action, record))
                 if action.bits != GONE:
                     self.scorer.rounded.round_(*action)
-            parent = self._parent(state, chosen[0] if len(chosen) == 1 else None)
+            if len(chosen) == 1:
+                self.translated.setdefault((_words(state), None, None), self.translated[_words(before), *state[-1]])
+            parent = self._parent(state)
             self._add_to_curve(state, parent)
             done = ", ".join(f"{r['part']} {'goes' if r['bits'] == GONE else str(r['bits']) + ' bits'}" for r in chosen)
             say(
@@ -82,130 +93,126 @@ class BudgetSearch:
             )
         return self._plan(taken, baseline)
 
-    def _parent(self, state: State, record: dict[str, Any] | None) -> dict[str, Any]:
-        """The record of the model after `state`, from which the next round starts. `record` has it where it is known already."""
-        scorer = self.scorer
-        removed = removed_by(state)
-        found = self.known.get((_words(state), None, None))
-        tokens = _tokens(record or found or {"tokens": {}})
-        scorer.begin_round(removed, tokens or None)
-        if not record and not found:
-            started, made = time.perf_counter(), None
-            if is_main_process():
-                made = _record(0, state, None, scorer.parent_tally(), 0, 0.0)
-                made["seconds"] = round(time.perf_counter() - started, 4)
-            found = gather(made)[0]
-            self._add_to_journal(found)
-            scorer.begin_round(removed, _tokens(found))
-        result = record or found
-        assert result is not None
-        return result
-
-    def _round(self, number: int, state: State, parent: dict[str, Any], missing: int) -> list[dict[str, Any]]:
-        """The records of the actions that are scored now."""
-        saves = self._candidates(state, missing)
-        if not saves:  # nothing fits any more
-            return []
-        known = {a: self.known[key] for a in saves if (key := (_words(state), a.part, a.bits)) in self.known}
-        records = [_after(r, number, parent) for r in known.values() if r["score"] is not None]
-        pending = [a for a in saves if a not in known or known[a]["score"] is None]
-        prepared = False
-        with progress(f"round {number}", len(saves)) as advance:
-            advance(len(records))
-            while pending:
-                limit = self._worst_of_the_best(records, missing)
-                wave = [
-                    a for a in pending if a in known and known[a]["below"] <= _floor(parent, limit, saves[a], missing)
-                ]
-                if wave:  # given up before, and would be now
-                    scored = [known[a] for a in wave]
-                else:
-                    if not prepared:
-                        self.scorer.prepare()
-                    wave, prepared = self._wave(pending), True
-                    here = {a: saves[a] for a in wave[process_index() :: num_processes()]}
-                    scored_here = self._scored(number, state, here, parent, missing, limit) if here else []
-                    scored = [r for part in gather(scored_here) for r in part]
-                    for record in scored:
-                        self._add_to_journal(record)
-                records += [_after(record, number, parent) for record in scored]
-                pending = [a for a in pending if a not in wave]
-                advance(len(wave))
-        self.records += records
-        return records
-
     def _read(self) -> list[dict[str, Any]]:
         """The records of other searches, marked as such, and of this one."""
         theirs = [{**record, "shared": True} for journal in self.others for record in read_journal(journal)]
         return [*theirs, *read_journal(self.journal)]
 
-    def _candidates(self, state: State, missing: int) -> dict[Action, int]:
-        """The actions that are scored in this round and the bytes that each saves; the most promising by their last score first."""
+    def _remember(self, record: dict[str, Any]) -> None:
+        known = self.losses if "loss" in record else self.translated
+        known[record["state"], record["part"], record["bits"]] = record
+
+    def _add_to_journal(self, record: dict[str, Any]) -> None:
+        self._remember(record)
+        if is_main_process():
+            append_jsonl(self.journal, record)
+
+    def _parent(self, state: State) -> dict[str, Any]:
+        """The record of the model after `state`, from which the next round starts."""
+        scorer, removed, key = self.scorer, removed_by(state), (_words(state), None, None)
+        if key not in self.translated:
+            scorer.begin_round(removed, None)
+            started, made = time.perf_counter(), None
+            if is_main_process():
+                tally = scorer.parent_tally()
+                made = _record(state, None, time.perf_counter() - started) | _translations(tally)
+            self._add_to_journal(gather(made)[0])
+        parent = self.translated[key]
+        scorer.begin_round(removed, _tokens(parent))
+        return parent
+
+    def _round(self, number: int, state: State, parent: dict[str, Any], missing: int) -> list[dict[str, Any]]:
+        """The records of the actions that are possible now; those that were translated have a score, and what they lose."""
+        saves = self._possible(state, missing)
+        if not saves:  # nothing fits any more
+            return []
+        budget = self.scorer.settings.budget
+        assert budget is not None
+        self._make(f"round {number}, losses", state, [None, *saves], self.losses, self._with_losses)
+        loss = {a: mean(self.losses[_words(state), *(a or (None, None))]["loss"].values()) for a in (None, *saves)}
+
+        def first(a: Action) -> tuple[float, int, Action]:
+            return _per_byte(loss[a] - loss[None], saves[a], missing), -min(saves[a], missing), a
+
+        short = sorted(saves, key=first)[: budget.shortlist]
+        words = _words(state)
+        if any((words, *action) not in self.translated for action in short):
+            self.scorer.prepare()
+        self._make(f"round {number}, translations", state, short, self.translated, self._with_translations)
+        records = []
+        for action, saved in saves.items():
+            translated = self.translated[words, *action] if action in short else None
+            record = _merged(self.losses[words, *action], translated) | {"round": number, "saved_bytes": saved}
+            records.append(record | {"lost": parent["score"] - translated["score"] if translated else None})
+        self.records += records
+        return records
+
+    def _possible(self, state: State, missing: int) -> dict[Action, int]:
+        """The actions that are possible now and the bytes that each saves."""
         size = self.smaller.num_bytes(state)
         spends = missing <= 0
         found = self.smaller.more_bits(state) if spends else self.smaller.possible(state)
         saves = {a: size - self.smaller.num_bytes([*state, a]) for a in found}
-        last = {
-            Action(r["part"], r["bits"]): _loss_per_byte(r, missing)
-            for r in self.records
-            if (r["saved_bytes"] < 0) == spends
-        }
         if spends:
-            possible = [a for a, saved in saves.items() if saved >= missing]
-        else:  # a small layer that goes instead of a large one can put the budget out of reach
-            possible = [a for a in found if saves[a] > 0 and self.smaller.smallest([*state, a]) <= size - missing]
-        possible.sort(key=lambda a: (last.get(a, 0.0), -min(saves[a], missing)))
-        budget = self.scorer.settings.budget
-        assert budget is not None
-        again = [a for a in possible if a in last][: budget.scored_again]
-        return {a: saves[a] for a in possible if a in again or a not in last}
+            return {a: saved for a, saved in saves.items() if saved >= missing}
+        # A small layer that goes instead of a large one can put the budget out of reach.
+        return {a: s for a, s in saves.items() if s > 0 and self.smaller.smallest([*state, a]) <= size - missing}
 
-    def _wave(self, pending: Sequence[Action]) -> list[Action]:
-        """The next actions to be scored together: layers that go, as many as are decoded at once, or one action per process."""
-        if pending[0].bits != GONE:
-            return [a for a in pending if a.bits != GONE][: num_processes()]
-        return [a for a in pending if a.bits == GONE][: self.scorer.group_size() * num_processes()]
-
-    def _scored(
+    def _make(
         self,
-        number: int,
+        title: str,
         state: State,
-        saves: Mapping[Action, int],
-        parent: dict[str, Any],
-        missing: int,
-        limit: float | None,
-    ) -> list[dict[str, Any]]:
-        """The records of some actions and the bytes they save. One is given up once it must lose more than `limit` per byte."""
-        started = time.perf_counter()
-        floor = None if limit is None else _floor(parent, limit, max(saves.values()), missing)
-        tallies = self.scorer.tallies(list(saves), floor)
-        seconds = (time.perf_counter() - started) / len(saves)
-        records = [_record(number, state, a, t, saved, seconds) for (a, saved), t in zip(saves.items(), tallies)]
-        for record in records:
-            if record["score"] is None:
-                record["below"] = floor
+        actions: Sequence[Action | None],
+        known: Mapping[Identity, dict[str, Any]],
+        make: Callable[[State, Sequence[Any]], list[dict[str, Any]]],
+    ) -> None:
+        """Make the records of actions that are not known yet. The processes share them, and each wave is in the journal at once."""
+        pending = [a for a in actions if (_words(state), *(a or (None, None))) not in known]
+        with progress(title, len(actions)) as advance:
+            advance(len(actions) - len(pending), earlier=True)
+            while pending:
+                wave = self._wave(pending)
+                mine = wave[process_index() :: num_processes()]
+                for record in chain(*gather(make(state, mine) if mine else [])):
+                    self._add_to_journal(record)
+                pending = [a for a in pending if a not in wave]
+                advance(len(wave))
+
+    def _wave(self, pending: Sequence[Action | None]) -> list[Action | None]:
+        """The next actions to be made together: layers that go, as many as are decoded at once, or one action per process."""
+        gone = [a for a in pending if a and a.bits == GONE]
+        if pending[0] not in gone:
+            return [a for a in pending if a not in gone][: num_processes()]
+        return list(gone[: self.scorer.group_size() * num_processes()])
+
+    def _with_losses(self, state: State, actions: Sequence[Action | None]) -> list[dict[str, Any]]:
+        records = []
+        for action in actions:
+            started = time.perf_counter()
+            loss = self.scorer.loss(action)
+            records.append(_record(state, action, time.perf_counter() - started) | {"loss": loss})
         return records
 
-    def _worst_of_the_best(self, records: Sequence[dict[str, Any]], missing: int) -> float | None:
-        """Loss per byte that an action must stay below, to be among those that are done in this round."""
-        settings = self.scorer.settings
-        assert settings.budget is not None
-        if not settings.early_stopping:
-            return None
-        # Twice as many as are done, because of several in the same layer only one is.
-        values = sorted(_loss_per_byte(r, missing) for r in records if r["score"] is not None)
-        values += [0.0] * (missing <= 0)  # what gains nothing is not done
-        count = 2 * settings.budget.actions_per_round
-        return min(values[count - 1 :], default=0.0 if missing <= 0 else None)
+    def _with_translations(self, state: State, actions: Sequence[Action]) -> list[dict[str, Any]]:
+        started = time.perf_counter()
+        tallies = self.scorer.tallies(actions)
+        seconds = (time.perf_counter() - started) / len(actions)
+        return [_record(state, action, seconds) | _translations(tally) for action, tally in zip(actions, tallies)]
 
     def _choose(self, records: Sequence[dict[str, Any]], missing: int) -> list[dict[str, Any]]:
         """The best actions that do not touch the same layer, until the budget holds; or parts that gain by more bits, while it does."""
         budget = self.scorer.settings.budget
         assert budget is not None
-        ordered = sorted(
-            (r for r in records if r["score"] is not None),
-            key=lambda r: (_loss_per_byte(r, missing), -min(r["saved_bytes"], missing), r["part"], r["bits"]),
-        )
+
+        def first(r: dict[str, Any]) -> tuple[float, int, str, int]:
+            return (
+                _per_byte(r["lost"], r["saved_bytes"], missing),
+                -min(r["saved_bytes"], missing),
+                r["part"],
+                r["bits"],
+            )
+
+        ordered = sorted((r for r in records if r["lost"] is not None), key=first)
         chosen: list[dict[str, Any]] = []
         touched: set[str | None] = set()
         spends = missing <= 0
@@ -228,16 +235,11 @@ class BudgetSearch:
         entry = {"num_removed": sum(map(len, removed_by(state).values())), "num_bytes": self.smaller.num_bytes(state)}
         self.curve.append({**entry, "score": record["score"], "retained": record["score"] / first if first else 1.0})
 
-    def _add_to_journal(self, record: dict[str, Any]) -> None:
-        self.known[_identity(record)] = record
-        if is_main_process():
-            append_jsonl(self.journal, record)
-
     def _plan(self, taken: Sequence[tuple[Action, dict[str, Any]]], baseline: dict[str, Any]) -> PrunePlan:
         state = tuple(action for action, _ in taken)
         final = bits_after(state)
         assert self.scorer.settings.budget is not None
-        again = self.scorer.settings.budget.scored_again
+        shortlist = self.scorer.settings.budget.shortlist
         removals: list[Removal] = []
         fewer: dict[str, FewerBits] = {}
         for action, record in taken:
@@ -256,59 +258,32 @@ class BudgetSearch:
             baseline_scores=baseline["scores"],
             candidates=[_for_plan(record) for record in self.records],
             curve=self.curve,
-            selection_mode="budget" if again is None else f"budget, {again} scored again",
+            selection_mode="budget" if shortlist is None else f"budget, {shortlist} translated a round",
         )
 
 
-def _known(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str | None, int | None], dict[str, Any]]:
-    """By identity what is known best: a score, or the lowest that a candidate which was given up stays below."""
-    found: dict[tuple[str, str | None, int | None], dict[str, Any]] = {}
-    for record in records:
-        identity, given_up = _identity(record), record["score"] is None
-        if given_up and "below" not in record:  # of an earlier version
-            continue
-        before = found.get(identity)
-        if before and given_up and (before["score"] is not None or before["below"] <= record["below"]):
-            continue
-        found[identity] = record
-    return found
+def _per_byte(lost: float, saved: int, missing: int) -> float:
+    """Loss per byte saved, of those that are missing; of an action that spends bytes, per byte spent, a gain below 0."""
+    return lost / -saved if saved < 0 else max(0.0, lost) / max(1, min(saved, missing))
 
 
-def _after(record: Mapping[str, Any], number: int, parent: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as of round `number`, with the score that it loses against its parent."""
-    return {**record, "round": number, "lost": None if record["score"] is None else parent["score"] - record["score"]}
+def _record(state: State, action: Action | None, seconds: float) -> dict[str, Any]:
+    part, bits = action or (None, None)
+    return {"state": _words(state), "part": part, "bits": bits, "seconds": round(seconds, 4)}
 
 
-def _floor(parent: Mapping[str, Any], limit: float | None, saved: int, missing: int) -> float:
-    """The score below which an action that saves (or spends) so many bytes loses more than `limit` per byte for certain."""
-    num_bytes = min(saved, missing) if saved > 0 else -saved
-    return -math.inf if limit is None else parent["score"] - limit * num_bytes - 1e-9
+def _translations(tally: Tally) -> dict[str, Any]:
+    scores = tally.scores()
+    tokens = {str(clip): rows for clip, rows in sorted(tally.tokens.items())}
+    return {"score": mean(scores.values()), "scores": scores, "tokens": tokens}
 
 
-def _loss_per_byte(record: Mapping[str, Any], missing: int) -> float:
-    """Of a candidate that was given up, infinite; of one that spends bytes what it loses per byte spent, a gain below 0."""
-    if record["lost"] is None:
-        return math.inf
-    if record["saved_bytes"] < 0:
-        return float(record["lost"]) / -record["saved_bytes"]
-    return max(0.0, record["lost"]) / max(1, min(record["saved_bytes"], missing))
-
-
-def _record(
-    number: int, state: State, action: Action | None, tally: Tally | None, saved: int, seconds: float
-) -> dict[str, Any]:
-    scores = tally.scores() if tally else {}
-    return {
-        "round": number,
-        "state": _words(state),
-        "part": action.part if action else None,
-        "bits": action.bits if action else None,
-        "saved_bytes": saved,
-        "score": sum(scores.values()) / len(scores) if scores else None,
-        "scores": scores,
-        "seconds": round(seconds, 4),
-        "tokens": {str(clip): rows for clip, rows in sorted(tally.tokens.items())} if tally else {},
-    }
+def _merged(loss: Mapping[str, Any], translated: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All that is known of an action after a state; `shared` if what took longest came from another search."""
+    if translated is None:
+        return {**loss, "score": None}
+    merged = {**loss, **translated, "seconds": loss["seconds"] + translated["seconds"]}
+    return {key: value for key, value in merged.items() if key != "shared" or "shared" in translated}
 
 
 def _for_plan(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,10 +298,6 @@ def _words(state: State) -> str:
     """A state by its last bits and missing layers: in what order actions were done does not matter to the model."""
     gone = [f"{tower}.{layer}=0" for tower in TOWERS for layer in removed_by(state)[tower]]
     return " ".join(sorted([*gone, *(f"{part}={bits}" for part, bits in bits_after(state).items())]))
-
-
-def _identity(record: Mapping[str, Any]) -> tuple[str, str | None, int | None]:
-    return record["state"], record["part"], record["bits"]
 
 
 def _tokens(record: Mapping[str, Any]) -> dict[int, list[list[int]]]:

@@ -1,4 +1,4 @@
-"""Scores the actions of the search under a budget, by real translations of the selection set.
+"""Scores the actions of the search under a budget, by the loss of the references and by real translations of the selection set.
 
 Layers that go are decoded together, as in the layer search. A part in fewer bits is rounded in place once, and translates all clips.
 It goes on from its parent's pass: a block of the decoder from its layer, the head from the last one. Other embeddings change the
@@ -8,16 +8,16 @@ decoding step takes as long as reading the weights, a candidate of bits takes se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from trimlingual.models.tree import lm_head, text_decoder
 from trimlingual.search.actions import GONE, Action, layer_of
 from trimlingual.search.allowed import Candidate
-from trimlingual.search.from_parent import Trace, trace, translate_changed
+from trimlingual.search.from_parent import Trace, losses_changed, trace, translate_changed
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.search.scorer import TRACE_SHARE, Scorer, Tally
 
-BLOCKS_AT_ONCE = 4  # on a GPU; all at once would leave none after which a candidate can be given up
+BLOCKS_AT_ONCE = 4  # on a GPU
 
 
 class BudgetScorer(Scorer):
@@ -25,28 +25,45 @@ class BudgetScorer(Scorer):
 
     rounded: RoundedModel
 
+    def loss(self, action: Action | None) -> dict[str, float]:
+        """Loss of the references per language, in nats per token, of the parent with this action done; None: of the parent."""
+        every = range(len(self.select.clips))
+        if action is None or action.bits == GONE:
+            candidate = Candidate(*layer_of(action)) if action else None
+            return {language: _mean(self._losses(candidate, every, language).values()) for language in self.metrics}
+        blocks = {language: self._with_reference(every, language) for language in self.metrics}
+        traces = {language: self._trace(block, language) for language, block in blocks.items()}  # before weights change
+        found = {}
+        with self.rounded.tried(*action):
+            for language, traced in traces.items():
+                if traced is None or self._changes_input(action):
+                    found[language] = _mean(self._losses(None, every, language).values())
+                else:
+                    nats = losses_changed(self._stepper.decoder, traced, self._position(action, traced))
+                    found[language] = _mean(zip(nats, map(len, traced.drafts)))
+        return found
+
     def prepare(self) -> None:
-        """Run the parent over all clips: every candidate starts from there. What earlier batches had in memory makes way for it."""
+        """Run the parent over all clips: every translation starts from there. What was in memory before makes way for it."""
         self._stepper.release()
+        self._traces = {}
         for block in self.blocks:
             self._trace(block)
 
-    def tallies(self, actions: Sequence[Action], floor: float | None) -> list[Tally | None]:
-        """Tallies of the parent with each of these done, one action or layers that go; None where `floor` is out of reach."""
+    def tallies(self, actions: Sequence[Action]) -> list[Tally]:
+        """Tallies of the parent with each of these done, one action or layers that go."""
         if actions[0].bits == GONE:
-            return self._without([Candidate(*layer_of(action)) for action in actions], floor)
+            return self._without([Candidate(*layer_of(action)) for action in actions])
         (action,) = actions
-        return [self._changed(action, floor)]
+        return [self._changed(action)]
 
-    def _without(self, layers: Sequence[Candidate], floor: float | None) -> list[Tally | None]:
+    def _without(self, layers: Sequence[Candidate]) -> list[Tally]:
         tallies = {layer: Tally(self) for layer in layers}
-        left = dict(tallies)
         for block in self.blocks:
-            added = self.add(left, block, floor) if left else {}
-            left = {c: t for c, t in left.items() if added[c] and (floor is None or t.bound() >= floor)}
-        return [left.get(layer) for layer in layers]
+            self.add(tallies, block)
+        return [tallies[layer] for layer in layers]
 
-    def _changed(self, action: Action, floor: float | None) -> Tally | None:
+    def _changed(self, action: Action) -> Tally:
         tally, lots = Tally(self), self._lots()
         traces = [self._traced(lot) for lot in lots]  # before the weights change
         with self.rounded.tried(*action):
@@ -54,9 +71,17 @@ class BudgetScorer(Scorer):
                 clips = [clip for block in lot for clip in block]
                 if traced and self._changes_input(action):
                     traced = self._traced_anew(clips, traced)
-                if not self._add_changed(action, tally, clips, traced, floor):
-                    return None
+                if traced is None:
+                    tally.add(self._translate(None, clips))
+                else:
+                    rows = translate_changed(self._stepper, traced, self._position(action, traced))
+                    self._count_accepted(traced.drafts, rows)
+                    tally.add(self._by_clip(clips, rows))
         return tally
+
+    def _position(self, action: Action, traced: Trace) -> int:
+        """The layer of the model from which on a candidate of bits differs from its parent; for the head, the last one."""
+        return self.present["decoder"].index(layer_of(action)[1]) if action.layer is not None else traced.active[-1]
 
     def _changes_input(self, action: Action) -> bool:
         """Whether other embeddings come into the first layer: they change, or they are the head's, which changes."""
@@ -78,27 +103,6 @@ class BudgetScorer(Scorer):
         whole = [trace for trace in traces if trace is not None]
         return Trace.together(whole) if len(whole) == len(traces) else None
 
-    def _add_changed(
-        self, action: Action, tally: Tally, clips: Sequence[int], traced: Trace | None, floor: float | None
-    ) -> bool:
-        """Add the translations of some clips, while the action is done; False where it is given up."""
-        keys = [(clip, self.translated.index(language)) for clip in clips for language in self.languages(clip)]
-
-        def hopeless(_number: int, rows: list[list[int]]) -> bool:
-            return floor is not None and tally.bound(dict(zip(keys, rows))) < floor
-
-        if traced is None:
-            tally.add(self._translate(None, clips))
-        else:
-            in_a_layer = action.layer is not None
-            position = self.present["decoder"].index(layer_of(action)[1]) if in_a_layer else traced.active[-1]
-            rows = translate_changed(self._stepper, traced, position, hopeless if floor is not None else None)
-            if rows is None:
-                return False
-            self._count_accepted(traced.drafts, rows)
-            tally.add(self._by_clip(clips, rows))
-        return floor is None or tally.bound() >= floor
-
     def _lots(self) -> list[list[list[int]]]:
         """The blocks, so many at a time as are decoded together."""
         count = BLOCKS_AT_ONCE if self._stepper.decoder.device.type == "cuda" else 1
@@ -106,3 +110,9 @@ class BudgetScorer(Scorer):
 
     def _may_change(self, active: Sequence[int]) -> list[int]:
         return list(active)
+
+
+def _mean(sums: Iterable[tuple[float, int]]) -> float:
+    """Nats per token of (nats, tokens) per clip."""
+    nats, tokens = map(sum, zip(*sums))
+    return nats / tokens

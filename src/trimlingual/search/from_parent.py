@@ -39,8 +39,8 @@ class _Chunk:
     packed: Packed
     first_row: int
     hidden: Mapping[int, Tensor]  # per layer that may go: its input (C, D)
-    keys: Mapping[int, Tensor]  # per layer (C, K, E)
-    values: Mapping[int, Tensor]  # per layer (C, K, E)
+    keys: Mapping[int, Tensor]  # per layer (C, K, E); none for losses
+    values: Mapping[int, Tensor]  # per layer (C, K, E); none for losses
     prompt_tokens: Tensor  # packed_index of the prompts' tokens
     draft_tokens: Tensor  # packed_index of the drafts' tokens
 
@@ -93,8 +93,12 @@ def trace(
     limits: Sequence[int],
     active: Sequence[int],
     candidates: Sequence[int],
+    for_losses: bool = False,
 ) -> Trace:
-    """Run the parent, the layers `active`, over each prompt (T_i, D) followed by its draft. `candidates` are the layers that may go."""
+    """Run the parent, the layers `active`, over each prompt (T_i, D) followed by its draft. `candidates` are the layers that may go.
+
+    Losses need no keys and values of the parent: `for_losses` does not keep them.
+    """
     traced_chunks, influence = [], {layer: 0.0 for layer in candidates}
     for rows in chunks(_lengths(prompts, drafts), decoder.device):
         packed, hidden = decoder.packed([prompts[row] for row in rows], [drafts[row][:-1] for row in rows])
@@ -106,8 +110,9 @@ def trace(
                 inputs[layer] = hidden
                 distance = 1 - torch.nn.functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
                 influence[layer] += distance.sum().item()
-            # Where they are parts of a joined product, the queries beside them are not kept.
-            keys[layer], values[layer], hidden = key.contiguous(), value.contiguous(), output
+            if not for_losses:  # where they are parts of a joined product, the queries beside them are not kept
+                keys[layer], values[layer] = key.contiguous(), value.contiguous()
+            hidden = output
         prompt_length = torch.tensor([len(prompts[row]) for row in rows], device=decoder.device)
         in_draft = packed.position >= prompt_length[packed.row]
         prompt_tokens, draft_tokens = (~in_draft).nonzero()[:, 0], in_draft.nonzero()[:, 0]
@@ -142,14 +147,14 @@ def translate_without(
 
 
 @torch.inference_mode()
-def translate_changed(
-    stepper: Stepper, traced: Trace, layer: int, hopeless: Hopeless | None = None
-) -> list[list[int]] | None:
+def translate_changed(stepper: Stepper, traced: Trace, layer: int) -> list[list[int]]:
     """What the traced parent would translate with `layer`, and all that follows it, as it is now: weights have changed since the trace.
 
     What only the head has changed in is translated from the last layer.
     """
-    return _translate(stepper, traced, [layer], False, hopeless)[0]
+    (rows,) = _translate(stepper, traced, [layer], False, None)
+    assert rows is not None
+    return rows
 
 
 def _translate(
@@ -209,10 +214,21 @@ def _translate(
 @torch.inference_mode()
 def losses_without(decoder: PackedDecoder, traced: Trace, layer: int) -> list[float]:
     """Loss of each draft (B,), in nats summed over its tokens, under the traced parent without `layer` (teacher-forced)."""
+    return _losses_above(decoder, traced, layer, [i for i in traced.active if i > layer])
+
+
+@torch.inference_mode()
+def losses_changed(decoder: PackedDecoder, traced: Trace, layer: int) -> list[float]:
+    """As `losses_without`, with `layer` and all that follows it as it is now (see `translate_changed`)."""
+    return _losses_above(decoder, traced, layer, [i for i in traced.active if i >= layer])
+
+
+def _losses_above(decoder: PackedDecoder, traced: Trace, layer: int, active: Sequence[int]) -> list[float]:
+    """Losses of the drafts, run from the parent's input of `layer` through `active`."""
     sums = torch.zeros(len(traced.drafts), dtype=torch.float64, device=decoder.device)
     draft = _padded(traced.drafts, decoder.device)
     for chunk in traced.chunks:
-        hidden = _run_above(decoder, traced, chunk, layer, [i for i in traced.active if i > layer], None)
+        hidden = _run_above(decoder, traced, chunk, layer, active, None)
         row, column = _draft_indices(traced.drafts, chunk)
         sums.index_add_(0, row, _token_losses(decoder, hidden, draft[row, column]))
     return sums.tolist()

@@ -368,7 +368,7 @@ class Scorer:
             drafts = [ids if self._drafting else NO_DRAFT for clip in block for ids in self.parent[clip]]
         active = self._active(None)
         may_go = self._may_change(active)
-        needed = Trace.num_bytes(decoder, len(active), len(may_go), prompts, drafts)
+        needed = Trace.num_bytes(decoder, 0 if language else len(active), len(may_go), prompts, drafts)
         free = decoder.free_bytes()
         if needed > TRACE_SHARE * free:
             say(
@@ -376,7 +376,7 @@ class Scorer:
             )
             self._sharing, self._traces = False, {}
             return None
-        self._traces[key] = trace(decoder, prompts, drafts, limits, active, may_go)
+        self._traces[key] = trace(decoder, prompts, drafts, limits, active, may_go, for_losses=bool(language))
         return self._traces[key]
 
     def _may_change(self, active: Sequence[int]) -> list[int]:
