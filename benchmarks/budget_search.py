@@ -5,8 +5,8 @@
 
 The actions of a whole search are drawn by lot first, since scores of random weights mean nothing: per round the state of the model
 and the candidates. Then whole rounds of it are run, the first, one in the middle and the last, as `rank` runs them: the parent's
-translations, and every candidate's. The seconds of a candidate of each kind are interpolated over the number of missing layers, which
-gives every round's. No candidate is given up (`early_stopping: false`), and as in search.py all answers have lengths drawn around 4
+translations, every candidate's loss of the references, and the shortlist's translations. The seconds of a candidate of each kind are
+interpolated over the number of missing layers, which gives every round's. As in search.py all answers have lengths drawn around 4
 tokens per second of audio, and every draft is wrong at once. Prints one JSON document and writes it to benchmarks/results.
 """
 
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +66,6 @@ def make_search(case: Case, folder: Path, settings: RankSettings, size: str) -> 
     smaller = Smaller(case.model, layers, settings, stored, "bfloat16", BESIDE[size])
     scorer.rounded = RoundedModel(case.model, layers, stored, "bfloat16")
     search = BudgetSearch(scorer, smaller, folder / "journal.jsonl")
-    search.known = {}
     return search
 
 
@@ -75,83 +75,89 @@ def set_budget(search: BudgetSearch, **values: Any) -> None:
     search.scorer.settings = settings.model_copy(update={"budget": settings.budget.model_copy(update=values)})
 
 
-def drawn(search: BudgetSearch) -> list[tuple[State, list[Action]]]:
-    """A whole search whose losses are drawn by lot: the state and the candidates of every round. Leaves the records."""
+class Round(NamedTuple):
+    """A round of a whole search: the model's state, its candidates, and those of them that are translated."""
+
+    state: State
+    candidates: list[Action]
+    shortlist: list[Action]
+
+
+def drawn(search: BudgetSearch) -> list[Round]:
+    """A whole search whose losses are drawn by lot."""
     budget = search.scorer.settings.budget
     assert budget is not None
     rng, state, rounds = np.random.default_rng(0), (), []
     loss_per_byte: dict[Action, float] = defaultdict(lambda: float(rng.lognormal()))
-    search.records = []
     while (missing := search.smaller.num_bytes(state) - budget.num_bytes) > 0:
-        saves = search._candidates(state, missing)
-        rounds.append((state, list(saves)))
+        saves = search._possible(state, missing)
+        ordered = sorted(saves, key=lambda action: loss_per_byte[action])
+        short = ordered[: math.ceil(budget.shortlist * len(saves))]
+        rounds.append(Round(state, list(saves), short))
         records = [
-            {
-                **action._asdict(),
-                "saved_bytes": saved,
-                "score": 0.0,
-                "lost": loss_per_byte[action] * min(saved, missing),
-            }
-            for action, saved in saves.items()
+            {**a._asdict(), "saved_bytes": saves[a], "lost": loss_per_byte[a] * min(saves[a], missing)} for a in short
         ]
-        chosen = search._choose(records, missing)
-        search.records += [{**record, "round": len(rounds)} for record in records]
-        state = (*state, *(Action(record["part"], record["bits"]) for record in chosen))
+        state = (*state, *(Action(r["part"], r["bits"]) for r in search._choose(records, missing)))
     return rounds
 
 
-def measured(
-    search: BudgetSearch, case: Case, number: int, state: State, records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """A whole round, as `BudgetSearch.run` has it."""
-    scorer, removed = search.scorer, removed_by(state)
+def measured(search: BudgetSearch, case: Case, number: int, drawn: Round) -> dict[str, Any]:
+    """A whole round, as `BudgetSearch.run` has it. One candidate of each kind that is not on the shortlist is translated too."""
+    scorer, state = search.scorer, drawn.state
+    removed = removed_by(state)
     for action in state:
         if action.bits != GONE:
             scorer.rounded.round_(*action)
-    budget = scorer.settings.budget
-    assert budget is not None
-    search.known, search.records = {}, records
+    search.losses, search.translated = {}, {}
+    one_of_each = {kind_of(action): action for action in (*drawn.candidates, *drawn.shortlist)}.values()
+    short = list(dict.fromkeys([*drawn.shortlist, *one_of_each]))
     started = clock(case.device)
-    scorer.begin_round(removed, None)
-    tally = scorer.parent_tally()
-    scorer.begin_round(removed, tally.tokens)
+    search._parent(state)
     parent_s = clock(case.device) - started
-    score = tally.scores()
-    parent = {"score": mean(score.values())}
-    found = search._round(number, state, parent, search.smaller.num_bytes(state) - budget.num_bytes)
+    search._make(f"round {number}, losses", state, [None, *drawn.candidates], search.losses, search._with_losses)
+    scorer.prepare()
+    search._make(f"round {number}, translations", state, short, search.translated, search._with_translations)
     seconds = clock(case.device) - started
-    kinds = Counter(kind_of(Action(r["part"], r["bits"])) for r in found)
-    each = {kind: mean(r["seconds"] for r in found if kind_of(Action(r["part"], r["bits"])) == kind) for kind in kinds}
-    row = {
-        "round": number, "layers_gone": sum(map(len, removed.values())), "num_candidates": len(found), "kinds": dict(kinds),
-        "seconds": seconds, "parent_s": parent_s, "shared_s": seconds - parent_s - sum(r["seconds"] for r in found),
-        "seconds_per_candidate": each,
-    }  # fmt: skip
+    row: dict[str, Any] = {
+        "round": number,
+        "layers_gone": sum(map(len, removed.values())),
+        "seconds": seconds,
+        "parent_s": parent_s,
+    }
+    row["shared_s"] = seconds - parent_s
+    for name, known in (("loss", search.losses), ("translation", search.translated)):
+        by_kind = defaultdict(list)
+        for record in known.values():
+            if record["part"]:
+                by_kind[kind_of(Action(record["part"], record["bits"]))].append(record["seconds"])
+        row[f"num_with_{name}"] = {kind: len(found) for kind, found in by_kind.items()}
+        row[f"seconds_per_{name}"] = {kind: mean(found) for kind, found in by_kind.items()}
+        row["shared_s"] -= sum(map(sum, by_kind.values()))
     print(json.dumps(row), flush=True)
     return row
 
 
-def whole(rounds: Sequence[tuple[State, list[Action]]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def whole(rounds: Sequence[Round], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The cost of these rounds, each between the measured ones by its number of missing layers."""
 
     def between(gone: int, values: Sequence[tuple[int, float]]) -> float:
         at = sorted({number for number, _ in values})
         return float(np.interp(gone, at, [mean(s for number, s in values if number == one) for one in at]))
 
-    total, candidates = 0.0, Counter[str]()
-    for state, actions in rounds:
-        gone = sum(map(len, removed_by(state).values()))
+    total, counts = 0.0, {"loss": Counter[str](), "translation": Counter[str]()}
+    for each in rounds:
+        gone = sum(map(len, removed_by(each.state).values()))
         for name in ("parent_s", "shared_s"):
             total += between(gone, [(row["layers_gone"], row[name]) for row in rows])
-        for kind, count in Counter(map(kind_of, actions)).items():
-            known = [
-                (row["layers_gone"], row["seconds_per_candidate"][kind])
-                for row in rows
-                if kind in row["seconds_per_candidate"]
-            ]
-            total += count * between(gone, known)
-            candidates[kind] += count
-    return {"num_rounds": len(rounds), "num_candidates": dict(candidates), "seconds": total, "minutes": total / 60}
+        for name, actions in (("loss", each.candidates), ("translation", each.shortlist)):
+            for kind, count in Counter(map(kind_of, actions)).items():
+                seconds = [(row["layers_gone"], row[f"seconds_per_{name}"]) for row in rows]
+                total += count * between(gone, [(number, s[kind]) for number, s in seconds if kind in s])
+                counts[name][kind] += count
+    return {
+        "num_rounds": len(rounds), **{f"num_with_{name}": dict(found) for name, found in counts.items()},
+        "seconds": total, "minutes": total / 60,
+    }  # fmt: skip
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -159,16 +165,16 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     case = case_7b(folder, args.clips, args.size)
     settings = RankSettings.model_validate(
         {
-            "num_layers_to_remove": args.layers, "metric": "chrfpp", "early_stopping": False,
-            "budget": {"size": "1 GB", "bits": BITS, "actions_per_round": args.actions_per_round},
+            "num_layers_to_remove": args.layers, "metric": "chrfpp",
+            "budget": {
+                "size": "1 GB", "bits": BITS, "actions_per_round": args.actions_per_round, "shortlist": args.shortlist,
+            },
         }
     )  # fmt: skip
     search = make_search(case, folder, settings, args.size)
     start, least = search.smaller.num_bytes(), search.smaller.smallest()
     set_budget(search, size=args.budget or f"{(0.4 * start + 0.6 * least) / 1e3:.1f} kB")
-    everything = drawn(search)
-    set_budget(search, scored_again=args.scored_again)
-    rounds, records = drawn(search), search.records
+    rounds = drawn(search)
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/budget_search.py", *args.given]), "commit": commit(args.commit),
         "machine": machine(), "size": args.size, "dtype": str(case.model.dtype), "clips": len(case.split.clips),
@@ -179,11 +185,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     with peak_memory(case.device) as memory:
         for number in sorted({1, (1 + len(rounds)) // 2, len(rounds)}):
-            state = rounds[number - 1][0]
-            before = [record for record in records if record["round"] < number]
-            result["rounds"].append(measured(search, case, number, state, before))
+            result["rounds"].append(measured(search, case, number, rounds[number - 1]))
             result["whole_search"] = whole(rounds, result["rounds"])
-            result["whole_search_all_scored_again"] = whole(everything, result["rounds"])
             write_json(args.out, result)
     result["peak_bytes"] = memory.num_bytes
     write_json(args.out, result)
@@ -197,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--layers", type=int, default=8, help="that may go at most")
     parser.add_argument("--actions-per-round", type=int, default=8)
-    parser.add_argument("--scored-again", type=int, default=24)
+    parser.add_argument("--shortlist", type=float, default=0.25, help="share of the candidates that are translated")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)

@@ -100,15 +100,16 @@ def test_serve(tmp_path, model):
 
 def test_budget_search(tmp_path):
     out = tmp_path / "budget_search.json"
-    small = ["--size", "small", "--clips", "3", "--layers", "2", "--actions-per-round", "3", "--scored-again", "6"]
+    small = ["--size", "small", "--clips", "3", "--layers", "2", "--actions-per-round", "3", "--shortlist", "0.4"]
     result = benchmark("budget_search").main([*small, "--out", str(out)])
     assert json.loads(out.read_text(encoding="utf-8")) == result
-    first, *later = result["rounds"]
-    assert first["kinds"] == {"layer": 4, "attention": 6, "mlp": 6, "lm_head": 1, "embeddings": 1}
-    assert all(row["num_candidates"] < first["num_candidates"] for row in later)
-    short, long = (result[name] for name in ("whole_search", "whole_search_all_scored_again"))
-    assert sum(short["num_candidates"].values()) < sum(long["num_candidates"].values())
-    assert 0 < short["seconds"] < long["seconds"]
+    first, *later = (row["num_with_loss"] for row in result["rounds"])
+    assert first == {"layer": 4, "attention": 6, "mlp": 6, "lm_head": 1, "embeddings": 1}
+    assert sum(later[-1].values()) < sum(first.values())
+    assert set(result["rounds"][0]["num_with_translation"]) == set(first)
+    short, long = (result["whole_search"][f"num_with_{name}"] for name in ("translation", "loss"))
+    assert sum(short.values()) < 0.6 * sum(long.values())
+    assert result["whole_search"]["seconds"] > 0
 
 
 def test_mixed_folders(tmp_path):

@@ -57,8 +57,8 @@ KINDS = ("mixed", "proxy", "uniform")
 AT_ONCE = 1000  # actions per round of a plan whose actions are all scored once
 
 
-def _searched(size: str, num_actions: int, more: str = "") -> list[str]:
-    budget = f"budget={{size: {size}, actions_per_round: {num_actions}{more}, {PARTS}}}"
+def _searched(size: str, num_actions: int) -> list[str]:
+    budget = f"budget={{size: {size}, actions_per_round: {num_actions}, {PARTS}}}"
     return [f"rank.{budget}", f"rank.num_layers_to_remove={MOST_LAYERS}"]
 
 
@@ -66,7 +66,7 @@ def experiments() -> dict[str, list[str]]:
     """What each experiment changes in system.yaml, in order of what it tells."""
     found = {}
     for number, (size, num_layers, rows) in SIZES.items():
-        found[f"mixed-{number}"] = [*SHORT_IN_BITS, *_searched(size, 8, ", scored_again: 24")]
+        found[f"mixed-{number}"] = [*SHORT_IN_BITS, *_searched(size, 8)]
         found[f"uniform-{number}"] = [*SHORT_IN_BITS, f"rank.num_layers_to_remove={num_layers}", *rows]
         found[f"proxy-{number}"] = [*SHORT_IN_BITS, *_searched(size, AT_ONCE)]
     return found

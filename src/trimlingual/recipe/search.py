@@ -30,9 +30,9 @@ class BudgetSettings(Section):
         default=False,
         description="bytes left under the size go to parts in more bits, back up or to more of `bits`, most gained per byte first",
     )
-    shortlist: Annotated[int, Field(ge=1)] | None = Field(
-        default=24,
-        description="candidates of a round that are translated, those whose loss of the references rises least per byte; null: all",
+    shortlist: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.25,
+        description="share of a round's candidates that are translated: those for which the references' loss rises least per byte",
     )
 
     @property

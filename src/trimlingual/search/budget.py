@@ -17,6 +17,7 @@ search for another size of the same model goes through the same states as long a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ class BudgetSearch:
         def first(a: Action) -> tuple[float, int, Action]:
             return _per_byte(loss[a] - loss[None], saves[a], missing), -min(saves[a], missing), a
 
-        short = sorted(saves, key=first)[: budget.shortlist]
+        short = sorted(saves, key=first)[: math.ceil(budget.shortlist * len(saves))]
         words = _words(state)
         if any((words, *action) not in self.translated for action in short):
             self.scorer.prepare()
@@ -258,7 +259,7 @@ class BudgetSearch:
             baseline_scores=baseline["scores"],
             candidates=[_for_plan(record) for record in self.records],
             curve=self.curve,
-            selection_mode="budget" if shortlist is None else f"budget, {shortlist} translated a round",
+            selection_mode="budget" if shortlist == 1 else f"budget, {shortlist:.0%} translated",
         )
 
 

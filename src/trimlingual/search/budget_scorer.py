@@ -8,7 +8,7 @@ decoding step takes as long as reading the weights, a candidate of bits takes se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from trimlingual.models.tree import lm_head, text_decoder
 from trimlingual.search.actions import GONE, Action, layer_of
@@ -27,20 +27,28 @@ class BudgetScorer(Scorer):
 
     def loss(self, action: Action | None) -> dict[str, float]:
         """Loss of the references per language, in nats per token, of the parent with this action done; None: of the parent."""
+        found = {}
+        for language, by_clip in self.reference_losses(action).items():
+            nats, tokens = map(sum, zip(*by_clip.values()))
+            found[language] = nats / tokens
+        return found
+
+    def reference_losses(self, action: Action | None) -> dict[str, dict[int, tuple[float, int]]]:
+        """Per language and clip the loss of the reference, (nats, tokens), of the parent with this action done; None: of the parent."""
         every = range(len(self.select.clips))
         if action is None or action.bits == GONE:
             candidate = Candidate(*layer_of(action)) if action else None
-            return {language: _mean(self._losses(candidate, every, language).values()) for language in self.metrics}
+            return {language: self._losses(candidate, every, language) for language in self.metrics}
         blocks = {language: self._with_reference(every, language) for language in self.metrics}
         traces = {language: self._trace(block, language) for language, block in blocks.items()}  # before weights change
         found = {}
         with self.rounded.tried(*action):
             for language, traced in traces.items():
                 if traced is None or self._changes_input(action):
-                    found[language] = _mean(self._losses(None, every, language).values())
+                    found[language] = self._losses(None, every, language)
                 else:
                     nats = losses_changed(self._stepper.decoder, traced, self._position(action, traced))
-                    found[language] = _mean(zip(nats, map(len, traced.drafts)))
+                    found[language] = dict(zip(blocks[language], zip(nats, map(len, traced.drafts))))
         return found
 
     def prepare(self) -> None:
@@ -110,9 +118,3 @@ class BudgetScorer(Scorer):
 
     def _may_change(self, active: Sequence[int]) -> list[int]:
         return list(active)
-
-
-def _mean(sums: Iterable[tuple[float, int]]) -> float:
-    """Nats per token of (nats, tokens) per clip."""
-    nats, tokens = map(sum, zip(*sums))
-    return nats / tokens
