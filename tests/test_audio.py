@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
+import sys
+
 import numpy as np
 import pytest
 import soundfile as sf
 
 from trimlingual.data import audio
-from trimlingual.data.audio import DataError, describe_audio, load_audio
+from trimlingual.data.audio import DataError, describe_audio, load_audio, stated_s
 
 
 def sine(seconds: float = 0.5, rate: int = 16_000, hertz: float = 440.0) -> np.ndarray:
@@ -66,6 +70,15 @@ def test_bad_files_are_named(tmp_path, content, says):
     with pytest.raises(DataError, match=says) as caught:
         load_audio(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf_8_is_said(tmp_path):
+    path = tmp_path / os.fsdecode(b"gr\xfcn.wav")
+    path.write_bytes(b"no matter what")
+    with pytest.raises(DataError, match="has a name that is not UTF-8"):
+        load_audio(path)
+    assert stated_s(path) == math.inf
 
 
 def test_a_folder_is_not_audio(tmp_path):

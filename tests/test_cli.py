@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -9,9 +12,11 @@ from typer.testing import CliRunner
 
 from trimlingual import __version__
 from trimlingual.cli import app
+from trimlingual.data.rows import MINI_DATA
 
 VERBS = [
     "compress",
+    "pareto",
     "finetune",
     "rank",
     "prune",
@@ -102,6 +107,27 @@ def test_translate_prints_one_json_line_a_file(tmp_path):
     assert json.loads(done.stdout)["text"] == record["references"]["zh"]
 
 
+def test_what_the_terminal_cannot_show_is_escaped_and_ends_nothing(tmp_path):
+    """In an old locale, or a pipe on Windows."""
+    clip = tmp_path / "grün 😀.ogg"
+    shutil.copy(MINI_DATA / json.loads((MINI_DATA / "test.jsonl").read_text().split("\n")[0])["audio"], clip)
+    words = [sys.executable, "-m", "trimlingual", "translate", "builtin:mini", str(clip), "--to", "zh"]
+    plain = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True)
+    ascii_only = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert (plain.returncode, ascii_only.returncode) == (0, 0), plain.stderr + ascii_only.stderr
+    shown, escaped = json.loads(plain.stdout), json.loads(ascii_only.stdout)
+    assert shown == escaped
+    assert shown["audio"] == str(clip)
+    assert ascii_only.stdout.isascii()
+    assert not shown["text"].isascii()
+
+
+def test_streams_that_were_closed_are_not_missed():
+    words = f"{shlex.quote(sys.executable)} -m trimlingual recipes"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        assert subprocess.run(["sh", "-c", f"{words} {closed}"], capture_output=True).returncode == 0, closed
+
+
 def test_dry_run_of_a_hub_recipe_downloads_nothing(tmp_path):
     """Without network or data: the stages are shown, and what is missing."""
     done = run(app, ["compress", "qwen2-audio-en-de", "--dry-run", "--run-dir", str(tmp_path)], env={"COLUMNS": "200"})
@@ -175,3 +201,21 @@ def test_tune_tries_rates_in_the_stage_that_trains(tmp_path, monkeypatch, stage,
     CliRunner().invoke(app, ["finetune", "mini", "--stage", stage, "--tune", "--run-dir", str(tmp_path)])
     swept = {name: bool(getattr(seen[0], name).sweep) for name in ("finetune", "recover")}
     assert swept == {name: name == section for name in swept}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compress", "mini", "--tune", "--dry-run", "--set", "finetune=null"], "finetune is null: nothing trains"),
+        (["finetune", "mini", "--tune", "--stage", "recovered", "--set", "recover=null"], "recover is null: nothing trains"),
+        (["finetune", "mini", "--stage", "rank"], "'rank' is not one of 'teacher', 'recovered'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_tuned_or_trained_is_refused(tmp_path, words, says):
+    settings = ["distill=null", "recover.data.distilled=0", "quantize=null", "evaluate.models=[base]"]
+    verb, recipe, *rest = words
+    sets = [word for setting in settings for word in ("--set", setting)]
+    done = run(app, [verb, recipe, "--run-dir", str(tmp_path / "run"), *sets, *rest])
+    assert done.exit_code
+    assert says in " ".join(f"{done.exception} {done.output}".replace("│", " ").split())
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,7 +21,7 @@ from trimlingual.cli_use import COMPRESS, alone, out
 from trimlingual.recipe import EXPORT_STAGES, Recipe, load_recipe
 from trimlingual.run import interruptions, processes
 from trimlingual.run.processes import is_main_process, num_processes, process_index
-from trimlingual.run.progress import outlive_listeners, say
+from trimlingual.run.progress import outlive_listeners, say, write_any_text
 
 if TYPE_CHECKING:
     from trimlingual.preflight import Findings
@@ -87,7 +87,7 @@ def compress(
 ) -> None:
     """Run a whole recipe: fine-tune, rank, prune, distill, recover, quantize, evaluate, export, report."""
     started = time.perf_counter()
-    settings, folder = _load(recipe, run_dir, _tuned(overrides, tune))
+    settings, folder = _load(recipe, run_dir, _tuned(recipe, overrides, tune))
     if dry_run:
         if alone("--dry-run"):
             _show_plan(settings, folder)
@@ -140,12 +140,14 @@ def pareto(
 def finetune(
     recipe: RecipeArg, run_dir: RunDir = None, overrides: Overrides = None, force: Force = False,
     model: ModelOption = None, out_dir: OutOption = None,
-    stage: Annotated[str, typer.Option(help="teacher (section finetune) or recovered (section recover).")] = "teacher",
+    stage: Annotated[
+        Literal["teacher", "recovered"], typer.Option(help="teacher (section finetune) or recovered (section recover).")
+    ] = "teacher",
     tune: Tune = False,
 ) -> None:  # fmt: skip
     """Train the teacher, or recover a pruned student."""
     section = "recover" if stage == "recovered" else "finetune"
-    _stage(recipe, run_dir, _tuned(overrides, tune, section), force, stage, out_dir, model=model)
+    _stage(recipe, run_dir, _tuned(recipe, overrides, tune, section), force, stage, out_dir, model=model)
 
 
 @app.command(
@@ -250,10 +252,13 @@ TUNED = "[1.0e-5, 3.0e-5, 1.0e-4, 3.0e-4]"  # learning rates of --tune
 LOOKS = 4  # at the selection clips in a training that --tune starts
 
 
-def _tuned(overrides: list[str] | None, tune: bool, section: str = "finetune") -> list[str]:
-    """The overrides that --tune stands for in a section that trains, before the user's own."""
-    tuned = [f"{section}.sweep={TUNED}", f"{section}.selection_checks={LOOKS}"] if tune else []
-    return [*tuned, *(overrides or [])]
+def _tuned(recipe: str, overrides: list[str] | None, tune: bool, section: str = "finetune") -> list[str]:
+    """The overrides that --tune stands for in a section that trains, before the user's own. ValueError where the section is null."""
+    if not tune:
+        return overrides or []
+    if getattr(load_recipe(recipe, overrides or ()), section) is None:
+        raise ValueError(f"--tune tries learning rates of the section {section}, but {section} is null: nothing trains")
+    return [f"{section}.sweep={TUNED}", f"{section}.selection_checks={LOOKS}", *(overrides or [])]
 
 
 def _export_stages(recipe: Recipe) -> list[str]:
@@ -329,6 +334,7 @@ def main() -> None:
     A run that was stopped by SIGTERM ends with 143, by SIGINT (Ctrl-C) with 130, by SIGHUP (the terminal was closed) with 129.
     """
     interruptions.install()
+    write_any_text()
     outlive_listeners()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals

@@ -20,7 +20,7 @@ from trimlingual.run.progress import say
 COMPRESS, USE, LOOK = "Compress a model", "Use a model", "Look at what there is"
 
 app = typer.Typer()
-out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
+out = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)  # a pipe has no width of its own
 
 
 @app.command(

@@ -92,7 +92,7 @@ def stated_s(path: Path) -> float:
     """Seconds that a recording's header states, before anything is decoded; infinite where libsndfile reads no header."""
     try:
         return float(sf.info(path).duration)
-    except (sf.SoundFileError, TypeError):  # TypeError: headerless .raw
+    except (sf.SoundFileError, TypeError, UnicodeEncodeError):  # TypeError: headerless .raw
         return math.inf
 
 
@@ -129,6 +129,10 @@ def _decode(path: Path) -> Iterator[tuple[int, np.ndarray]]:
         tagged = any(tag in data[: 1 << 16] for tag in (b"Xing", b"Info", b"VBRI"))
     try:
         file = sf.SoundFile(path)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path} has a name that is not UTF-8, which libsndfile does not take; rename the file"
+        ) from error
     except (sf.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
         reason = str(error).rpartition(": ")[2]
         raise DataError(f"{path} is not audio libsndfile can read ({reason}); convert it to WAV or FLAC") from error

@@ -6,7 +6,9 @@ line when it begins, one at least every half minute while it goes on, and one wh
 
 from __future__ import annotations
 
+import codecs
 import io
+import json
 import os
 import sys
 import threading
@@ -57,6 +59,25 @@ def outlive_listeners() -> None:
     heard = sys.__stderr__
     if heard is not None and sys.stderr is heard:
         sys.stderr = _Lasting(heard.buffer, encoding=heard.encoding, errors=heard.errors, line_buffering=True)
+
+
+def _as_in_json(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def write_any_text() -> None:
+    """Let no text end the work; for programs, not for libraries.
+
+    What a stream's encoding lacks is written as in JSON (\\u00e4). A stream that was closed at the start is one that nobody reads.
+    """
+    codecs.register_error("as in json", _as_in_json)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="as in json")
 
 
 @contextmanager
