@@ -176,6 +176,12 @@ def test_estimates_at_the_true_size(monkeypatch):
     assert estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", files))["exported gguf"].disk_text == (
         "~6.14 GB + ~15.53 GB while it runs"
     )
+    # Between two rounds of a search that trains stand two models, and two checkpoints of the one that is trained.
+    each_round = ["rank.finetune_each_round={optimizer: flash_adamw}"]
+    rows_trained = estimate.estimate(load_recipe("qwen2-audio-en-de", each_round))
+    teacher = rows_trained["teacher"]
+    assert rows_trained["rank"].disk == teacher.disk
+    assert rows_trained["rank"].while_running == teacher.disk + teacher.while_running
     # Beside the checkpoints of the adapter stands the merged model, which bitsandbytes reads.
     without_training = ["quantize.train=null"]
     rows_merged = estimate.estimate(load_recipe("qwen2-audio-en-de-qlora", without_training))
