@@ -102,4 +102,4 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/mini_compress.py
 
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) $(VENV_UI) $(VENV_VLLM) dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_VOXTRAL) $(VENV_UI) $(VENV_VLLM) dist .pytest_cache .mypy_cache .ruff_cache
