@@ -106,6 +106,7 @@ def test_every_problem_at_once_by_path():
         ({"quantize": {"scheme": "nf4", "train": {"method": "full"}}}, "use scheme int4, or method lora"),
         ({"finetune": {"optimizer": "flash_adamw", "fsdp": True}}, "flash_adamw does not go with fsdp"),
         ({"finetune": {"optimizer": "adamw_bnb_8bit", "fsdp": True}}, "set optimizer: adamw_torch_fused"),
+        ({"finetune": {"lr_scheduler": "constant", "warmup_steps": 5}}, "set constant_with_warmup"),
         ({"finetune": {"method": "lora", "fsdp": True}}, "fsdp does not go with method lora"),
         ({"rank": {"finetune_each_round": {"fsdp": True}}}, "does not go with fsdp"),
         ({"rank": {"strategy": "middle", "finetune_each_round": {}}}, "needs strategy greedy"),

@@ -166,6 +166,8 @@ class TrainSettings(Section):
             raise ValueError(
                 f"optimizer {FLASH_ADAMW} does not go with {', '.join(others)}; set optimizer: adamw_bnb_8bit or adamw_torch_fused"
             )
+        if self.warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("warmup_steps does nothing with lr_scheduler constant; set constant_with_warmup")
         if self.sweep and not self.selection_checks:
             raise ValueError("sweep needs selection_checks of at least 1: the selection clips choose among the rates")
         if len(set(self.sweep)) != len(self.sweep):
