@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
+from trimlingual.models.errors import ModelError
 from trimlingual.models.layers import drop_layers_, without_layers
+from trimlingual.models.loading import load_model
 from trimlingual.models.tree import layer_list
 from trimlingual.run.lineage import Lineage
 
@@ -76,3 +81,19 @@ def test_lineage_composes():
     assert twice.removed("decoder") == [1, 3]
     with pytest.raises(ValueError, match=r"decoder layers \[1\] are not in this model"):
         once.without({"decoder": [1]})
+
+
+@EVERY_FAMILY
+def test_weights_that_lack_a_layer_are_refused(model_dir, tmp_path):
+    """transformers would draw the layer at random, and what it says of it is easily missed."""
+    folder = shutil.copytree(model_dir, tmp_path / "longer")
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    text["num_hidden_layers"] += 1
+    if text.get("layer_types"):
+        text["layer_types"].append(text["layer_types"][-1])
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"lack \d+ of the tensors that its config\.json asks for \(first: .*layers\.\d+\."
+    ):
+        load_model(folder, "float32", torch.device("cpu"))

@@ -101,15 +101,21 @@ def load_model(
         config = AutoConfig.from_pretrained(folder)
         stays_packed = keep_packed and is_packed_folder(config) and no_slower_packed(device, DTYPES[dtype])
         with loading() if is_packed_folder(config) else nullcontext():
-            model = family_named(config.model_type).transformers_class.from_pretrained(
+            model, found = family_named(config.model_type).transformers_class.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
                 device_map={"": torch.device("cpu") if stays_packed else device},
                 use_safetensors=True,
                 quantization_config=quantization_config,
+                output_loading_info=True,
             )
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} of the tensors that its config.json asks for (first: {missing[0]}); the two "
+            "do not belong together, or files are missing: copy or download the folder again"
+        )
     if stays_packed and can_stay_packed(model):
         keep_packed_(model, DTYPES[dtype], device)
     elif is_packed_folder(config):
