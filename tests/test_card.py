@@ -140,6 +140,15 @@ def test_a_chat_without_system_message_has_none_in_the_request():
     assert '"text": "Be brief. Go:"' in made
 
 
+def test_the_packages_that_the_code_needs_are_named():
+    """`device_map` asks for accelerate, and Voxtral's processor for a library of its own."""
+    nf4 = {"scheme": "nf4", "method": "bitsandbytes", "parts": ["decoder"]}
+    for quantization, named in ((None, ""), (nf4, ", `bitsandbytes`")):
+        text = str(card(quantization=quantization))
+        assert f"Needs torch, transformers 5.17 or newer, `accelerate`, `soundfile`{named}." in text
+    assert family_named("voxtral").packages == ("mistral-common",)
+
+
 def test_a_gguf_card_claims_nothing_of_files_that_are_not_there(evaluation):
     """Scores and bytes are those of the model before; the folder has GGUF files alone."""
     text = card(runtime="gguf", evaluation_dir=evaluation).text

@@ -54,6 +54,7 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         outcomes=[(outcome_row(asdict(outcome)), outcome_text(asdict(outcome))) for outcome in outcomes],
         removed=lineage.removed("decoder"),
         version=version(),
+        packages=_packages(family, lineage.quantization),
         messages=messages_for_curl(family.conversation(recipe.task.system_prompt, prompt)),
         conversation=json.dumps(family.conversation(recipe.task.system_prompt, prompt), ensure_ascii=False),
         languages=[recipe.task.language_name(code) for code in recipe.task.target_languages],
@@ -64,6 +65,11 @@ def model_card(finished: Finished, runtime: Runtime, outcomes: Sequence[Outcome]
         datasets=datasets(recipe),
     )
     return f"---\n{metadata(finished, runtime, result, base_license).to_yaml()}\n---\n\n{text}"
+
+
+def _packages(family: Family, quantization: Mapping[str, Any] | None) -> list[str]:
+    """What the Python code on the card needs beside torch and transformers, as pip names it."""
+    return ["accelerate", "soundfile", *family.packages, *([quantization["method"]] if quantization else [])]
 
 
 def messages_for_curl(conversation: Sequence[Mapping[str, Any]]) -> str:

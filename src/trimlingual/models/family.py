@@ -40,6 +40,7 @@ class Family(ABC):
     chat_reads_audio: ClassVar[
         bool
     ]  # whether the processor's chat template takes the clip itself, as base64 of a WAV file
+    packages: ClassVar[tuple[str, ...]] = ()  # that its processor in transformers needs beside transformers
     states_per_s: ClassVar[float]  # F per second of audio
     shapes: ClassVar[Shapes]  # of `random:` bases, by name
     gguf: ClassVar[GgufForm | None] = None  # None: not written

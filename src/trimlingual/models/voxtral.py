@@ -66,6 +66,7 @@ class Voxtral(Family):
     model_class = "VoxtralForConditionalGeneration"
     processor_class = "VoxtralProcessor"
     chat_reads_audio = True
+    packages = ("mistral-common",)
     licenses: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "mistralai/Voxtral-Mini-3B-2507": {"license": "apache-2.0"}, "mistralai/Voxtral-Small-24B-2507": {"license": "apache-2.0"},
     }  # fmt: skip
