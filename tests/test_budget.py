@@ -31,7 +31,7 @@ from trimlingual.recipe import (
 )
 from trimlingual.report.figures import removal_curve
 from trimlingual.report.heat_map import heat_maps
-from trimlingual.run.artifacts import read_artifact
+from trimlingual.run.artifacts import append_jsonl, read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
 from trimlingual.search.plan import PlanError, read_plan
@@ -167,6 +167,18 @@ def test_searches_for_other_sizes_share_scores_and_choose_as_alone(folder, split
             before = {_identity(json.loads(line)) for other in done for line in _lines(other / JOURNAL_FILE)}
             assert not {_identity(json.loads(line)) for line in _lines(out / JOURNAL_FILE)} & before
             done.append(out)
+
+
+def test_a_candidate_that_an_earlier_version_gave_up_is_scored(folder, split, task, tmp_path):
+    split, other = Split("select", split.clips[:2]), tmp_path / "other"
+    size = f"{bytes_of(folder, num_layers_to_remove=2).num_bytes() * 0.97 / 1e3:.1f} kB"
+    alone = searched(folder, split, task, tmp_path / "alone", size)
+    other.mkdir()
+    for record in map(json.loads, _lines(tmp_path / "alone" / JOURNAL_FILE)):
+        if "score" in record and record["part"]:
+            append_jsonl(other / JOURNAL_FILE, record | {"score": None, "tokens": {}, "below": 1.0})
+    plan = searched(folder, split, task, tmp_path / "again", size, others=[other])
+    assert (plan.removals, plan.bits) == (alone.removals, alone.bits)
 
 
 def _without_time(candidate):

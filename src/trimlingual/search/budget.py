@@ -95,9 +95,10 @@ class BudgetSearch:
         return self._plan(taken, baseline)
 
     def _read(self) -> list[dict[str, Any]]:
-        """The records of other searches, marked as such, and of this one."""
+        """The records of other searches, marked as such, and of this one; none of a candidate that an earlier version gave up."""
         theirs = [{**record, "shared": True} for journal in self.others for record in read_journal(journal)]
-        return [*theirs, *read_journal(self.journal)]
+        every = [*theirs, *read_journal(self.journal)]
+        return [record for record in every if "loss" in record or record["score"] is not None]
 
     def _remember(self, record: dict[str, Any]) -> None:
         known = self.losses if "loss" in record else self.translated
