@@ -8,7 +8,7 @@ import torch
 
 from trimlingual.models.errors import ModelError
 from trimlingual.models.layers import drop_layers_, without_layers
-from trimlingual.models.loading import load_model
+from trimlingual.models.loading import load_model, pick_device
 from trimlingual.models.tree import layer_list
 from trimlingual.run.lineage import Lineage
 
@@ -97,3 +97,8 @@ def test_weights_that_lack_a_layer_are_refused(model_dir, tmp_path):
         ModelError, match=r"lack \d+ of the tensors that its config\.json asks for \(first: .*layers\.\d+\."
     ):
         load_model(folder, "float32", torch.device("cpu"))
+
+
+def test_a_device_that_there_is_not_is_said_with_those_that_there_are():
+    with pytest.raises(ModelError, match=r"device 'gpu' is unknown; choose auto, cpu, cuda"):
+        pick_device("gpu")

@@ -112,6 +112,9 @@ def test_a_file_in_the_folders_place_and_beside_its_files_stays(talks, tmp_path)
     (tmp_path / "notes").write_text("mine")
     done = translate(talks, "--format", "srt", "--out-dir", tmp_path / "notes")
     assert "notes is a file; move it away" in str(done.exception)
+    (tmp_path / "unplugged").symlink_to(tmp_path / "disk")
+    done = translate(talks, "--format", "srt", "--out-dir", tmp_path / "unplugged")
+    assert "unplugged is a link to nothing; move it away" in str(done.exception)
     for name in ("0.de.srt.tmp", f"{MADE_FILE}.tmp"):
         (tmp_path / name).write_text("mine")
     assert translate(talks / "0.ogg", "--format", "srt", "--out-dir", tmp_path).exit_code == 0

@@ -62,8 +62,9 @@ class OutputFolder:
 
     def left(self, given: Sequence[Given]) -> list[Given]:
         """The recordings that are not done yet. DataError for two that would be one file, or where a file of the user's stands."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise DataError(f"{self.folder} is a file; move it away, or choose another folder (--out-dir)")
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            what = "a link to nothing" if self.folder.is_symlink() else "a file"
+            raise DataError(f"{self.folder} is {what}; move it away, or choose another folder (--out-dir)")
         names: dict[str, str] = {}
         for each in given:
             if other := names.get(each.stem):

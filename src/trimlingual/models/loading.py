@@ -73,7 +73,10 @@ def resolve_base(base: str, revision: str | None = None, download: bool = True, 
 def pick_device(device: str) -> torch.device:
     """`auto` is the first GPU, or the CPU; under torchrun the process's own GPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ModelError(f"device {device!r} is unknown; choose auto, cpu, cuda, cuda:1, mps or xpu") from error
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
