@@ -14,7 +14,7 @@ import soundfile as sf
 from trimlingual.data import hub as hub_module
 from trimlingual.data import rows
 from trimlingual.data.audio import DataError, inspect_audio
-from trimlingual.data.hub import COMMIT_FILE
+from trimlingual.data.hub import COMMIT_FILE, resolve_commit
 from trimlingual.data.sources import Clip, listing_problems, read_source, source_fingerprint
 from trimlingual.recipe import BuiltinSource, Covost2Source, FolderSource, HubSource, ManifestSource
 from trimlingual.run.artifacts import hash_file
@@ -293,9 +293,20 @@ def test_hub_audio_is_written_once_and_repaired(tmp_path):
     assert first.audio.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("path", ["~/sets/acl", "./acl", "/sets/acl"])
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(path):
+    source = HubSource(kind="hub", path=path, splits=["train"], references={"de": "de"})
+    assert resolve_commit(source, ask=True) is None
+    (problem,) = listing_problems(source, ["de"])
+    assert problem.startswith(f"{path} does not exist or is no folder")
+
+
 def test_hub_problems(tmp_path):
     datasets = pytest.importorskip("datasets")
     made = make_hub_set(tmp_path, "d", 2)
+    datasets.DatasetDict({"dev": made.select([])}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(DataError):
+        read_source(hub(tmp_path / "empty", "dev"), ["de"], tmp_path)
     made.save_to_disk(tmp_path / "set")
     with pytest.raises(DataError, match=r"no column text_xx \(it has "):
         read_source(hub(tmp_path / "set", "dev", source="text_xx"), ["de"], tmp_path)

@@ -74,7 +74,7 @@ def _load_split(source: HubSource, split: str) -> Any:
                 raise ValueError(f"it is a single split ({loaded.split or 'unnamed'})")
         else:
             loaded = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
-    except (ValueError, *hub_errors(), datasets.exceptions.DatasetsError) as error:
+    except (ValueError, IndexError, *hub_errors(), datasets.exceptions.DatasetsError) as error:  # IndexError: no rows
         raise DataError(
             f"split {split!r} of {source.path} (name {source.name}, revision {source.revision}) cannot be loaded: "
             f"{error}; correct path, name, splits or revision in the recipe, or check the network"
@@ -118,6 +118,11 @@ def stored_columns(source: HubSource) -> list[str] | None:
     return None
 
 
+def is_spelled_as_folder(source: HubSource) -> bool:
+    """Whether the set's path can be no name on the Hub."""
+    return source.path.startswith((".", "/", "~"))
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a commit, and no branch or tag, which may move."""
     return bool(re.fullmatch(r"[0-9a-f]{40}", revision or ""))
@@ -128,7 +133,7 @@ def resolve_commit(source: HubSource, ask: bool) -> str | None:
 
     None where that cannot be told: the set is a folder, or the Hub is out of reach.
     """
-    if Path(source.path).is_dir() or source.path.count("/") > 1:
+    if Path(source.path).is_dir() or source.path.count("/") > 1 or is_spelled_as_folder(source):
         return None
     if is_commit(source.revision):
         return source.revision

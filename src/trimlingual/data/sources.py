@@ -17,7 +17,7 @@ from typing import Any
 import soundfile
 
 from trimlingual.data.audio import DataError, Recording, is_file
-from trimlingual.data.hub import hub_rows, missing_columns, stored_columns
+from trimlingual.data.hub import hub_rows, is_spelled_as_folder, missing_columns, stored_columns
 from trimlingual.data.inspection import inspect_all
 from trimlingual.data.rows import Rows, columns_of, listed_rows, listing, read_text
 from trimlingual.recipe import Covost2Source, FolderSource, HubSource, References, Source
@@ -100,6 +100,8 @@ def listing_problems(
     languages = _asked(source, asked, wanted)
     lacking = [language for language in asked if language not in languages] if scored else []
     try:
+        if isinstance(source, HubSource) and is_spelled_as_folder(source) and not Path(source.path).is_dir():
+            return [f"{source.path} does not exist or is no folder; correct the path in the recipe's data section"]
         if isinstance(source, HubSource):
             columns_of(source, languages)
             if lacking:
