@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -387,3 +388,24 @@ def test_no_weights_are_fetched_for_the_data(tmp_path, monkeypatch):
 def test_no_torch_without_need():
     code = "import sys, trimlingual.preflight, trimlingual.resources, trimlingual.estimate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_runs(tmp_path):
+    """As a user whom permissions bind: root is bound by them without this capability."""
+    bound = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+    if bound and (not shutil.which("setpriv") or subprocess.run([*bound, "true"], capture_output=True).returncode):
+        pytest.skip("root cannot give up its capabilities here")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    words = [
+        sys.executable,
+        "-m",
+        "trimlingual",
+        "compress",
+        "mini",
+        "--dry-run",
+        "--run-dir",
+        tmp_path / "locked" / "run",
+    ]
+    done = subprocess.run([*bound, *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count(f"problem: {tmp_path / 'locked'} cannot be written to") == 1, done.stderr

@@ -6,6 +6,7 @@ headers; no weights are loaded, no audio is decoded and nothing but a configurat
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -82,7 +83,7 @@ def check(recipe: Recipe, run_dir: Path, steps: Sequence[Step], problems: Sequen
         _vocabulary(recipe, steps), _comet(recipe, run_dir, names), device_problems(recipe),
         training_problems(recipe, names, config), quantization_problems(recipe.foreseen(), names, config),
         _exports(recipe, steps, config), _layers(recipe, steps, config), _budget(recipe, steps, config),
-        disk_problems(run_dir, names, found.estimates),
+        disk_problems(run_dir, names, found.estimates), _places(steps),
     ):  # fmt: skip
         if problem not in found.problems:
             found.problems.append(problem)
@@ -154,6 +155,14 @@ def _models(steps: Sequence[Step]) -> Iterator[str]:
             folder = ref.local if ref else None
             if folder and folder not in made and folder.is_dir():
                 yield from folder_problems(folder, step.name)
+
+
+def _places(steps: Sequence[Step]) -> Iterator[str]:
+    """Folders in which nothing can be made."""
+    for step in steps:
+        above = next(parent for parent in Path(os.path.realpath(step.folder)).parents if os.path.isdir(parent))
+        if not os.access(above, os.W_OK | os.X_OK):
+            yield f"{above} cannot be written to (its permissions, or a disk for reading only); choose another folder, or change them"
 
 
 def _ranking_notes(steps: Sequence[Step]) -> Iterator[str]:
