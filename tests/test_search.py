@@ -330,9 +330,9 @@ def test_drafts_that_are_never_right_are_left_out(model_dir, easy, task, decode_
     plan = run(model_dir, easy, task, decode_settings, settings, tmp_path / "kept")
     make, drafted = scorer.trace, []
 
-    def noted(decoder, prompts, drafts, *rest):
+    def noted(decoder, prompts, drafts, *rest, **more):
         drafted.append(drafts[0] != NO_DRAFT)
-        return make(decoder, prompts, drafts, *rest)
+        return make(decoder, prompts, drafts, *rest, **more)
 
     monkeypatch.setattr(scorer, "trace", noted)
     for least, expected in ((0.0, {True}), (1.1, {True, False})):
