@@ -156,11 +156,11 @@ def step_size_of(checkpoint: str) -> int | None:
 def last_complete_checkpoint(work_dir: Path) -> str | None:
     """Newest checkpoint that was written to its end and is still whole, or None; all others are removed."""
     wait_for_everyone()
-    found = []
-    for folder in work_dir.glob("checkpoint-*"):
-        if _is_whole(folder):
-            found.append(folder)
-        elif is_main_process():
+    folders = [*work_dir.glob("checkpoint-*")]
+    found = [folder for folder in folders if _is_whole(folder)]
+    wait_for_everyone()  # none goes while another process looks at it
+    if is_main_process():
+        for folder in set(folders).difference(found):
             if (folder / COMPLETE_FILE).exists():
                 say(f"WARNING: {folder} is damaged (files are missing or cut off), so training does not go on from it")
             shutil.rmtree(folder)
