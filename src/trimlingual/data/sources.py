@@ -20,6 +20,7 @@ from trimlingual.data.audio import DataError, Recording, is_file
 from trimlingual.data.hub import hub_rows, is_spelled_as_folder, missing_columns, stored_columns
 from trimlingual.data.inspection import inspect_all
 from trimlingual.data.rows import Rows, columns_of, listed_rows, listing, read_text
+from trimlingual.data.spread import spread
 from trimlingual.recipe import Covost2Source, FolderSource, HubSource, References, Source
 from trimlingual.run.artifacts import hash_file
 from trimlingual.run.progress import progress
@@ -163,7 +164,7 @@ def speech_seconds(source: Source, languages: Sequence[str], encoded_s: Callable
     except DataError:
         return None
     durations = []
-    for row in list(rows)[:: max(1, len(rows) // NUM_HEADERS)]:
+    for row in spread(list(rows), NUM_HEADERS):
         with suppress(RuntimeError, OSError):  # whoever reads the source says what is wrong with a file
             durations.append(encoded_s(soundfile.info(row.audio).duration))
     return len(rows) * fmean(durations) if durations else None

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
+from trimlingual.data.spread import spread
 from trimlingual.evaluation.quality import corpus_score
 from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.target import CONTEXT, ExportError
@@ -187,6 +188,5 @@ def recorded_translations(
         rows = [
             row for row in read_translations(evaluation_dir, code) if not row.get("truncated") and row["id"] in by_id
         ]
-        step = max(1, len(rows) // NUM_CLIPS)
-        chosen += [(by_id[row["id"]], code, row["hypothesis"].strip()) for row in rows[::step][:NUM_CLIPS]]
+        chosen += [(by_id[row["id"]], code, row["hypothesis"].strip()) for row in spread(rows, NUM_CLIPS)]
     return chosen

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimlingual.data.audio import load_audio
+from trimlingual.data.spread import spread
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import free_memory, load_model, load_processor, pick_device
@@ -135,9 +136,12 @@ def _collator(processor: Any, data: TrainingData, shared: SharedSettings) -> Col
     return Collator(Prompter(processor, shared.task), lambda index: load_audio(data.clips[index].audio))
 
 
-def _some(examples: Sequence[Example]) -> list[Example]:
-    """The examples on which the change is measured, spread evenly over all."""
-    return list(examples)[:: max(1, len(examples) // NUM_PROBE_EXAMPLES)][:NUM_PROBE_EXAMPLES]
+def _some(examples: Sequence[Example], num: int = NUM_PROBE_EXAMPLES) -> list[Example]:
+    """`num` of the examples, spread evenly over those of each language.
+
+    A clip's languages take turns in the list. Taken from it by an even step, all examples would be of one language.
+    """
+    return spread(sorted(examples, key=lambda example: example.language), num)
 
 
 def _lineage(
@@ -213,14 +217,13 @@ def _calibrated(
     if settings.rounding != "calibrated":
         return {}
     forward, device = answer_forward(model), next(model.parameters()).device
-    step = max(1, len(examples) // settings.calibration_examples)
 
     def run(example: Example) -> None:
         batch = collator([example])
         batch.pop("ids")
         forward(**{name: tensor.to(device) for name, tensor in batch.items()})
 
-    passes = [partial(run, example) for example in list(examples)[::step][: settings.calibration_examples]]
+    passes = [partial(run, example) for example in _some(examples, settings.calibration_examples)]
     return round_calibrated_(model, settings, passes, DTYPES[model_settings.storage_dtype], keep_unrounded)
 
 
