@@ -5,8 +5,9 @@
     python benchmarks/lab/experiments.py --lab runs/lab --table
     python benchmarks/lab/experiments.py --lab runs/lab --compare --seeds 0 1    # three ways to a size (budgets.py), of runs there are
 
-Everything resumes: a run goes on where it was stopped, and a stage that another run has made with the same fingerprint is taken from
-there. Each experiment's rows are in `LAB/results/`; `--out` copies them, with the table.
+Everything resumes: a run goes on where it was stopped. A stage that another run has made with the same fingerprint is taken from there,
+and one that another run is making is waited for, so experiments may run side by side (run_all.py). Each experiment's rows are in
+`LAB/results/`; `--out` copies them, with the table.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import budgets
+from filelock import FileLock
 
 from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
 from trimlingual.pipeline import plan, run_stage
@@ -53,6 +56,13 @@ SHORT = [
     "recover.selection_checks=1",
     _set_of("out_of_domain", "general-20000"),
 ]
+
+
+def _only(language: str) -> list[str]:
+    """A teacher, a search and a recovery for one language."""
+    sets = {"train": "small", "select": "select-200", "test": "test", "out_of_domain": "general-20000"}
+    alone = [_set_of(split, f"{name}-{language}") for split, name in sets.items()]
+    return [*alone, f"task.target_languages=[{language}]"]
 
 
 # What each experiment changes in system.yaml, by table of docs/results.md.
@@ -89,8 +99,8 @@ LAYERS = {
     "remove-12": [*SHORT, "rank.num_layers_to_remove=12"],
     "remove-15": [*SHORT, "rank.num_layers_to_remove=15"],
     "stop-at-90": [*SHORT, "rank.num_layers_to_remove=15", "rank.min_retained=0.9"],
-    "only-de": [*SHORT, "task.target_languages=[de]", "rank.metric=chrfpp"],
-    "only-zh": [*SHORT, "task.target_languages=[zh]", "rank.metric=chrf"],
+    "only-de": [*SHORT, *_only("de")],
+    "only-zh": [*SHORT, *_only("zh")],
     "each-round": [
         *SHORT,
         "rank.finetune_each_round={max_steps: 40, batch_size: 128, learning_rate: 1.5e-4, data: {gold: 1, out_of_domain: 1}, "
@@ -139,18 +149,19 @@ def train_base(lab: Path, overrides: Sequence[str]) -> None:
     )
 
 
-def borrow(recipe: Recipe, run: Path) -> None:
-    """Stages that another run has made with the same fingerprint, as hard links."""
-    others = [folder for folder in run.parent.iterdir() if folder.is_dir() and folder != run]
-    for step in plan(recipe, run):
-        if step.status() != "missing" or step.name in ("report", "exported"):
-            continue
+@contextmanager
+def shared(lab: Path, recipe: Recipe, run: Path, stage: str) -> Iterator[None]:
+    """Inside, no other run makes this stage; as hard links it is there already if another run has made it with the same fingerprint."""
+    (step,) = [step for step in plan(recipe, run) if step.name == stage]
+    with FileLock(lab / "locks" / f"{step.fingerprint}.lock"):
+        others = [] if step.status() != "missing" else [folder for folder in run.parent.iterdir() if folder != run]
         for other in others:
             made = other / step.folder.relative_to(run)
             artifact = find_artifact(made)
             if artifact and artifact.fingerprint == step.fingerprint:
                 shutil.copytree(made, step.folder, copy_function=os.link)
                 break
+        yield
 
 
 def rows_of(lab: Path, name: str, seed: int, run: Path, recipe: Recipe, seconds: float) -> Iterator[dict[str, Any]]:
@@ -193,17 +204,18 @@ def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], co
     recipe = recipe_of(lab, "system", [*EXPERIMENTS[name], *overrides], seed)
     run = lab / "runs" / f"{name}-{seed}"
     run.mkdir(parents=True, exist_ok=True)
-    borrow(recipe, run)
+    (lab / "locks").mkdir(exist_ok=True)
     started = time.perf_counter()
     names = [step.name for step in plan(recipe, run) if step.name not in ("exported", "report")]
     if until:
         names = [name for name in names if not name.startswith("evaluate")]
         names = names[: names.index(until) + 1]
     for stage in names:
-        if stage == "rank" and name.startswith("proxy-"):
-            budgets.rank_by_proxy(recipe, run)
-        else:
-            run_stage(recipe, run, stage)
+        with shared(lab, recipe, run, stage):
+            if stage == "rank" and name.startswith("proxy-"):
+                budgets.rank_by_proxy(recipe, run)
+            else:
+                run_stage(recipe, run, stage)
     if until:
         return
     seconds = time.perf_counter() - started

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def speak(chunk: Sequence[Item], lab: Path, engines: Engines) -> list[dict[str, 
 
 
 def manifests(spoken: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Manifests by name: the sets, their smaller parts, languages alternating so that any beginning has as much of both."""
+    """Manifests by name: the sets and their smaller parts, languages alternating so that any beginning has as much of both; and each
+    language's lines alone, as `NAME-LANGUAGE`."""
     mixed: dict[str, list[dict[str, Any]]] = {}
     for role, lines in spoken.items():
         by_language = [[x for x in lines if language in x["references"]] for language in LANGUAGES.values()]
@@ -119,7 +121,12 @@ def manifests(spoken: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[st
     sizes |= {f"general-{count}": ("general", count) for count in (5_000, 10_000, 20_000, 40_000)}
     small = max(8, 2 * SMALL[0][2] * len(mixed["large"]) // (2 * LARGE[0][2]))
     sizes |= {"small": ("large", small)}
-    return mixed | {name: mixed[role][:count] for name, (role, count) in sizes.items()}
+    both = mixed | {name: mixed[role][:count] for name, (role, count) in sizes.items()}
+    alone = {
+        f"{name}-{language}": [line for line in lines if language in line["references"]]
+        for (name, lines), language in product(both.items(), LANGUAGES.values())
+    }
+    return both | alone
 
 
 def main() -> None:
@@ -157,7 +164,7 @@ def main() -> None:
     for name, lines in written.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (lab / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    summary = {"clips": {name: len(lines) for name, lines in written.items()}, "too_long": dropped}
+    summary: dict[str, Any] = {"clips": {name: len(lines) for name, lines in written.items()}, "too_long": dropped}
     summary |= {"scale": args.scale, "general": args.general}
     (lab / "speech.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(summary))
