@@ -204,7 +204,6 @@ def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], co
     recipe = recipe_of(lab, "system", [*EXPERIMENTS[name], *overrides], seed)
     run = lab / "runs" / f"{name}-{seed}"
     run.mkdir(parents=True, exist_ok=True)
-    (lab / "locks").mkdir(exist_ok=True)
     started = time.perf_counter()
     names = [step.name for step in plan(recipe, run) if step.name not in ("exported", "report")]
     if until:

@@ -1,0 +1,64 @@
+"""The laboratory's own parts: which experiments a command means, and stages that several runs share."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimlingual.pipeline import run_stage
+from trimlingual.recipe import load_recipe
+from trimlingual.run.artifacts import find_artifact
+
+LAB = Path(__file__).parents[1] / "benchmarks" / "lab"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(LAB))  # as Python puts a script's folder there
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"lab_{name}", LAB / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_names_with_seeds(script):
+    run_all = script("run_all")
+    assert run_all.jobs(["by-loss", "system-a:0,2"]) == [("by-loss", 0), ("system-a", 0), ("system-a", 2)]
+    with pytest.raises(SystemExit, match=r"'by-lass' is not an experiment; there are: .*by-loss"):
+        run_all.jobs(["by-lass"])
+    everything = run_all.jobs([])
+    assert {name for name, _ in everything} == set(run_all.EXPERIMENTS)
+    assert ("system-b", 2) in everything
+    assert len(everything) == len(set(everything))
+
+
+def test_a_stage_is_made_once_for_all_runs(script, tmp_path):
+    """Of two runs at once one makes it, and the other has it as hard links."""
+    experiments = script("experiments")
+    recipe = load_recipe("mini", ["model.device=cpu"])
+    runs = [tmp_path / "runs" / name for name in ("one", "two")]
+    made = []
+
+    def make(run: Path) -> None:
+        run.mkdir(parents=True)
+        with experiments.shared(tmp_path, recipe, run, "data"):
+            if find_artifact(run / "data") is None:
+                run_stage(recipe, run, "data")
+                made.append(run)
+
+    threads = [threading.Thread(target=make, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    one, two = (run / "data" / "artifact.json" for run in runs)
+    assert one.samefile(two)
