@@ -21,11 +21,11 @@ from trimlingual.data.splits import load_splits
 from trimlingual.decoding.translate_clips import max_new_tokens
 from trimlingual.evaluation.results import read_translations
 from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
-from trimlingual.models.errors import ModelError
 from trimlingual.pipeline import blocked, compress, plan, run_stage, version_notes, write_report
 from trimlingual.preflight import PreflightError
 from trimlingual.recipe import Recipe, load_recipe
 from trimlingual.run.artifacts import ArtifactError, read_artifact
+from trimlingual.run.disk_full import DiskFullError
 from trimlingual.run.lineage import LeakError, read_lineage
 
 # A run that goes through every stage in well under a minute: few clips, few small steps, two layers. The steps are small so that
@@ -417,11 +417,20 @@ def no_file_over(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("stage", ["teacher", "pruned"])
-def test_full_disk_while_saving(run_dir, manifests, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "size", "words"),
+    [
+        ("teacher", 100_000, "partial; free some disk"),
+        ("teacher", 3_000_000, "partial; free some disk"),
+        ("teacher", 40_000_000, "PyTorch does not tell"),
+        ("pruned", 3_000_000, "partial; free some disk"),
+    ],
+    ids=["audio states", "weights of a checkpoint", "its optimizer, by torch.save", "model"],
+)
+def test_full_disk_while_saving(run_dir, manifests, tmp_path, stage, size, words):
     recipe = load_recipe("mini", [*SMALL, *manifests, "finetune.save_steps=1000"])
     inputs = {"teacher": {}, "pruned": {"model": run_dir / "teacher", "plan": run_dir / "rank"}}[stage]
     out = tmp_path / "out"
-    with no_file_over(3_000_000), pytest.raises(ModelError, match="no space left while saving"):
+    with no_file_over(size), pytest.raises(DiskFullError, match=f"no space left while saving .*{words}"):
         run_stage(recipe, tmp_path / "run", stage, replaced=inputs, out=out)
     assert not out.exists()

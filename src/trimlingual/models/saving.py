@@ -8,12 +8,10 @@ it reads JSON files and the headers of safetensors files and, where needed, edit
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +52,11 @@ def save_model(
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in (weights or model.state_dict()).items()}
         _require_finite(state, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with explained_disk_full(folder):
-        model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
-        if storage_dtype is not None:
-            _write_stored_dtype(folder, storage_dtype)
-        processor.save_pretrained(folder)
-        finish_saved(folder)
+    model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
+    if storage_dtype is not None:
+        _write_stored_dtype(folder, storage_dtype)
+    processor.save_pretrained(folder)
+    finish_saved(folder)
 
 
 def _require_finite(state: Mapping[str, Tensor], folder: Path) -> None:
@@ -75,26 +72,6 @@ def _require_finite(state: Mapping[str, Tensor], folder: Path) -> None:
             "After a training lower learning_rate; with model.storage_dtype float16, whose largest number is 65,504, use bfloat16; "
             "else the model that this stage was given holds them already"
         )
-
-
-@contextmanager
-def explained_disk_full(folder: Path) -> Iterator[None]:
-    """Turn whatever a library raises when the disk is full (or a file-size limit is hit) into a ModelError that says so."""
-    try:
-        yield
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        texts = (
-            "No space left",
-            "StorageFull",
-            "File too large",
-            "os error 28",
-        )  # safetensors hides the errno in its text
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts):
-            raise ModelError(
-                f"no space left while saving to {folder}; free some disk and run again: finished stages are kept"
-            ) from error
-        raise
 
 
 @torch.no_grad()

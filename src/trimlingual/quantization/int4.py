@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimlingual.models.packed_weights import alone, is_packed, unpack_
-from trimlingual.models.saving import DTYPES, explained_disk_full, finish_saved, round_weights_
+from trimlingual.models.saving import DTYPES, finish_saved, round_weights_
 from trimlingual.models.tree import EMBEDDINGS, PARTS, PATTERNS, fine_part_of, pattern_of
 from trimlingual.recipe import ROW_PARTS, Dtype, QuantizeSettings
 
@@ -58,14 +58,13 @@ def save_packed(
     config = packing_config(settings)
     bits_of = modules_to_pack(model, settings)
     _apply(model, config, bits_of, scales or {})
-    with explained_disk_full(folder):
-        pack = ModelCompressor(quantization_config=config)
-        with alone():
-            pack.compress_model(model, skip_compressed=True)  # all are: this marks the model as packed
-        model.save_pretrained(folder, max_shard_size="4GB")
-        pack.update_config(str(folder))
-        processor.save_pretrained(folder)
-        finish_saved(folder)
+    pack = ModelCompressor(quantization_config=config)
+    with alone():
+        pack.compress_model(model, skip_compressed=True)  # all are: this marks the model as packed
+    model.save_pretrained(folder, max_shard_size="4GB")
+    pack.update_config(str(folder))
+    processor.save_pretrained(folder)
+    finish_saved(folder)
     unpack_(model, DTYPES[storage_dtype])
     return {f"num_{bits}bit_modules": number for bits, number in sorted(Counter(bits_of.values()).items())}
 

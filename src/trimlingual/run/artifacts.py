@@ -24,6 +24,7 @@ from typing import Any
 from filelock import Timeout
 from pydantic import TypeAdapter
 
+from trimlingual.run.disk_full import explained_disk_full
 from trimlingual.run.fingerprint import FORMAT, UNREAD, decisive, differences, fingerprint, hash_file, plain
 from trimlingual.run.ownership import (
     ARTIFACT_FILE,
@@ -231,8 +232,9 @@ def produce(
 
     `settings` may hold sections of a recipe. Equal fingerprint: nothing is done. Different: ArtifactError, unless `force`, which
     replaces the old one. Work left over from a killed run with the same fingerprint is handed to `work` again, which goes on from it;
-    other leftovers are an ArtifactError too, unless `force`. What this tool did not make is never touched: ArtifactError. Of several
-    processes (torchrun, accelerate launch) the main one works and the others wait, unless `everyone` takes part.
+    other leftovers are an ArtifactError too, unless `force`. What this tool did not make is never touched: ArtifactError. A full disk,
+    whoever meets it, is a DiskFullError. Of several processes (torchrun, accelerate launch) the main one works and the others wait,
+    unless `everyone` takes part.
     """
     folder = real_folder(Path(folder))
     partial = partial_of(folder)
@@ -246,7 +248,7 @@ def produce(
     if existing is not None and existing.fingerprint == expected and (settled or not force):
         return existing
     main = is_main_process()
-    with alone(folder):
+    with explained_disk_full(partial), alone(folder):
         record = {"stage": stage, "settings": plain(settings), "decisive": decisive(settings), "inputs": dict(inputs)}
         if main:
             _prepare(partial, expected, record)

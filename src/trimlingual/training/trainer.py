@@ -28,7 +28,6 @@ from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, pick_device
-from trimlingual.models.saving import explained_disk_full
 from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower, freeze_
 from trimlingual.recipe import FLASH_ADAMW, SharedSettings, TrainSettings
 from trimlingual.run import interruptions
@@ -184,7 +183,7 @@ def train_(
         best = KeepBest(model, trained, processor, shared, guide.select, settings.selection_checks, work_dir)
         trainer.callback_handler.callbacks.insert(0, best)  # before Checkpoints: what is saved has been looked at
     try:
-        with explained_disk_full(work_dir), trainer.checkpoints.told():
+        with trainer.checkpoints.told():
             trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
     except BaseException as error:
         # The traceback would keep the data loader, whose workers ignore signals: the process could not end without them.

@@ -30,7 +30,7 @@ from trimlingual.models.errors import ProofError
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_processor
-from trimlingual.models.saving import explained_disk_full, finish_saved
+from trimlingual.models.saving import finish_saved
 from trimlingual.models.tree import ROWS_BY_TOKEN, audio_token_id
 from trimlingual.recipe import TaskSettings, VocabSettings
 from trimlingual.run.artifacts import write_json, write_text
@@ -83,11 +83,10 @@ def trim_vocab(
         max_tokens=settings.max_tokens,
         multiple=settings.pad_to_multiple,
     )
-    with explained_disk_full(out_dir):
-        removed = write_rows(model_dir, out_dir, rows, kept.ids, given.tied)
-        _write_configs(config, generation, kept, out_dir)
-        _write_tokenizer(given, kept, out_dir)
-        folder.lineage.after("trim-vocab").save(out_dir)
+    removed = write_rows(model_dir, out_dir, rows, kept.ids, given.tied)
+    _write_configs(config, generation, kept, out_dir)
+    _write_tokenizer(given, kept, out_dir)
+    folder.lineage.after("trim-vocab").save(out_dir)
     trimmed = prove(model_dir, out_dir, rows, given, kept)
     finish_saved(out_dir)
     if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in given.prompts]:
