@@ -294,20 +294,6 @@ def test_a_kill_while_scratch_is_removed_repeats_no_work(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [ARTIFACT_FILE, "result.txt"]
 
 
-def test_what_is_marked_as_whole_is_on_the_disk_before(tmp_path, monkeypatch):
-    """A power cut leaves no mark of what it took."""
-    flushed = []
-    fsync = os.fsync
-
-    def noted(descriptor):
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    produce(tmp_path / "a", "stage", {}, {}, work)
-    assert flushed.index("result.txt") < flushed.index(f".{ARTIFACT_FILE}.trimlingual.tmp")
-
-
 def test_one_run_at_a_time(tmp_path):
     """The second run is told who is at it, and touches nothing; afterwards, also after a failure, the next one may."""
 

@@ -11,7 +11,6 @@ references on instead.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from trimlingual.models.family import Family, family_named, meta_model
 from trimlingual.models.folders import FAMILIES, library_problem, refuse
-from trimlingual.run.artifacts import fingerprint, write_json
+from trimlingual.run.artifacts import fingerprint, put_in_place, write_json
 from trimlingual.run.fingerprint import user_cache
 from trimlingual.run.version import version as own_version
 
@@ -56,7 +55,7 @@ def random_base(name: str) -> Path:
         made = Path(temporary) / shape
         _write(family, shape, made)
         try:
-            os.replace(made, folder)
+            put_in_place(made, folder)
         except OSError:
             if not is_random(folder):  # else another process was faster
                 raise

@@ -47,8 +47,9 @@ from trimlingual.run.progress import LOG_FILE, say
 from trimlingual.run.version import version as own_version
 
 __all__ = [
-    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "alone", "append_jsonl", "as_json", "find_artifact",
-    "fingerprint", "hash_file", "machine", "produce", "read_artifact", "read_journal", "sync", "write_json", "write_text",
+    "ARTIFACT_FILE", "FORMAT", "SCRATCH", "WORK_FILE", "Artifact", "ArtifactError", "alone", "append_jsonl", "as_json",
+    "find_artifact", "fingerprint", "hash_file", "machine", "produce", "put_in_place", "read_artifact", "read_journal", "sync",
+    "write_json", "write_text",
 ]  # fmt: skip
 
 SCRATCH = (
@@ -146,11 +147,17 @@ def as_json(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Atomic text write: temporary file in the same folder, flushed to disk, renamed."""
     temporary = temporary_of(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.write_text(text, encoding="utf-8")
+    put_in_place(temporary, path)
+
+
+def put_in_place(made: Path, path: Path) -> None:
+    """Give a file, or a folder of files, that is whole the name by which it counts as that.
+
+    It is on the disk itself before: a power cut may keep a new name and lose what was written under the old one.
+    """
+    sync([made] if made.is_file() else [file for file in made.rglob("*") if file.is_file()])
+    os.replace(made, path)
 
 
 def sync(paths: Iterable[Path]) -> None:

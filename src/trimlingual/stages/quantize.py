@@ -37,7 +37,7 @@ from trimlingual.quantization.nf4 import bitsandbytes_config, check_quantized
 from trimlingual.quantization.rounding import round_calibrated_
 from trimlingual.quantization.straight_through import keep_rounded_, round_in_forward_, scales_of
 from trimlingual.recipe import ROW_PARTS, ModelSettings, QuantizeSettings, SharedSettings
-from trimlingual.run.artifacts import SCRATCH
+from trimlingual.run.artifacts import SCRATCH, put_in_place
 from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.run.progress import say
@@ -196,7 +196,9 @@ def _train_rounded(
         calibrated = _calibrated(model, settings, collator, data.examples, shared.model, keep_unrounded=True)
         scales = scales_of(model, settings, DTYPES[shared.model.storage_dtype], calibrated)
         work_dir.mkdir(parents=True, exist_ok=True)
-        save_file({name: scale.cpu().contiguous() for name, scale in scales.items()}, kept)
+        made = kept.with_name(kept.name + ".tmp")
+        save_file({name: scale.cpu().contiguous() for name, scale in scales.items()}, made)
+        put_in_place(made, kept)
     wait_for_everyone()
     scales = load_file(kept)
     round_in_forward_(model, scales, modules_to_pack(model, settings))

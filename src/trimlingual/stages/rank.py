@@ -19,7 +19,7 @@ from trimlingual.models.inputs import TrainingData
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.saving import round_weights_, save_model
 from trimlingual.recipe import QuantizeSettings, RankSettings, SharedSettings
-from trimlingual.run.artifacts import SCRATCH, machine, write_json
+from trimlingual.run.artifacts import SCRATCH, machine, put_in_place, write_json
 from trimlingual.run.lineage import Lineage, ModelFolder, read_lineage
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.search.actions import Smaller
@@ -148,7 +148,7 @@ def _greedy_search(scorer: Scorer, training: TrainingData | None, shared: Shared
     training_too = scorer.settings.finetune_each_round is not None
     plan = Search(scorer, out_dir / JOURNAL_FILE, train_on if training_too else None).run()
     if training_too and is_main_process() and not (out_dir / FINETUNED).is_dir():
-        (out_dir / SCRATCH / f"round-{len(plan.removals)}").rename(out_dir / FINETUNED)
+        put_in_place(out_dir / SCRATCH / f"round-{len(plan.removals)}", out_dir / FINETUNED)
     return plan
 
 
@@ -172,7 +172,7 @@ def _finetune_round(
         partial = folder.with_name(folder.name + ".partial")
         save_model(scorer.model, scorer.processor, partial, shared.model.storage_dtype)
         lineage.with_seen("train", {clip.audio_sha256 for clip in training.clips}).save(partial)
-        partial.rename(folder)
+        put_in_place(partial, folder)
         for done in [*folder.parent.glob("round-*"), *folder.parent.glob("training-*")]:
             if done != folder:
                 shutil.rmtree(done)

@@ -23,7 +23,7 @@ from trimlingual.evaluation.quality import corpus_score
 from trimlingual.models.loading import free_memory
 from trimlingual.quantization.straight_through import as_it_ships
 from trimlingual.recipe import SharedSettings, languages
-from trimlingual.run.artifacts import append_jsonl, read_journal
+from trimlingual.run.artifacts import append_jsonl, put_in_place, read_journal
 from trimlingual.run.processes import gather, is_main_process, num_processes, process_index, wait_for_everyone
 from trimlingual.run.progress import say
 
@@ -110,7 +110,7 @@ class KeepBest(TrainerCallback):
                 partial = self.work_dir / (BEST_FILE + ".tmp")
                 self.work_dir.mkdir(parents=True, exist_ok=True)
                 save_file(weights, partial)
-                partial.replace(self.work_dir / BEST_FILE)
+                put_in_place(partial, self.work_dir / BEST_FILE)
             append_jsonl(self.work_dir / SCORES_FILE, record)
         wait_for_everyone()
 

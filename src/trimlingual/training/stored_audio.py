@@ -6,7 +6,6 @@ Written in parts, so that little is lost, and shared out over the processes. Sha
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -24,6 +23,7 @@ from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
 from trimlingual.decoding.translate_clips import encode_audio, split_on_oom
 from trimlingual.run import interruptions
+from trimlingual.run.artifacts import put_in_place
 from trimlingual.run.processes import gather, num_processes, process_index, wait_for_everyone
 from trimlingual.run.progress import progress, say
 from trimlingual.training.ahead import prepared_ahead
@@ -92,8 +92,9 @@ def _encode(
 def _write(folder: Path, digest: str, part: dict[int, Tensor]) -> dict[int, Tensor]:
     if part:
         path = folder / f"{min(part)}.safetensors"
-        save_file({str(i): row.contiguous() for i, row in part.items()}, f"{path}.new", {"clips": digest})
-        os.replace(f"{path}.new", path)
+        made = path.with_name(path.name + ".new")
+        save_file({str(i): row.contiguous() for i, row in part.items()}, made, {"clips": digest})
+        put_in_place(made, path)
     return part
 
 

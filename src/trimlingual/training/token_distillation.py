@@ -24,6 +24,7 @@ from trimlingual.decoding.translate_clips import split_on_oom
 from trimlingual.models.inputs import Collator, Example
 from trimlingual.models.loading import free_memory
 from trimlingual.recipe import TokenDistillation
+from trimlingual.run.artifacts import put_in_place
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.run.progress import progress
 from trimlingual.training.ahead import prepared_ahead
@@ -106,7 +107,7 @@ def _write(store: Path, tokens: Sequence[TeacherTokens]) -> None:
     lengths = torch.tensor([len(ids) for ids, _ in tokens])
     ids, log_probs = (torch.cat(list(part)) for part in zip(*tokens))
     save_file({"lengths": lengths, "ids": ids, "log_probs": log_probs}, partial)
-    partial.replace(store)
+    put_in_place(partial, store)
 
 
 def _read(store: Path, count: int) -> list[TeacherTokens]:
