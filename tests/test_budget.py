@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from trimlingual.report.heat_map import heat_maps
 from trimlingual.run.artifacts import append_jsonl, read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
+from trimlingual.search.budget import BudgetSearch
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.stages.rank import JOURNAL_FILE, rank
@@ -197,6 +199,21 @@ def test_several_actions_of_a_round_are_in_layers_of_their_own(folder, split, ta
     rounds = [[Action(b.part, b.bits).layer for b in plan.bits if b.round == n] for n in {b.round for b in plan.bits}]
     assert max(map(len, rounds)) > 1
     assert all(len(set(layers)) == len(layers) for layers in rounds)
+
+
+def test_a_large_part_is_not_given_up_for_the_last_bytes(tmp_path):
+    """Once the table has 4 bits, 20 bytes are missing: the head would save 100 and lose more than the MLP, which does as well."""
+    budget = {"size": "1 kB", "actions_per_round": 3}
+    settings = RankSettings.model_validate({"num_layers_to_remove": 1, "budget": budget})
+    search = BudgetSearch(SimpleNamespace(settings=settings), None, tmp_path / JOURNAL_FILE)
+    records = [
+        {"part": "embeddings", "bits": 4, "lost": 0.0, "saved_bytes": 100},
+        {"part": "lm_head", "bits": 4, "lost": 2.0, "saved_bytes": 100},
+        {"part": "decoder.1.mlp", "bits": 3, "lost": 1.0, "saved_bytes": 30},
+    ]
+    chosen = search._choose(records, 120)
+    assert [record["part"] for record in chosen] == ["embeddings", "decoder.1.mlp"]
+    assert [record["part"] for record in search._choose(records, 170)] == ["embeddings", "lm_head"]
 
 
 def test_a_budget_that_cannot_be_reached_is_refused_before_anything_is_scored(folder, split, task, tmp_path):

@@ -214,11 +214,13 @@ class BudgetSearch:
                 r["bits"],
             )
 
-        ordered = sorted((r for r in records if r["lost"] is not None), key=first)
+        left = [r for r in records if r["lost"] is not None]
         chosen: list[dict[str, Any]] = []
         touched: set[str | None] = set()
         spends = missing <= 0
-        for record in ordered:
+        while left and len(chosen) < budget.actions_per_round and (missing > 0 or spends):
+            record = min(left, key=first)  # anew each time: with little missing a large part saves no more than a small one
+            left.remove(record)
             action = Action(record["part"], record["bits"])
             place = action.layer or action.part
             if place in touched or (chosen and record["bits"] == GONE):  # a layer that goes changes all others
@@ -228,7 +230,7 @@ class BudgetSearch:
             chosen.append(record)
             touched.add(place)
             missing -= record["saved_bytes"]
-            if len(chosen) == budget.actions_per_round or (missing <= 0 and not spends) or record["bits"] == GONE:
+            if record["bits"] == GONE:
                 break
         return chosen
 
