@@ -113,7 +113,8 @@ class Bench:
 
     def _int4(self) -> list[str]:
         group = 128 if self.width % 128 == 0 else 64
-        return ["quantize.scheme=int4", f"quantize.group_size={group}", "quantize.eight_bit=[embeddings, lm_head]"]
+        eight_bit = "quantize.eight_bit=[embeddings, lm_head]"  # whose rows cannot be taken out afterwards
+        return ["vocab=null", "quantize.scheme=int4", f"quantize.group_size={group}", eight_bit]
 
     def step(self, name: str, folder: str, inputs: dict[str, str] | None = None, overrides: Sequence[str] = ()) -> Step:
         """The run's step `name`, reading the folders of other parts and writing to `folder`."""

@@ -141,3 +141,13 @@ def test_recipe_on_gpus(tmp_path):
     assert two["losses_equal"]
     assert two["same_distilled"]
     assert min(two["share_of_equal_translations"].values()) > 0.8
+
+
+def test_full_size(tmp_path):
+    """Every part's recipe is one that the tool takes: the parts themselves are whole runs of the stages, on a GPU."""
+    bench = benchmark("full_size").Bench("random:qwen2-audio-tiny", tmp_path, 24.0, 2)
+    steps = {}
+    for name, make in bench.parts.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        steps[name] = make()
+    assert {step.folder for step in steps.values()} == {tmp_path / name for name in bench.parts}
