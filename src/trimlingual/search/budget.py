@@ -219,7 +219,7 @@ class BudgetSearch:
         touched: set[str | None] = set()
         spends = missing <= 0
         while left and len(chosen) < budget.actions_per_round and (missing > 0 or spends):
-            record = min(left, key=first)  # anew each time: with little missing a large part saves no more than a small one
+            record = min(left, key=first)  # anew: when little is missing a large part saves no more than a small one
             left.remove(record)
             action = Action(record["part"], record["bits"])
             place = action.layer or action.part
