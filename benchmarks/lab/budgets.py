@@ -180,17 +180,20 @@ def plan_of(run: Path) -> dict[str, Any] | None:
 
 
 def compare(lab: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Score of one kind less that of another of its size, per language, with paired 95 % intervals, for the runs that are there."""
+    """Score of one less that of another, of its size or of its kind, per language, with paired 95 % intervals, for the runs there are."""
     found = []
-    for number, seed, (kind, other) in product(SIZES, seeds, combinations(KINDS, 2)):
-        pair = [lab / "runs" / f"{name}-{number}-{seed}" / "evaluations" / "quantized" for name in (kind, other)]
-        if not all((run / "result.json").is_file() for run in pair):
+    every = list(product(SIZES, KINDS))
+    for seed, (one, other) in product(seeds, combinations(every, 2)):
+        names = [f"{kind}-{number}" for number, kind in (one, other)]
+        pair = [lab / "runs" / f"{name}-{seed}" / "evaluations" / "quantized" for name in names]
+        related = one[0] == other[0] or one[1] == other[1]
+        if not related or not all((run / "result.json").is_file() for run in pair):
             continue
-        row: dict[str, Any] = {"size_mb": number, "seed": seed, "kind": kind, "less": other}
+        row: dict[str, Any] = {"one": names[0], "less": names[1], "seed": seed}
         row["disk_bytes"] = [json.loads((run / "result.json").read_text())["disk_bytes"] for run in pair]
-        one, two = map(_statistics, pair)
-        for code in one:
-            interval, p = paired_bootstrap_difference(one[code], two[code])
+        scores, others = map(_statistics, pair)
+        for code in scores:
+            interval, p = paired_bootstrap_difference(scores[code], others[code])
             row[code] = {**asdict(interval), "p": round(p, 4)}
         found.append(row)
     return found

@@ -56,18 +56,18 @@ def table(rows: dict[str, list[Row]], names: Sequence[str], models: Sequence[str
 
 
 def compared(folder: Path) -> Iterable[str]:
-    """What one kind has over another of its size, in points of the score."""
+    """What one way to a size has over another, in points of the score."""
     path = folder / "lab_budgets.json"
     if not path.is_file():
         return
-    yield "| size | seed | kinds | MB, both | de chrF++ | zh chrF |"
-    yield "|---:|---:|---|---|---|---|"
-    for row in json.loads(path.read_text("utf-8"))["compared"]:
+    yield "| what | seed | MB, both | de chrF++ | zh chrF |"
+    yield "|---|---:|---|---|---|"
+    for row in sorted(json.loads(path.read_text("utf-8"))["compared"], key=lambda row: (row["one"], row["less"])):
         sizes = " and ".join(f"{size / 1e6:.1f}" for size in row["disk_bytes"])
         cells = [
-            f"{row[code]['value']:+.1f} [{row[code]['low']:.1f}, {row[code]['high']:.1f}]" for code in ("de", "zh")
+            f"{row[code]['value']:+.1f} [{row[code]['low']:+.1f}, {row[code]['high']:+.1f}]" for code in ("de", "zh")
         ]
-        yield f"| {row['size_mb']} | {row['seed']} | {row['kind']} less {row['less']} | {sizes} | {' | '.join(cells)} |"
+        yield f"| {row['one']} less {row['less']} | {row['seed']} | {sizes} | {' | '.join(cells)} |"
 
 
 def _range(numbers: Iterable[int]) -> str:
@@ -95,7 +95,7 @@ def main() -> None:
             if len(lines) > 2:
                 print(f"\n### {title}{'' if voice == 'all' else f', {voice} voices'}\n", *lines, sep="\n")
     if lines := list(compared(args.results)):
-        print("\n### Kinds compared at equal size\n", *lines, sep="\n")
+        print("\n### Ways and sizes compared\n", *lines, sep="\n")
 
 
 if __name__ == "__main__":
