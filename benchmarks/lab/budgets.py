@@ -180,7 +180,7 @@ def plan_of(run: Path) -> dict[str, Any] | None:
 
 
 def compare(lab: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Score of one less that of another, of its size or of its kind, per language, with paired 95 % intervals, for the runs there are."""
+    """Scores of one less those of another of its size or kind, by language, with paired 95 % intervals, of the runs there are."""
     found = []
     every = list(product(SIZES, KINDS))
     for seed, (one, other) in product(seeds, combinations(every, 2)):
