@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from trimlingual import cli
 from trimlingual.evaluation.results import read_result, read_translations
 from trimlingual.models.loading import resolve_base
-from trimlingual.pipeline import compress
+from trimlingual.pipeline import compress, run_stage
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.search.plan import read_plan
@@ -209,9 +209,18 @@ def test_two_processes_compress_like_one(few_clips, tmp_path, start):
         assert read_translations(folders[0], "de") == read_translations(folders[1], "de"), model
         assert [read_result(folder)["speed"]["num_processes"] for folder in folders] == [1, 2]
     for stage in TRAINED:
-        losses = [[entry["loss"] for entry in read_artifact(folder / stage).info["losses"]] for folder in (one, two)]
-        assert len(losses[0]) == 2
-        assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
+        _losses_are_equal(one / stage, two / stage)
+    taught = [*few_clips, CPU, "recover.token_distillation={weight: 0.5}"]
+    run_stage(load_recipe("mini", [*WHOLE, *taught, *batches[4]]), one, "recovered", force=True)
+    words = as_words(*WHOLE, *taught, *batches[2])
+    start(["finetune", "mini", "--stage", "recovered", "--run-dir", str(two), "--force", *words], 2).succeed()
+    _losses_are_equal(one / "recovered", two / "recovered")
+
+
+def _losses_are_equal(*folders: Path) -> None:
+    losses = [[entry["loss"] for entry in read_artifact(folder).info["losses"]] for folder in folders]
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3), folders
 
 
 def test_a_process_dies_and_one_goes_on_for_two(manifests, tmp_path, start):

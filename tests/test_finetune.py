@@ -363,7 +363,7 @@ def test_stored_audio_survives_a_restart(make_model, processor, split, tmp_path,
         return encode_audio(model, processor, audio, **kwargs)
 
     monkeypatch.setattr("trimlingual.training.stored_audio.BATCH", 2)
-    monkeypatch.setattr("trimlingual.training.stored_audio.PART_S", 0.0)
+    monkeypatch.setattr("trimlingual.training.parts.PART_S", 0.0)
     model = make_model()
     straight = stored_states(model, processor, split.clips, tmp_path / "straight")
     monkeypatch.setattr("trimlingual.training.stored_audio.encode_audio", counted)

@@ -15,7 +15,7 @@ from trimlingual.recipe import TokenDistillation, TrainSettings
 from trimlingual.stages.finetune import finetune
 from trimlingual.training.loss import answer_forward, divergence
 from trimlingual.training.selection import Guide
-from trimlingual.training.token_distillation import read_examples, teacher_tokens
+from trimlingual.training.token_distillation import teacher_tokens
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_certain_teacher_gives_finite_loss_and_gradient() -> None:
 def test_loss_of_the_teacher_itself_is_the_hard_part_alone(model_dir, examples, collator, tmp_path: Path) -> None:
     model = load_model(model_dir, "float32", pick_device("cpu"))
     settings = TokenDistillation(weight=0.25, top_k=10**6)
-    stored = teacher_tokens(lambda: model, collator, examples, settings, tmp_path / "t.safetensors")
+    stored = teacher_tokens(lambda: model, collator, examples, settings, tmp_path)
     collator.teacher = stored
     batch = collator(examples[:3])
     batch.pop("ids")
@@ -71,19 +71,43 @@ def test_loss_of_the_teacher_itself_is_the_hard_part_alone(model_dir, examples, 
 
 def test_store_is_read_again_without_the_teacher(model_dir, examples, collator, tmp_path: Path) -> None:
     model = load_model(model_dir, "float32", pick_device("cpu"))
-    store = tmp_path / "work" / "t.safetensors"
-    first = teacher_tokens(lambda: model, collator, examples, TokenDistillation(top_k=4), store)
-    again = teacher_tokens(lambda: pytest.fail("loaded"), collator, examples, TokenDistillation(top_k=4), store)
-    plain = read_examples(model, collator, examples, 4, 1.0)
-    by_workers = read_examples(model, collator, examples, 4, 1.0, num_workers=2)
-    assert all(torch.equal(a, b) for one, other in zip(plain, by_workers, strict=True) for a, b in zip(one, other))
-    for example, (ids, log_probs) in zip(examples, plain, strict=True):
-        for stored in (first[example], again[example]):
-            assert torch.equal(stored[0], ids)
-            assert torch.equal(stored[1], log_probs)
+    settings = TokenDistillation(top_k=4)
+    first = teacher_tokens(lambda: model, collator, examples, settings, tmp_path / "work")
+    again = teacher_tokens(lambda: pytest.fail("loaded"), collator, examples, settings, tmp_path / "work")
+    by_workers = teacher_tokens(lambda: model, collator, examples, settings, tmp_path / "workers", num_workers=2)
+    for example in examples:
+        ids, log_probs = first[example]
         assert len(ids) == len(collator.prompter.answer_ids(example.text))
-    with pytest.raises(ValueError, match="not 2"):
-        teacher_tokens(lambda: model, collator, examples[:2], TokenDistillation(top_k=4), store)
+        for other in (again[example], by_workers[example]):
+            assert torch.equal(other[0], ids)
+            assert torch.equal(other[1], log_probs)
+    fewer = teacher_tokens(lambda: model, collator, examples, TokenDistillation(top_k=3), tmp_path / "work")
+    assert fewer[examples[0]][0].shape[1] == 3  # what was asked of the teacher is part of what it was asked
+
+
+def test_a_killed_reading_goes_on(model_dir, examples, collator, tmp_path: Path, monkeypatch) -> None:
+    """Killed in the third batch: the first two are not read again, and everything is as if never killed."""
+    monkeypatch.setattr("trimlingual.training.token_distillation.BATCH", 2)
+    monkeypatch.setattr("trimlingual.training.parts.PART_S", 0.0)
+    model = load_model(model_dir, "float32", pick_device("cpu"))
+    settings = TokenDistillation(top_k=4)
+    straight = teacher_tokens(lambda: model, collator, examples, settings, tmp_path / "straight")
+    read: list[int] = []
+
+    def counted(chosen, **kwargs):
+        read.append(len(chosen))
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return collator(chosen, **kwargs)
+
+    counted.prompter = collator.prompter
+    with pytest.raises(KeyboardInterrupt):
+        teacher_tokens(lambda: model, counted, examples, settings, tmp_path / "killed")
+    assert len(read) == 3
+    resumed = teacher_tokens(lambda: model, counted, examples, settings, tmp_path / "killed")
+    assert sum(read) - read[2] == len(examples)
+    for example in examples:
+        assert all(torch.equal(a, b) for a, b in zip(straight[example], resumed[example], strict=True))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -103,8 +127,8 @@ def test_a_student_comes_nearer_to_its_teacher(
     guide = Guide(teacher_dir=teacher_dir)
     finetune(given, data, shared, settings, tmp_path / "out", guide)
     device = pick_device("cpu")
-    stored = read_examples(load_model(teacher_dir, "float32", device), collator, examples, 64, 1.0)
-    collator.teacher = dict(zip(examples, stored))
+    teacher = load_model(teacher_dir, "float32", device)
+    collator.teacher = teacher_tokens(lambda: teacher, collator, examples, TokenDistillation(), tmp_path / "read")
     batch = collator(examples)
     batch.pop("ids")
     only = TokenDistillation(weight=1.0)

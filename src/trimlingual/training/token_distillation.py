@@ -9,27 +9,25 @@ Shapes: N answer tokens, K tokens kept of each distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trimlingual.decoding.translate_clips import split_on_oom
 from trimlingual.models.inputs import Collator, Example
 from trimlingual.models.loading import free_memory
 from trimlingual.recipe import TokenDistillation
-from trimlingual.run.artifacts import put_in_place
-from trimlingual.run.processes import is_main_process, wait_for_everyone
-from trimlingual.run.progress import progress
 from trimlingual.training.ahead import prepared_ahead
 from trimlingual.training.loss import answer_forward
+from trimlingual.training.parts import Batches, Row, rows_in_parts
 
+FOLDER = "teacher-tokens"
 BATCH = 128  # examples the teacher reads at once; fewer where the GPU's memory is not enough
 
 
@@ -42,20 +40,23 @@ def teacher_tokens(
     collator: Collator,
     examples: Sequence[Example],
     settings: TokenDistillation,
-    store: Path,
+    work_dir: Path,
     num_workers: int = 0,
 ) -> dict[Example, TeacherTokens]:
     """The teacher's distribution at every answer token of every example.
 
-    The main process loads the teacher and writes `store` (safetensors), whole or not at all; every process reads it, and so does a
-    restart, which needs no teacher any more. `num_workers` processes load the audio and prepare the batches.
+    The processes share the examples; each loads the teacher if anything is left for it to read, and none after a restart that finds
+    all in `work_dir`. `num_workers` processes load the audio and prepare the batches. That the teacher is the same one is for the
+    caller to see to: `work_dir` belongs to one stage with one fingerprint.
     """
-    if is_main_process() and not store.is_file():
-        read = read_examples(load_teacher(), collator, examples, settings.top_k, settings.temperature, num_workers)
-        _write(store, read)
-        free_memory()
-    wait_for_everyone()
-    return dict(zip(examples, _read(store, len(examples))))
+    digest = hashlib.sha256(repr((settings.top_k, settings.temperature, [*examples])).encode()).hexdigest()
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].clip, i))  # a clip's examples together
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    make = partial(_read, load_teacher, collator, examples, settings, num_workers)
+    title, made = "the teacher reads the training examples", "training examples were read"
+    rows = rows_in_parts(work_dir / FOLDER, digest, batches, make, title, made)
+    free_memory()
+    return {example: (ids, log_probs) for example, (ids, log_probs) in zip(examples, rows, strict=True)}
 
 
 def _batch(collator: Collator, examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, Any]:
@@ -65,54 +66,28 @@ def _batch(collator: Collator, examples: Sequence[Example], chosen: Sequence[int
 
 
 @torch.inference_mode()
-def read_examples(
-    teacher: Any,
+def _read(
+    load_teacher: Callable[[], Any],
     collator: Collator,
     examples: Sequence[Example],
-    top_k: int,
-    temperature: float,
-    num_workers: int = 0,
-) -> list[TeacherTokens]:
-    """The teacher's distributions for every example, in order."""
+    settings: TokenDistillation,
+    num_workers: int,
+    batches: Batches,
+) -> Generator[list[Row], None, None]:
+    """The teacher's distributions for the examples of each batch."""
+    teacher = load_teacher()
     forward, device = answer_forward(teacher), next(teacher.parameters()).device
     prepare = partial(_batch, collator, examples)
 
-    def read(whole: dict[str, Any], chosen: Sequence[int]) -> list[TeacherTokens]:
+    def read(whole: dict[str, Any], chosen: Sequence[int]) -> list[Row]:
         # where memory is not enough for the whole batch, its parts are prepared again
         batch = whole if len(whole["labels"]) == len(chosen) else prepare(chosen)
         counts = (batch["labels"][:, 1:] >= 0).sum(1).tolist()
         logits = forward(**{name: tensor.to(device) for name, tensor in batch.items()})["logits"]
-        log_probs, ids = (logits / temperature).log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+        log_probs, ids = (logits / settings.temperature).log_softmax(-1).topk(min(settings.top_k, logits.shape[-1]))
         rows = zip(ids.int().cpu().split(counts), log_probs.half().cpu().split(counts))
         return [(id_rows.clone(), probability_rows.clone()) for id_rows, probability_rows in rows]
 
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].clip, i))  # a clip's examples together
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-    found: list[TeacherTokens | None] = [None] * len(examples)
-    with (
-        progress("the teacher reads the training examples", len(examples)) as advance,
-        closing(prepared_ahead(prepare, batches, num_workers)) as prepared,
-    ):
+    with closing(prepared_ahead(prepare, batches, num_workers)) as prepared:
         for chosen, batch in zip(batches, prepared):
-            rows = split_on_oom(partial(read, batch), chosen)
-            for i, tokens in zip(chosen, rows):
-                found[i] = tokens
-            advance(len(chosen))
-    return [tokens for tokens in found if tokens is not None]
-
-
-def _write(store: Path, tokens: Sequence[TeacherTokens]) -> None:
-    store.parent.mkdir(parents=True, exist_ok=True)
-    partial = store.with_name(store.name + ".tmp")
-    lengths = torch.tensor([len(ids) for ids, _ in tokens])
-    ids, log_probs = (torch.cat(list(part)) for part in zip(*tokens))
-    save_file({"lengths": lengths, "ids": ids, "log_probs": log_probs}, partial)
-    put_in_place(partial, store)
-
-
-def _read(store: Path, count: int) -> list[TeacherTokens]:
-    with safe_open(store, framework="pt") as file:
-        lengths, ids, log_probs = (file.get_tensor(name) for name in ("lengths", "ids", "log_probs"))
-    if len(lengths) != count:
-        raise ValueError(f"{store} holds {len(lengths)} examples, not {count}; delete it and run the stage again")
-    return list(zip(ids.split(lengths.tolist()), log_probs.split(lengths.tolist())))
+            yield split_on_oom(partial(read, batch), chosen)

@@ -155,9 +155,8 @@ def read_teacher(
     load_teacher = partial(load_model, guide.teacher_dir, shared.model.dtype, device)
     mels_on = "cpu" if settings.num_workers else device
     collator = Collator(Prompter(processor, shared.task), partial(_load_clip, data.clips), mels_on=mels_on)
-    store = work_dir / "teacher.safetensors"
     return teacher_tokens(
-        load_teacher, collator, data.examples, settings.token_distillation, store, settings.num_workers
+        load_teacher, collator, data.examples, settings.token_distillation, work_dir, settings.num_workers
     )
 
 
