@@ -6,7 +6,8 @@
 Without names: every experiment of experiments.py with seed 0, and systems and sizes with the seeds that docs/results.md has. An
 experiment that has its result is left out, one that another process of this script runs is left to it, so one process for each GPU
 may share a list. What is stopped after --minutes goes on where it was. Where NVIDIA's MPS is installed it is started: trainings of
-this size leave a GPU mostly idle. What each experiment prints is in LAB/logs/.
+this size leave a GPU mostly idle. It stays; `echo quit | CUDA_MPS_PIPE_DIRECTORY=LAB/mps nvidia-cuda-mps-control` ends it. What each
+experiment prints is in LAB/logs/.
 """
 
 from __future__ import annotations
