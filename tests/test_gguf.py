@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def written(folder: Path, out: Path, *overrides: str) -> dict[str, Any]:
-    made = export(Finished(ModelFolder(folder, read_lineage(folder, "x")), recipe(*overrides)), "gguf", out)
+    made = export(Finished(ModelFolder(folder, read_lineage(folder, "builtin:mini")), recipe(*overrides)), "gguf", out)
     assert (out / "README.md").is_file()
     return made
 
@@ -103,6 +103,9 @@ def test_the_decoder_reads_back(kind, least_db, folder, tmp_path):
         assert sqnr_db(value, found[name].view_as(value)) > (least_db if value.ndim == 2 else 100), name
     assert field(path, "qwen2.block_count") == len(text_decoder(model).layers) == 10
     assert field(path, "qwen2.attention.head_count_kv") == model.config.text_config.num_key_value_heads
+    for each in (path, tmp_path / "mmproj-f16.gguf"):  # which may be passed on without the card
+        assert field(each, "general.license") == "apache-2.0"
+        assert field(each, "general.languages") == ["en", "de", "zh"]
     [outcome] = made["outcomes"]
     assert outcome["disk_bytes"] == path.stat().st_size + (tmp_path / "mmproj-f16.gguf").stat().st_size
     assert "llama.cpp (xllamacpp" in (tmp_path / "README.md").read_text(encoding="utf-8")  # it loads them

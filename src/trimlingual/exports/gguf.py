@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimlingual.exports.card import license_of
 from trimlingual.exports.gguf_tokenizer import Tokens, tokens_of
 from trimlingual.exports.llama_cpp import MISSING, is_there, prove, quantize, quantize_program
 from trimlingual.exports.target import ExportError, Finished, Outcome
@@ -84,24 +85,43 @@ def write(finished: Finished, out_dir: Path) -> list[Outcome]:
     return outcomes
 
 
+class About(NamedTuple):
+    """What a file says of itself: it often travels without its card."""
+
+    recipe: Recipe
+    license: Mapping[str, str]  # as the card has it
+
+    def add_to(self, writer: Any) -> None:
+        writer.add_name(self.recipe.name)
+        writer.add_languages(list(dict.fromkeys(["en", *self.recipe.task.target_languages])))
+        add = {
+            "license": writer.add_license,
+            "license_name": writer.add_license_name,
+            "license_link": writer.add_license_link,
+        }
+        for key, value in self.license.items():
+            add[key](value)
+
+
 def _write_files(finished: Finished, texts: Mapping[GgufType, Path], mmproj: Path | None) -> None:
     processor = load_processor(finished.model.path)
     model = load_model(finished.model.path, finished.recipe.model.storage_dtype, torch.device("cpu"))
-    family, name, four_bit = family_of(model), finished.recipe.name, is_bitsandbytes(finished.model.path)
+    family, four_bit = family_of(model), is_bitsandbytes(finished.model.path)
+    about = About(finished.recipe, license_of(finished.model.lineage.base, family))
     if found := list(problems(finished.recipe, model.config, finished.model.lineage.quantization)):
         raise ExportError("; ".join(found))
     if mmproj:
-        _write_audio(mmproj, model, family, name, four_bit)
+        _write_audio(mmproj, model, family, about, four_bit)
     tokens = tokens_of(processor, finished.model.path, _form(family))
     bits = _bits(finished)
     for kind, path in texts.items():
         if kind != K_TYPE:
-            _write_text(path, model, tokens, family, name, kind, four_bit, bits)
+            _write_text(path, model, tokens, family, about, kind, four_bit, bits)
     if K_TYPE in texts:
         with tempfile.TemporaryDirectory(dir=texts[K_TYPE].parent) as folder:
             half = texts.get("f16", Path(folder) / "f16.gguf")
             if not half.exists():
-                _write_text(half, model, tokens, family, name, "f16", four_bit, bits)
+                _write_text(half, model, tokens, family, about, "f16", four_bit, bits)
             quantize(half, texts[K_TYPE], K_TYPE, _settings(finished.recipe).llama_quantize)
 
 
@@ -129,7 +149,7 @@ def _write_text(
     model: Any,
     tokens: Tokens,
     family: Family,
-    name: str,
+    about: About,
     kind: GgufType,
     four_bit: bool,
     bits: Mapping[str, int],
@@ -143,7 +163,7 @@ def _write_text(
         raise ExportError(f"rotary embedding of type {config.rope_parameters['rope_type']} is not written as GGUF yet")
     writer = gguf.GGUFWriter(path, form.decoder)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    about.add_to(writer)
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -176,14 +196,14 @@ def _write_text(
     _write_tensors(writer, tensors, types)
 
 
-def _write_audio(path: Path, model: Any, family: Family, name: str, four_bit: bool) -> None:
+def _write_audio(path: Path, model: Any, family: Family, about: About, four_bit: bool) -> None:
     """Audio tower and projector, in f16."""
     import gguf
 
     tower = audio_tower(model)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
     writer.add_type(gguf.GGUFType.MMPROJ)
-    writer.add_name(name)
+    about.add_to(writer)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_clip_has_audio_encoder(True)
     projector_type = _form(family).projector
