@@ -153,6 +153,7 @@ def train_base(lab: Path, overrides: Sequence[str]) -> None:
 def shared(lab: Path, recipe: Recipe, run: Path, stage: str) -> Iterator[None]:
     """Inside, no other run makes this stage; as hard links it is there already if another run has made it with the same fingerprint."""
     (step,) = [step for step in plan(recipe, run) if step.name == stage]
+    (lab / "locks").mkdir(exist_ok=True)  # older versions of filelock do not
     with FileLock(lab / "locks" / f"{step.fingerprint}.lock"):
         others = [] if step.status() != "missing" else [folder for folder in run.parent.iterdir() if folder != run]
         for other in others:

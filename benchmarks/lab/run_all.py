@@ -54,6 +54,7 @@ class Runner:
         self.started = time.monotonic()
         self.logs = self.lab / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
+        (self.lab / "locks").mkdir(exist_ok=True)
         self.failed: list[str] = []
 
     def left(self) -> float:
