@@ -304,9 +304,8 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(path):
 def test_hub_problems(tmp_path):
     datasets = pytest.importorskip("datasets")
     made = make_hub_set(tmp_path, "d", 2)
-    empty = datasets.Dataset.from_dict(
-        {"audio": [], "text_de": []}
-    )  # datasets 4.0 cannot save an empty column of audio
+    # Not of audio: datasets 4.0 cannot save an empty column of it.
+    empty = datasets.Dataset.from_dict({"audio": [], "text_de": []})
     datasets.DatasetDict({"dev": empty}).save_to_disk(tmp_path / "empty")
     with pytest.raises(DataError):
         read_source(hub(tmp_path / "empty", "dev"), ["de"], tmp_path)
