@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import soundfile as sf
@@ -256,7 +257,6 @@ def test_covost2_problems(tmp_path):
 
 
 def test_hub_set_saved_to_disk(tmp_path):
-    datasets = pytest.importorskip("datasets")
     splits = {"dev": make_hub_set(tmp_path, "d", 2), "eval": make_hub_set(tmp_path, "e", 1, seed=10)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     found = read_source(hub(tmp_path / "set", "dev", "eval", source="text_en"), ["de"], tmp_path / "work")
@@ -302,7 +302,6 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(path):
 
 
 def test_hub_problems(tmp_path):
-    datasets = pytest.importorskip("datasets")
     made = make_hub_set(tmp_path, "d", 2)
     # Not of audio: datasets 4.0 cannot save an empty column of it.
     empty = datasets.Dataset.from_dict({"audio": [], "text_de": []})
@@ -329,7 +328,6 @@ def test_hub_problems(tmp_path):
 
 
 def test_hub_set_of_samples_and_nested_texts(tmp_path):
-    datasets = pytest.importorskip("datasets")
     samples = [0.1, -0.2, 0.3] * 1000
     rows = {
         "audio": [{"array": samples, "sampling_rate": 8_000}, {"array": [samples, samples], "sampling_rate": 8_000}],
@@ -353,7 +351,6 @@ def test_hub_set_of_samples_and_nested_texts(tmp_path):
 
 
 def test_samples_that_cannot_be_audio_are_named(tmp_path):
-    datasets = pytest.importorskip("datasets")
     rows = {
         "audio": [
             {"array": [], "sampling_rate": 8_000},
@@ -443,7 +440,6 @@ def test_hub_fingerprints(tmp_path):
 
 
 def test_the_commit_of_a_hub_set_is_kept(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
     loaded = make_hub_set(tmp_path, "d", 2).cast_column("audio", datasets.Audio(decode=False))
     commit = "0123456789abcdef0123456789abcdef01234567"
     loaded.info.download_checksums = {f"hf://datasets/someone/set@{commit}/data/dev.parquet": {"num_bytes": 1}}
