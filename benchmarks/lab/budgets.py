@@ -57,7 +57,9 @@ KINDS = ("mixed", "proxy", "uniform")
 AT_ONCE = 1000  # actions per round of a plan whose actions are all scored once
 
 
-def _searched(size: str, num_actions: int) -> list[str]:
+def searched(number: int, num_actions: int = 8) -> list[str]:
+    """A search of system.yaml under the budget of this name in `SIZES`."""
+    size = SIZES[number][0]
     budget = f"budget={{size: {size}, actions_per_round: {num_actions}, {PARTS}}}"
     return [f"rank.{budget}", f"rank.num_layers_to_remove={MOST_LAYERS}"]
 
@@ -65,10 +67,10 @@ def _searched(size: str, num_actions: int) -> list[str]:
 def experiments() -> dict[str, list[str]]:
     """What each experiment changes in system.yaml, in order of what it tells."""
     found = {}
-    for number, (size, num_layers, rows) in SIZES.items():
-        found[f"mixed-{number}"] = [*SHORT_IN_BITS, *_searched(size, 8)]
+    for number, (_, num_layers, rows) in SIZES.items():
+        found[f"mixed-{number}"] = [*SHORT_IN_BITS, *searched(number)]
         found[f"uniform-{number}"] = [*SHORT_IN_BITS, f"rank.num_layers_to_remove={num_layers}", *rows]
-        found[f"proxy-{number}"] = [*SHORT_IN_BITS, *_searched(size, AT_ONCE)]
+        found[f"proxy-{number}"] = [*SHORT_IN_BITS, *searched(number, AT_ONCE)]
     return found
 
 

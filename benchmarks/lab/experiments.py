@@ -117,6 +117,15 @@ RECOVERY = {
     "in-domain": [*SHORT, "recover.data={gold: 1, distilled: 1}"],
     "general-5000": [*SHORT, _set_of("out_of_domain", "general-5000")],
     "long-20000": [*NO_BITS, _set_of("out_of_domain", "general-20000")],
+    # system B's smaller plan with as long a recovery, and what the same clips, steps and rate bring the unpruned model
+    "long-mixed-120": budgets.searched(120),
+    "base-longer": [
+        *NO_BITS,
+        "rank=null",
+        "recover=null",
+        "finetune={max_steps: 1200, batch_size: 128, learning_rate: 3.0e-4, data: {gold: 1, out_of_domain: 1}, "
+        "freeze: [audio_tower], optimizer: flash_adamw, selection_checks: 4, num_workers: 4}",
+    ],
 }
 BUDGETS = budgets.experiments()
 EXPERIMENTS: dict[str, list[str]] = {**SYSTEMS, **BITS, **LAYERS, **RECOVERY, **BUDGETS}
