@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub import ModelCard
 
 if not torch.cuda.is_available():  # before Triton is imported, since its own functions are interpreted as well
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -175,6 +176,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[...
 @pytest.fixture
 def lineage(model_dir: Path) -> Lineage:
     return read_lineage(model_dir, "tiny")
+
+
+def assert_names_its_base(adapter: Path, base: str) -> None:
+    """Wherever PEFT names what an adapter belongs to, it is `base`, and no path of this machine."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    card = ModelCard.load(adapter / "README.md").data
+    assert config["base_model_name_or_path"] == card.base_model == base
+    assert [tag for tag in card.tags if tag.startswith("base_model")] == [f"base_model:adapter:{base}"]
 
 
 def write_clip(path: Path, duration_s: float, seed: int) -> None:

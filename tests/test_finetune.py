@@ -21,7 +21,7 @@ from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.stored_audio import stored_states
 from trimlingual.training.trainer import make_trainer, train_
 
-from .conftest import EVERY_FAMILY
+from .conftest import EVERY_FAMILY, assert_names_its_base
 from .plain_inputs import own_inputs
 
 
@@ -109,6 +109,7 @@ def test_lora_saves_a_merged_model_and_its_adapter(given, model_dir, shared, dat
     settings = TrainSettings(method="lora", max_steps=4, learning_rate=1e-2, lora=LoraSettings(r=4, alpha=8))
     finetune(given, data, shared, settings, tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert_names_its_base(tmp_path / "adapter", "tiny")
     before, after = (load_model(d, "float32", torch.device("cpu")) for d in (model_dir, tmp_path))
     assert set(before.state_dict()) == set(after.state_dict())
     assert not torch.equal(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trimlingual.run.lineage import LineageError, read_lineage
+from trimlingual.run.lineage import Lineage, LineageError, ModelFolder, read_lineage
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,22 @@ def test_a_config_that_tells_nothing_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(LineageError, match="is missing or damaged"):
         read_lineage(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "base", "made_here", "name"),
+    [
+        ("site-packages/mini/model", "builtin:mini", False, "builtin:mini"),
+        ("hub/models--Owner--Some-Model/snapshots/" + "a1" * 20, "Owner/Some-Model", False, "Owner/Some-Model"),
+        ("hub/models--me--my-student/snapshots/" + "b2" * 20, "Owner/Some-Model", True, "me/my-student"),
+        ("my-models/large", "{tmp_path}/my-models/large", False, "large"),
+        ("runs/first/pruned", "Owner/Some-Model", True, "pruned"),
+    ],
+)
+def test_a_folders_name_for_others_has_no_path_of_this_machine(folder, base, made_here, name, tmp_path):
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    lineage = Lineage(base.format(tmp_path=tmp_path), {"decoder": [0]}, {"decoder": 1})
+    if made_here:
+        lineage.save(path)
+    assert ModelFolder(path, lineage).public_name == name

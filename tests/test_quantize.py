@@ -21,7 +21,7 @@ from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.quantize import quantize, sqnr_db
 from trimlingual.training.selection import Guide, KeepBest
 
-from .conftest import EVERY_FAMILY
+from .conftest import EVERY_FAMILY, assert_names_its_base
 from .test_pipeline import as_words
 
 CPU = torch.device("cpu")
@@ -50,6 +50,7 @@ def test_qlora_merge_and_quantise_again(given, model_dir, shared, data, tmp_path
     check_quantized(model, settings)
     assert count_parameters(model) == count_parameters(load_model(model_dir, "float32", CPU))
     assert read_lineage(tmp_path).quantization["scheme"] == "nf4"
+    assert_names_its_base(tmp_path / "adapter", "tiny")
     base, merged = (load_model(model_dir, "float32", CPU, config) for config in (bitsandbytes_config(settings), None))
     merge_(merged, PeftModel.from_pretrained(base, tmp_path / "adapter"), settings.merge_base)
     kept = {

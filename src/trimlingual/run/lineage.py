@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimlingual.run.artifacts import as_json, write_json
+from trimlingual.run.fingerprint import hub_commit
 from trimlingual.run.progress import say
 from trimlingual.run.records import brief, read_record
 
@@ -92,6 +93,13 @@ class ModelFolder:
 
     path: Path
     lineage: Lineage
+
+    @property
+    def public_name(self) -> str:
+        """Its name for others: on the Hub, as the recipe's base model, or of what was made of that the folder's."""
+        if hub_commit(self.path):
+            return self.path.parents[1].name.removeprefix("models--").replace("--", "/")
+        return self.path.name if (self.path / LINEAGE_FILE).is_file() else public_name(self.lineage.base)
 
 
 def public_name(base: str) -> str:

@@ -16,6 +16,7 @@ from trimlingual.run.artifacts import SCRATCH, append_jsonl, read_journal
 from trimlingual.run.lineage import ModelFolder
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
 from trimlingual.run.progress import say
+from trimlingual.training.lora import save_adapter
 from trimlingual.training.selection import UNGUIDED, Guide
 from trimlingual.training.sharding import load_to_share
 from trimlingual.training.trainer import read_teacher, train_
@@ -90,7 +91,7 @@ def finetune(
     if settings.method == "lora":
         adapted, model = info.pop("adapted"), None
         if is_main_process():
-            adapted.save_pretrained(out_dir / "adapter")
+            save_adapter(adapted, out_dir / "adapter", folder.public_name)
         model = adapted.merge_and_unload()
     weights = info.pop("weights", None)
     if is_main_process():

@@ -42,6 +42,7 @@ from trimlingual.run.lineage import Lineage, ModelFolder
 from trimlingual.run.processes import is_main_process, wait_for_everyone
 from trimlingual.run.progress import say
 from trimlingual.training.checkpoints import last_complete_checkpoint
+from trimlingual.training.lora import save_adapter
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.selection import UNGUIDED, Guide
 from trimlingual.training.trainer import read_teacher, train_
@@ -89,7 +90,7 @@ def quantize(
     free_memory()  # of the optimizer
     if scales is None:
         trained = measure(adapted) if adapted else None
-        merged = _merged(stored, adapted, settings, shared.model, out_dir)
+        merged = _merged(stored, adapted, settings, shared.model, out_dir / "adapter", folder.public_name)
         adapted = None
         free_memory()
     round_weights_(merged, shared.model.storage_dtype)
@@ -122,12 +123,12 @@ def _at_positions(settings: QuantizeSettings, lineage: Lineage) -> QuantizeSetti
 
 
 def _merged(
-    stored: Path, adapted: Any, settings: QuantizeSettings, model_settings: ModelSettings, out_dir: Path
+    stored: Path, adapted: Any, settings: QuantizeSettings, model_settings: ModelSettings, out: Path, base: str
 ) -> Any:
-    """The model in `stored`, in host memory, with the adapter if there is one, which is saved too."""
+    """The model in `stored`, in host memory, with the adapter if there is one, which is saved to `out` as one of `base`."""
     model = load_model(stored, model_settings.dtype, torch.device("cpu"))
     if adapted:
-        adapted.save_pretrained(out_dir / "adapter")
+        save_adapter(adapted, out, base)
         merge_(model, adapted, settings.merge_base)
     return model
 

@@ -10,17 +10,23 @@ Shapes: N tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import set_seed
 
 from trimlingual.models.tree import EMBEDDINGS, PARTS, lm_head, text_decoder
 from trimlingual.recipe import LoraSettings
+from trimlingual.run.artifacts import write_json
+
+BASE_TAG = "base_model:adapter:"  # of a card, by which the Hub lists a model's adapters
 
 
 def add_lora(model: Any, settings: LoraSettings, seed: int, frozen: Sequence[str] = ()) -> Any:
@@ -48,6 +54,21 @@ def add_lora(model: Any, settings: LoraSettings, seed: int, frozen: Sequence[str
             f"lora.target_modules {settings.target_modules!r} matches no module of the model outside freeze {list(frozen)}: "
             "there is nothing to train; name other modules, or freeze less"
         ) from error
+
+
+def save_adapter(adapted: Any, folder: Path, base: str) -> None:
+    """Save the adapter of a PEFT model, which names `base` as what it belongs to.
+
+    PEFT would write the path that the model was loaded from, into the configuration and into the card. The name is put in its place
+    afterwards: given it before, PEFT would ask the Hub for a model of that name.
+    """
+    adapted.save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base})
+    card = ModelCard.load(folder / "README.md")
+    tags = [tag for tag in card.data.tags or [] if not tag.startswith(BASE_TAG)]
+    card.data.base_model, card.data.tags = base, sorted([*tags, f"{BASE_TAG}{base}"])
+    card.save(folder / "README.md")
 
 
 def _names_in(model: Any, parts: Sequence[str]) -> str | None:
