@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,42 @@ def test_how_a_model_is_decoded_ships_with_it_evaluated_or_not():
     for evaluated in ("[base]", "[base, teacher]"):
         settings = (f"evaluate.models={evaluated}", "rank=null", "distill=null", "recover=null", "quantize=null")
         assert prints(*settings)["exported"] != prints(*settings, "decode.max_new_tokens=9")["exported"]
+
+
+FOUND = {"removals": [{"layer": 5}, {"layer": 4}], "bits": [{"part": "decoder.6.mlp", "bits": 3}], "strategy": "greedy"}
+
+
+@pytest.mark.parametrize(
+    ("edited", "stale"),
+    [
+        (FOUND, []),
+        (FOUND | {"strategy": "by hand", "removals": [{"layer": 4, "score": 1.5}, {"layer": 5}]}, []),
+        (FOUND | {"removals": [{"layer": 5}, {"layer": 7}]}, ["pruned", "quantized"]),
+        (FOUND | {"bits": [{"part": "decoder.6.mlp", "bits": 2}]}, ["pruned", "quantized"]),
+        ({"damaged": True}, ["pruned", "quantized"]),
+    ],
+    ids=["as it was found", "in another form", "other layers", "other bits", "damaged"],
+)
+def test_what_an_edited_plan_asks_for_counts(edited, stale, tmp_path):
+    """That the search found another stands in its artifact.json, of older runs too. The search is as it was."""
+    overrides = ["rank.budget={size: 4.2 MB}", "quantize.scheme=int4", "quantize.group_size=64"]
+    ranking = next(step for step in plan(load_recipe("mini", overrides), tmp_path) if step.name == "rank")
+    written = ranking.folder / "plan.json"
+
+    def found(inputs, folder):
+        (folder / "plan.json").write_text(json.dumps(FOUND))
+        return {"removed": ["decoder.5", "decoder.4"], "bits": {"decoder.6.mlp": 3}}
+
+    before = prints(*overrides, run=str(tmp_path))
+    replace(ranking, work=found).run()
+    assert prints(*overrides, run=str(tmp_path)) == before
+    written.write_text(json.dumps(edited, indent=1))
+    now = prints(*overrides, run=str(tmp_path))
+    assert [
+        name for name in ("data", "teacher", "rank", "pruned", "distilled", "quantized") if now[name] != before[name]
+    ] == stale
+    written.unlink()
+    assert prints(*overrides, run=str(tmp_path)) == before
 
 
 def test_another_runtime_makes_nothing_stale():

@@ -170,6 +170,14 @@ def test_hand_written_plan_through_the_verb(recipe, run_dir, tmp_path):
     assert read_artifact(tmp_path / "out").info["proof"]["reload_equal"]
 
 
+def test_an_edited_plan_makes_what_was_pruned_by_it_stale(recipe, run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    (folder / "rank" / "plan.json").write_text('{"removals": [{"layer": 4}, {"layer": 7}]}')
+    with pytest.raises(ArtifactError, match=r"(?s)its plan changed.*pruned: input plan changed.*--force"):
+        compress(recipe, folder)
+    assert run_stage(recipe, folder, "pruned", force=True).info["removed"]["decoder"] == [4, 7]
+
+
 def test_what_cannot_change_a_result_leaves_everything_done(recipe, run_dir, manifests, tmp_path):
     """Another number of workers, another device's name, the base model in another folder."""
     base = shutil.copytree(Path(trimlingual.__file__).parent / "mini" / "model", tmp_path / "moved")

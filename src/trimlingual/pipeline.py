@@ -32,7 +32,7 @@ from trimlingual.run.fingerprint import HashCache, hash_file
 from trimlingual.run.ownership import ARTIFACT_FILE, WORK_FILE, read_record
 from trimlingual.run.processes import gather, is_main_process
 from trimlingual.run.progress import say
-from trimlingual.step_inputs import SourceRef
+from trimlingual.step_inputs import SourceRef, plan_ref
 from trimlingual.steps import (
     Ref,
     Step,
@@ -89,7 +89,7 @@ def refuse_stale(steps: Sequence[Step], run_dir: Path, force: bool) -> None:
     if not force and not all(step.derived for step in stale):
         lines = [f"  {step.name}: {'; '.join(step.changes()[:4])}" for step in stale]
         raise ArtifactError(
-            f"the recipe or its data changed since {run_dir} was made; it invalidates {len(stale)} stage(s):\n"
+            f"the recipe, its data or its plan changed since {run_dir} was made; it invalidates {len(stale)} stage(s):\n"
             + "\n".join(lines)
             + "\nUse --force to make these again, or another --run-dir to keep both."
         )
@@ -224,8 +224,9 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None, oth
         teacher = student = models["teacher"] = add(step).ref
     if recipe.rank:
         ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank", others))
-        planned = ranked.ref if recipe.rank.budget else None
-        student = models["pruned"] = add(prune_step(recipe, teacher, ranked.ref, run_dir / "pruned")).ref
+        found = plan_ref(ranked.ref)
+        planned = found if recipe.rank.budget else None
+        student = models["pruned"] = add(prune_step(recipe, teacher, found, run_dir / "pruned")).ref
     if recipe.distill:
         distilled = add(distill_step(recipe, teacher, data.ref, run_dir / "distilled")).ref
     if recipe.recover:

@@ -9,14 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trimlingual.data.audio import DataError
 from trimlingual.data.hub import is_commit, resolve_commit
 from trimlingual.data.sources import source_files, source_fingerprint
 from trimlingual.recipe import HubSource, Recipe, Source
 from trimlingual.run.artifacts import Artifact, ArtifactError, find_artifact
-from trimlingual.run.fingerprint import UNREAD, HashCache, fingerprint, hash_files, hash_model, hub_commit, is_whole
+from trimlingual.run.fingerprint import (
+    UNREAD,
+    HashCache,
+    fingerprint,
+    hash_file,
+    hash_files,
+    hash_model,
+    hub_commit,
+    is_whole,
+)
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,36 @@ def model_ref(folder: Path, remembered: HashCache | None = None) -> Ref:
     if artifact:
         return Ref(folder, artifact.fingerprint)
     return Ref(folder, lambda: hash_model(folder, remembered or HashCache()))
+
+
+def plan_ref(ranked: Ref) -> Ref:
+    """The plan of a search as an input: the search stands for it, unless it was edited since."""
+
+    def identity() -> str:
+        made = find_artifact(ranked.folder)
+        if made is None or made.fingerprint != ranked.fingerprint:  # it will be made anew
+            return ranked.fingerprint
+        edits = _edited_plan(made)
+        return fingerprint("edited plan", edits, {"rank": made.fingerprint}) if edits else made.fingerprint
+
+    return Ref(ranked.path, identity)
+
+
+def _edited_plan(made: Artifact) -> dict[str, Any]:
+    """What the plan in the folder of a search asks for, if it is not what the search found. Of a damaged one its bytes."""
+    from trimlingual.search.plan import PLAN_FILE, PlanError, read_plan
+
+    path = made.path / PLAN_FILE
+    try:
+        plan = read_plan(path)
+    except PlanError:  # the stage that reads it says what is wrong
+        return {"damaged": hash_file(path)} if path.is_file() else {}
+    asked = {
+        "removed": sorted(f"{removal.tower}.{removal.layer}" for removal in plan.removals),
+        "bits": {fewer.part: fewer.bits for fewer in plan.bits},
+    }
+    found = {"removed": sorted(made.info.get("removed", ())), "bits": made.info.get("bits", {})}
+    return asked if asked != found else {}
 
 
 @dataclass(frozen=True)
