@@ -192,7 +192,7 @@ def test_the_estimate_of_a_plan_is_near_its_bytes():
     ]
     recipe = load_recipe("qwen2-audio-en-de", wanted)
     exact = bytes_by_module(meta_model(AutoConfig.from_pretrained(resolve_base(base))), recipe.quantize, "bfloat16")
-    assert estimate(recipe)["quantized"].disk == pytest.approx(sum(exact.values()), rel=0.002)
+    assert estimate(recipe)["exported"].disk == pytest.approx(sum(exact.values()), rel=0.002)
 
 
 @EVERY_FAMILY

@@ -286,7 +286,7 @@ def test_what_no_runtime_loads_is_refused_before_the_search(manifests, tmp_path)
 def test_a_dry_run_knows_the_size():
     stored = ["quantize.scheme=int4", "quantize.group_size=64"]
     plain, asked = (load_recipe("mini", [*stored, *more]) for more in ([], ["rank.budget={size: 4.2 MB}"]))
-    assert estimate(plain)["quantized"].disk > estimate(asked)["quantized"].disk == 4_200_000
+    assert estimate(plain)["exported"].disk > estimate(asked)["exported"].disk == 4_200_000
     assert estimate(asked)["pruned"].disk > estimate(plain)["pruned"].disk  # perhaps no layer goes
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from trimlingual.estimate import config_of, estimate
+from trimlingual.models.family import meta_model
 from trimlingual.models.inputs import Example, TrainingData
 from trimlingual.models.tree import freeze_, text_decoder
-from trimlingual.recipe import LoraSettings, TrainSettings
+from trimlingual.recipe import LoraSettings, TrainSettings, load_recipe
 from trimlingual.training import lora
 from trimlingual.training.lora import add_lora, fuse_lora_
 from trimlingual.training.trainer import train_
@@ -203,3 +205,19 @@ def test_a_frozen_tower_stays_as_it_is_with_lora(make_model, processor, split, s
     after = trained.merge_and_unload().model.audio_tower.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("freeze", [[], ["audio_tower", "projector"], ["embeddings"]])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ".*language_model.*_proj", ["q_proj", "fc1", "embed_tokens", "lm_head"]]
+)
+def test_an_estimate_has_every_weight_of_an_adapter(targets, freeze):
+    """Against the adapter that PEFT makes; it is on disk beside the model, and not in what ships."""
+    recipe = load_recipe("mini", [f"quantize.train.lora.target_modules={targets}", f"quantize.train.freeze={freeze}"])
+    recipe = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"start": "base"})})
+    train = recipe.quantize.train
+    model = add_lora(meta_model(config_of(recipe)), train.lora, 0, train.freeze)
+    num = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    rows = estimate(recipe)
+    assert num > 10_000
+    assert rows["quantized"].disk - rows["exported"].disk == 4 * num

@@ -83,6 +83,8 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     gone = min(1.0, removed / num_decoder_layers(recipe))  # that more cannot go is said elsewhere
     pruned = full - round(layers * gone)
     weight_bytes, stored_bytes = BYTES[recipe.model.dtype], BYTES[recipe.model.storage_dtype]
+    at_start = gone if recipe.quantize and recipe.quantize.start not in ("base", "teacher") else 0
+    adapters = _adapters(recipe, model, {"recovered": gone, "quantized": at_start})
     rows = {
         "distilled": Estimate(memory=full * weight_bytes),
         "pruned": Estimate(pruned * stored_bytes, 2 * pruned * weight_bytes),
@@ -91,19 +93,20 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
         rows["trimmed"] = Estimate(sum(trimmed.values()) * stored_bytes)
     if recipe.rank:
         each_round = recipe.rank.finetune_each_round
-        trained = _training(sizes, 0, weight_bytes, stored_bytes, each_round) if each_round else Estimate()
+        adapter = adapters.get("rank", 0)
+        trained = _training(sizes, 0, weight_bytes, stored_bytes, each_round, adapter) if each_round else Estimate()
         # A round's model stands beside that of the round before, and the last one stays.
         beside = trained.disk + trained.while_running
         rows["rank"] = Estimate(trained.disk, max(full * weight_bytes, trained.memory), beside)
     if recipe.finetune:
-        rows["teacher"] = _training(sizes, 0, weight_bytes, stored_bytes, recipe.finetune)
+        rows["teacher"] = _training(sizes, 0, weight_bytes, stored_bytes, recipe.finetune, adapters["teacher"])
     if recipe.recover:
-        rows["recovered"] = _training(sizes, gone, weight_bytes, stored_bytes, recipe.recover)
+        rows["recovered"] = _training(sizes, gone, weight_bytes, stored_bytes, recipe.recover, adapters["recovered"])
     shipped: float = pruned * stored_bytes
     left: float = (pruned - full + sum(trimmed.values())) * stored_bytes
     if recipe.quantize:
-        at_start = 0 if recipe.quantize.start in ("base", "teacher") else gone
-        rows["quantized"] = _quantization(recipe, sizes, at_start, weight_bytes, stored_bytes)
+        adapter = adapters.get("quantized", 0)
+        rows["quantized"] = _quantization(recipe, sizes, at_start, weight_bytes, stored_bytes, adapter)
         if budget:
             rows["quantized"] = replace(rows["quantized"], disk=min(rows["quantized"].disk, budget.num_bytes))
         shipped, left = rows["quantized"].disk, _quantized_bytes(trimmed, recipe.quantize, stored_bytes, at_start)
@@ -113,6 +116,8 @@ def estimate(recipe: Recipe, speech_s: Mapping[str, float] | None = None) -> dic
     if recipe.export:
         kept = pruned - full + sum(trimmed.values())
         rows[EXPORT_STAGES["gguf"]] = _gguf(trimmed, kept, recipe.export.gguf)
+    for stage in {*adapters} & {"teacher", "recovered", "quantized"}:  # which keep it beside the model
+        rows[stage] = replace(rows[stage], disk=rows[stage].disk + adapters[stage])
     for stage, splits in frozen_towers(recipe, model).items():
         states = state_bytes(recipe, sum((speech_s or {}).get(split, 0.0) for split in splits))
         rows[stage] = replace(rows[stage], while_running=rows[stage].while_running + states, host=states)
@@ -166,11 +171,11 @@ def state_bytes(recipe: Recipe, speech_s: float) -> float:
 
 def frozen_towers(recipe: Recipe, model: Any = None) -> dict[str, list[str]]:
     """The stages that train with a frozen audio tower, and the splits whose clips they train on."""
-    names = _tower_modules(model or _on_meta(recipe))
+    tower = _tower_modules(model or _on_meta(recipe))
     return {
         stage: train.data.splits
         for stage, (_, train) in training_sections(recipe).items()
-        if not _is_trained(names, train)
+        if not _is_trained(tower, train)
     }
 
 
@@ -185,51 +190,48 @@ def training_sections(recipe: Recipe) -> dict[str, tuple[str, TrainSettings]]:
     return {stage: (path, train) for stage, (path, train) in sections.items() if train}
 
 
-def _tower_modules(model: Any) -> list[str]:
+def _tower_modules(model: Any) -> dict[str, Any]:
     from trimlingual.models.tree import part_of
 
-    return [name for name, _ in model.named_modules() if part_of(name) == "audio_tower"]
+    return {name: module for name, module in model.named_modules() if part_of(name) == "audio_tower"}
 
 
-def _is_trained(modules: Sequence[str], train: TrainSettings) -> bool:
-    """Whether any of the modules of these names is trained; LoRA's are matched as PEFT does it."""
-    if "audio_tower" in train.freeze:
-        return False
-    targets = train.lora.target_modules
-    if train.method != "lora" or targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in modules)
-    return any(f".{name}".endswith(f".{ending}") for name in modules for ending in targets)
+def _is_trained(modules: Mapping[str, Any], train: TrainSettings) -> bool:
+    """Whether any of these modules of the audio tower is trained."""
+    if train.method == "lora":
+        return any(_is_adapted(name, module, train) for name, module in modules.items())
+    return "audio_tower" not in train.freeze
 
 
 def _training(
-    sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int, train: TrainSettings
+    sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int, train: TrainSettings, adapter: float
 ) -> Estimate:
-    """A training section's stage, of a model that `gone` of the decoder's layers have left."""
+    """A training section's stage, of a model that `gone` of the decoder's layers have left; without the bytes of the `adapter`."""
     num = sum(sizes.values()) - round((sizes["decoder"] + sizes["decoder_other"]) * gone)
     table = sizes["embeddings"]
     if train.fsdp and train.mixed_precision != "no":
         weight_bytes = BYTES["float32"]  # mixed precision computes in fewer bits, the weights stay whole
     checkpoint = _checkpoint_bytes(num, table, weight_bytes, train)
     if train.method == "lora":
-        checkpoint = _adapter_num(sizes, train, gone) * BYTES["float32"] * (1 + ADAM_STATES)
+        checkpoint = adapter * (1 + ADAM_STATES)
     memory = _training_bytes(num, table, weight_bytes, train)
     return Estimate(num * stored_bytes, memory, CHECKPOINTS * checkpoint, divided=train.fsdp)
 
 
-def _quantization(recipe: Recipe, sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int) -> Estimate:
+def _quantization(
+    recipe: Recipe, sizes: dict[str, int], gone: float, weight_bytes: int, stored_bytes: int, adapter: float
+) -> Estimate:
+    """As `_training`."""
     settings = recipe.quantize
     assert settings is not None
     trained = settings.model_copy(
         update={"scheme": "nf4", "eight_bit": [], "bits": {}}
     )  # what the adapter is trained on
-    adapter, memory = 0.0, weight_bytes * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
+    memory = weight_bytes * (sum(sizes.values()) - (sizes["decoder"] + sizes["decoder_other"]) * gone)
     if settings.train and settings.train.method == "full":
-        full = _training(sizes, gone, weight_bytes, stored_bytes, settings.train)
+        full = _training(sizes, gone, weight_bytes, stored_bytes, settings.train, adapter)
         return replace(full, disk=_quantized_bytes(sizes, settings, stored_bytes, gone) + _more_bits(recipe, gone))
     if settings.train:
-        adapter = _adapter_num(sizes, settings.train, gone) * BYTES["float32"]
         memory = _quantized_bytes(sizes, trained, weight_bytes, gone) + adapter * (2 + ADAM_STATES)
     beside = CHECKPOINTS * adapter * (1 + ADAM_STATES)
     if settings.scheme != "int4":  # the merged model is written to be read in 4 bits
@@ -343,9 +345,38 @@ def _more_bits(recipe: Recipe, gone: float) -> float:
     return sum(each.numel() * more.get(fine_part_of(name) or "", 0) / 8 for name, each in matrices) * (1 - gone)
 
 
-def _adapter_num(sizes: dict[str, int], train: TrainSettings, gone: float) -> float:
-    """Weights of an adapter, which are float32: about 2.5 % of the model's at r = 64 (the paper: 2.41 %)."""
-    return 0.025 * train.lora.r / 64 * (sizes["decoder"] * (1 - gone) + sizes["audio_tower"])
+def _adapters(recipe: Recipe, model: Any, gone: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of the LoRA adapter of each stage that trains, 0 of one that trains all weights; `gone` is as in `_training`.
+
+    Its weights are float32: two matrices of rank r for each module that it adapts.
+    """
+    from trimlingual.models.tree import part_of
+
+    found = {}
+    for stage, (_, train) in training_sections(recipe).items():
+        num = 0.0
+        for name, module in model.named_modules() if train.method == "lora" else ():
+            if _is_adapted(name, module, train):
+                left = 1 - gone.get(stage, 0) if part_of(name) == "decoder" else 1
+                num += train.lora.r * sum(module.weight.shape) * left
+        found[stage] = num * BYTES["float32"]
+    return found
+
+
+def _is_adapted(name: str, module: Any, train: TrainSettings) -> bool:
+    """Whether LoRA adapts a module of this name, as PEFT decides it."""
+    from torch import nn
+
+    from trimlingual.models.tree import fine_part_of, part_of
+
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or {part_of(name), fine_part_of(name)} & {*train.freeze}:
+        return False
+    targets = train.lora.target_modules
+    if targets == "all-linear":
+        return isinstance(module, nn.Linear) and part_of(name) != "lm_head"
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{ending}") for ending in targets)
 
 
 def gb(num_bytes: Any) -> str:
