@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ from trimlingual.recipe import (
 from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.prune import probe
+from trimlingual.vocabulary import rewrite
 from trimlingual.vocabulary.bpe import VocabError
-from trimlingual.vocabulary.rewrite import counted_texts, find_rows, read_lines, trim_vocab
+from trimlingual.vocabulary.rewrite import count_tokens, counted_texts, find_rows, read_lines, trim_vocab
 
 CPU = torch.device("cpu")
 GERMAN = TaskSettings(target_languages=["de"])
@@ -140,6 +142,32 @@ def test_max_tokens_is_the_number_of_rows(model_dir, tmp_path):
     assert info["rows"]["after"] == 416
     assert load_model(tmp_path / "cut", "float32", CPU).lm_head.weight.shape[0] == 416
     check_same_model(model_dir, tmp_path / "cut")
+
+
+def test_a_text_that_spells_a_special_token_is_counted_as_it_is_learned(model_dir, processor, tmp_path):
+    """As text, of which every piece is kept, not as the special token, which is kept anyway."""
+    texts = ["Nach <|im_end|> kommt <|AUDIO|>."]
+    info = trim(
+        model_dir, tmp_path / "cut", texts=texts, held_out={"same": texts}, settings=VocabSettings(pad_to_multiple=1)
+    )
+    learned = Prompter(processor, GERMAN).answer_ids(texts[0])[:-1]
+    assert info["counted"]["tokens"] == info["coverage"]["same"]["tokens"] == len(learned)
+    assert info["tokens"]["counted"] == len({*learned})
+    assert not {*learned} & {*processor.tokenizer.all_special_ids}
+
+
+def test_what_is_checked_is_drawn_from_all_that_is_counted(processor, monkeypatch):
+    monkeypatch.setattr(rewrite, "NUM_CHECKED", 100)
+    texts = [text for number in range(500) for text in (f"Satz {number}.", f"第{number}句")] + [
+        f"Datei {n}" for n in range(1000)
+    ]
+    counts, sample = count_tokens(processor, iter(texts))
+    found = Counter("Satz" if "Satz" in text else "Datei" if "Datei" in text else "zh" for text in sample)
+    assert len(set(sample)) == 100
+    assert found["Datei"] > 30
+    assert min(found["Satz"], found["zh"]) > 10
+    assert count_tokens(processor, iter(texts)) == (counts, sample)
+    assert count_tokens(processor, TEXTS)[1] == TEXTS
 
 
 def test_padding_rows_of_the_embedding_go(make_model, processor, tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from trimlingual.data.audio import DataError
 from trimlingual.data.splits import DataSplits
 from trimlingual.models.errors import ProofError
+from trimlingual.models.family import family_of_processor
 from trimlingual.models.folders import check_folder
 from trimlingual.models.inputs import Prompter
 from trimlingual.models.loading import load_processor
@@ -74,7 +76,7 @@ def trim_vocab(
     given = _read(model_dir, task)
     processor, bpe, config, generation = given.processor, given.bpe, given.config, given.generation
     rows = find_rows(model_dir, given.tied)
-    counts, sample = count_tokens(processor.tokenizer, texts)
+    counts, sample = count_tokens(processor, texts)
     kept = choose(
         bpe,
         counts,
@@ -91,16 +93,13 @@ def trim_vocab(
     finish_saved(out_dir)
     if prompt_ids(trimmed, task) != [_renumber(ids, kept) for ids in given.prompts]:
         raise ProofError("a prompt is tokenised in another way after trimming")
-    texts_by_name = {f"counted (first {NUM_CHECKED})": sample, **held_out}
+    texts_by_name = {f"counted ({len(sample)} sentences)": sample, **held_out}
     return {
         "rows": {"before": rows[0].shape[0], "after": len(kept.ids)},
         "tokens": {**kept.numbers(), "special": len(bpe.added)},
         **removed,
         "counted": _counted_share(counts, kept),
-        "coverage": {
-            name: coverage(processor.tokenizer, trimmed.tokenizer, kept, lines, name)
-            for name, lines in texts_by_name.items()
-        },
+        "coverage": {name: coverage(processor, trimmed, kept, lines, name) for name, lines in texts_by_name.items()},
     }
 
 
@@ -188,13 +187,22 @@ def read_lines(path: Path) -> Iterator[str]:
         ) from error
 
 
-def count_tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Counter[int], list[str]]:
-    """How often each token id stands in `texts`, and the first of them. VocabError when there is no text."""
+def count_tokens(processor: Any, texts: Iterable[str]) -> tuple[Counter[int], list[str]]:
+    """How often each token id stands in `texts`, and some of them, drawn from all alike. VocabError when there is no text.
+
+    Languages take turns in the references and files follow them, so that neither the first texts nor every n-th would stand for all.
+    """
     counts: Counter[int] = Counter()
     sample: list[str] = []
+    num_texts, draw = 0, Random(0)
     for batch in _batches(texts):
-        sample.extend(batch[: NUM_CHECKED - len(sample)])
-        counts.update(chain.from_iterable(_encode(tokenizer, batch)))
+        for text in batch:
+            num_texts += 1
+            if len(sample) < NUM_CHECKED:
+                sample.append(text)
+            elif (place := draw.randrange(num_texts)) < NUM_CHECKED:
+                sample[place] = text
+        counts.update(chain.from_iterable(_encode(processor, batch)))
     if not counts:
         raise VocabError("there is no text to count tokens on; name some under vocab.texts, one sentence a line")
     return counts, sample
@@ -206,8 +214,10 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+def _encode(processor: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids as the model learns and gives them: what spells a special token is text."""
+    spelled_out = family_of_processor(processor).spelled_out
+    return processor.tokenizer(list(texts), add_special_tokens=False, **spelled_out)["input_ids"]
 
 
 def _counted_share(counts: Counter[int], kept: Kept) -> dict[str, Any]:
@@ -217,7 +227,8 @@ def _counted_share(counts: Counter[int], kept: Kept) -> dict[str, Any]:
 
 
 def coverage(full: Any, trimmed: Any, kept: Kept, texts: Iterable[str], name: str) -> dict[str, Any]:
-    """What trimming does to `texts`: sentences tokenised as before, tokens that are kept, and how many more tokens the rest takes.
+    """What going from the processor `full` to `trimmed` does to `texts`: sentences tokenised as before, tokens that are kept, and how
+    many more tokens the rest takes.
 
     Raises ProofError when a sentence whose tokens are all kept is tokenised in another way, or any sentence decodes to another text.
     """
@@ -228,7 +239,7 @@ def coverage(full: Any, trimmed: Any, kept: Kept, texts: Iterable[str], name: st
             unchanged = all(old in staying for old in before)
             if unchanged and [staying[old] for old in before] != after:
                 raise ProofError(f"all tokens of {text!r} ({name}) are kept, but it is tokenised in another way")
-            if full.decode(before) != trimmed.decode(after):
+            if full.tokenizer.decode(before) != trimmed.tokenizer.decode(after):
                 raise ProofError(f"{text!r} ({name}) decodes to another text after trimming")
             found["sentences"] += 1
             found["sentences_unchanged"] += unchanged
