@@ -19,7 +19,7 @@ from trimlingual import preflight, resources
 from trimlingual.app.translate import translate_files
 from trimlingual.cli import app
 from trimlingual.data.splits import load_splits
-from trimlingual.estimate import Estimate, disk_peak, frozen_towers
+from trimlingual.estimate import Estimate, disk_peak, estimate, frozen_towers
 from trimlingual.models.errors import ModelError
 from trimlingual.models.folders import folder_problems
 from trimlingual.models.inputs import TrainingData
@@ -27,6 +27,7 @@ from trimlingual.models.loading import load_model, load_processor, resolve_base
 from trimlingual.pipeline import compress, plan, run_stage
 from trimlingual.preflight import PreflightError, check
 from trimlingual.recipe import load_recipe
+from trimlingual.resources import memory_notes
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.stages.finetune import finetune
 from trimlingual.stages.prune import prune
@@ -242,6 +243,18 @@ def test_memory_is_a_note(tmp_path, monkeypatch):
     assert any(
         "stage teacher wants ~2000000.00 GB of host memory" in note for note in check(loaded, tmp_path, steps).notes
     )
+
+
+@pytest.mark.parametrize(("machine", "said"), [(38e9, True), (40e9, False)])
+def test_fsdp_without_the_host_memory_for_the_whole_model_is_said_before_it_runs(tmp_path, monkeypatch, machine, said):
+    """At the true size the main process was measured at 38.6 GB (docs/distributed.md)."""
+    monkeypatch.setattr(resources, "_device_kind", lambda recipe: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8e10))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=machine))
+    fsdp = ["finetune.fsdp=true", "finetune.optimizer=adamw_torch_fused", "finetune.mixed_precision=bf16"]
+    recipe = load_recipe("qwen2-audio-en-de", ["model.base=random:qwen2-audio-7b", *fsdp])
+    (note,) = [*memory_notes(recipe, ["teacher"], estimate(recipe))] or [""]
+    assert said == ("wants ~38.59 GB of host memory for the model that FSDP's main process reads whole" in note)
 
 
 @pytest.fixture

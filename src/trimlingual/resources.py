@@ -172,7 +172,9 @@ def disk_problems(run_dir: Path, stages: Sequence[str], estimates: dict[str, Est
 def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Estimate]) -> Iterator[str]:
     """Stages that want more than the device has, before activations."""
     device = _device_kind(recipe)
-    wanted = {name: one for name, one in estimates.items() if name in names and one.memory + one.host > 1e9}
+    wanted = {
+        name: one for name, one in estimates.items() if name in names and one.memory + one.host + one.host_main > 1e9
+    }
     if not wanted:
         return  # less than any machine has
     import psutil
@@ -183,14 +185,15 @@ def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Esti
 
         size = torch.cuda.get_device_properties(torch.device(recipe.model.device.replace("auto", "cuda"))).total_memory
     for name, one in wanted.items():
-        host = one.host * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host = one.host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + one.host_main
         on_device = one.memory + host * (device == "cpu")
         if on_device > size and not one.divided:
             yield f"stage {name} wants {gb(on_device)} of memory before activations (an estimate); the device has {gb(size)}"
         elif host > machine:
+            reasons = ["what the frozen audio tower makes of the clips"] * bool(one.host)
+            reasons += ["the model that FSDP's main process reads whole"] * bool(one.host_main)
             yield (
-                f"stage {name} wants {gb(host)} of host memory for what the frozen audio tower makes of the clips (an estimate); the "
-                f"machine has {gb(machine)}"
+                f"stage {name} wants {gb(host)} of host memory for {' and '.join(reasons)} (an estimate); the machine has {gb(machine)}"
             )
 
 
