@@ -296,6 +296,22 @@ def test_clipped_clips_are_said_and_kept(tmp_path):
     assert "1 clip(s) of train may be damaged: 'train-0' is clipped" in info["warnings"][0]
 
 
+def test_references_that_nobody_says_in_so_little_time_are_named(tmp_path):
+    """One of them is trained on as any other, and its tokens can fill the memory."""
+    settings = DataSettings(
+        train=speech_manifest(tmp_path, "train", SPEECH[:3]),
+        select=speech_manifest(tmp_path, "select", SPEECH[4:6]),
+        test=speech_manifest(tmp_path, "test", SPEECH[6:8]),
+    )
+    assert prepare_data(settings, GERMAN, tmp_path / "out", window_s=None)["warnings"] == []
+    listing = Path(settings.train.path)
+    listing.write_text(listing.read_text().replace("train 1", " ".join(["Wort"] * 3000)))
+    (warning,) = prepare_data(settings, GERMAN, tmp_path / "again", window_s=None)["warnings"]
+    assert warning.startswith(
+        "1 reference(s) of train are too long for their clips: 'train-1' in 'de' (14,999 characters for "
+    )
+
+
 def test_equal_source_sentences_are_said_or_dropped_from_training(tmp_path):
     settings = DataSettings(
         train=speech_manifest(tmp_path, "train", SPEECH[:2], source="Good morning, Mary!"),

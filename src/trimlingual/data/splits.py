@@ -38,6 +38,8 @@ from trimlingual.run.progress import say
 from trimlingual.run.records import checked
 
 SPLITS = ("train", "select", "test", "out_of_domain")
+# A reference may have so many characters per second of its clip, and some more: the fastest of the built-in speech has 34.
+MOST_CHARACTERS_PER_S, SLACK_CHARACTERS = 50, 100
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def prepare_data(
     splits = {role: Split(role, tuple(found)) for role, found in clips.items()}
     warnings = [
         *repeated(same), *alike_warnings(alike_audio(clips, recordings)), *equal_source_warnings(equal_sources(clips)),
-        *_suspicious(clips, recordings),
+        *_suspicious(clips, recordings), *_overlong(clips),
     ]  # fmt: skip
     for warning in warnings:
         say(f"warning: {warning}")
@@ -175,6 +177,25 @@ def _suspicious(clips: Mapping[str, Sequence[Clip]], recordings: Mapping[Path, R
         named = [f"{clip.id!r} {what}" for clip in found if (what := recordings[clip.audio].suspicious)]
         if named:
             warnings.append(f"{len(named)} clip(s) of {role} may be damaged: {some(named)}")
+    return warnings
+
+
+def _overlong(clips: Mapping[str, Sequence[Clip]]) -> list[str]:
+    """A warning for each split with references that nobody says in so little time: the text of something else, mostly, and one such
+    example can fill the memory of a training."""
+    warnings = []
+    for role, found in clips.items():
+        named = [
+            f"{clip.id!r} in {language!r} ({len(text):,} characters for {clip.duration_s:.1f} s)"
+            for clip in found
+            for language, text in clip.references.items()
+            if len(text) > SLACK_CHARACTERS + MOST_CHARACTERS_PER_S * clip.duration_s
+        ]
+        if named:
+            warnings.append(
+                f"{len(named)} reference(s) of {role} are too long for their clips: {some(named)}. Shorten them or take the clips "
+                "out: an answer is never as long, and training takes memory for every token of them"
+            )
     return warnings
 
 
