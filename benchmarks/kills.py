@@ -1,12 +1,14 @@
 """Kill the whole pipeline at random moments, start it again until it is done, and compare with a run that was left alone.
 
     python benchmarks/kills.py --run-dir runs/kills [--kills 100] [--seconds 20,120] [--instances 7 --threads 2] [--limit-s 1200]
+        [--budget 4.9MB --budget 4.6MB]
 
 Every kill takes the whole process group: SIGKILL, or for some (`--term-share`) SIGTERM, which may save and end by itself. A run that is
 done is compared (plan, translations, distilled data, losses, every file of weights) and the next one starts, until there were enough
 kills; then the last runs are left alone until they are done, so that every kill is followed by a comparison. `--limit-s` stops earlier;
 `--resume` goes on in the same --run-dir. Several instances share the kills. `--kills 0 --alone 20` kills nothing: it tells whether the
-machine computes the same twice, without which nothing can be said of kills. Writes RUN_DIR/result.json, and with --name
+machine computes the same twice, without which nothing can be said of kills. With `--budget`, twice or more, what is killed is `pareto`
+over these sizes, whose runs are compared alike. Writes RUN_DIR/result.json, and with --name
 benchmarks/results/NAME.json, and prints it.
 """
 
@@ -33,7 +35,8 @@ from commit import commit
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE_S = 90  # for a run that got SIGTERM to save and end
-PLAN = ("removals", "baseline_score", "baseline_scores", "curve")
+PLAN = ("removals", "bits", "num_bytes", "baseline_score", "baseline_scores", "curve")
+PARTIALS = ("*.partial", "*/*.partial", "budgets/*/*.partial", "budgets/*/*/*.partial")  # stages, evaluations
 
 
 def outcome(run_dir: Path) -> dict[str, str]:
@@ -57,7 +60,7 @@ def outcome(run_dir: Path) -> dict[str, str]:
 def under_way(run_dir: Path) -> str:
     """The stage that is being made. A folder may get its name while it is looked at."""
     found: dict[str, float] = {}
-    for pattern in ("*.partial", "*/*.partial"):
+    for pattern in PARTIALS:
         with contextlib.suppress(FileNotFoundError):
             for path in run_dir.glob(pattern):
                 found[str(path.relative_to(run_dir)).removesuffix(".partial")] = path.stat().st_mtime
@@ -87,8 +90,10 @@ class Benchmark:
 
     def command(self, run_dir: Path) -> list[str]:
         overrides = [word for value in self.args.overrides for word in ("--set", value)]
-        words = [sys.executable, "-m", "trimlingual", "compress", self.args.recipe, "--run-dir", str(run_dir)]
-        return words + overrides
+        sizes = [word for size in self.args.budgets for word in ("--budget", size)]
+        verb = "pareto" if sizes else "compress"
+        words = [sys.executable, "-m", "trimlingual", verb, self.args.recipe, "--run-dir", str(run_dir)]
+        return words + sizes + overrides
 
     def start(self, run_dir: Path, output: Path) -> subprocess.Popen:
         path = os.pathsep.join(p for p in (str(ROOT / "src"), os.environ.get("PYTHONPATH")) if p)
@@ -140,7 +145,8 @@ class Benchmark:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What must stay the same when it goes on."""
-    return {key: getattr(args, key) for key in ("recipe", "overrides", "seconds", "threads", "term_share", "seed")}
+    keys = ("recipe", "overrides", "budgets", "seconds", "threads", "term_share", "seed")
+    return {key: getattr(args, key) for key in keys}
 
 
 def machine() -> dict[str, Any]:
@@ -295,6 +301,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on in --run-dir")
     parser.add_argument("--recipe", default="mini")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--budget", action="append", default=[], dest="budgets", help="a size of `pareto`; repeat it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="also write benchmarks/results/NAME.json")
     args = parser.parse_args()
