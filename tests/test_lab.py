@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import threading
 from pathlib import Path
@@ -62,3 +63,24 @@ def test_a_stage_is_made_once_for_all_runs(script, tmp_path):
     assert len(made) == 1
     one, two = (run / "data" / "artifact.json" for run in runs)
     assert one.samefile(two)
+
+
+def test_what_failed_is_tried_once_more_after_all_others(script, monkeypatch, tmp_path):
+    """Also by the only slot; what fails twice does not hold up the end."""
+    run_all = script("run_all")
+    tried = []
+
+    def run(self: Any, job: str, *words: str, mps: bool) -> bool:
+        tried.append(job)
+        if job == "third-0" or (job == "gold-0" and tried.count(job) == 1):
+            self.failed.append(job)
+            return False
+        self.result(*job.rsplit("-", 1)).write_text("{}")
+        return True
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(run_all.Runner, "run", run)
+    monkeypatch.setattr(run_all, "start_mps", lambda lab: None)
+    options = {"lab": tmp_path, "minutes": 1.0, "at_once": 1, "commit": "", "out": None}
+    run_all.Runner(argparse.Namespace(**options)).experiments([("gold", 0), ("third", 0), ("tokens", 0)])
+    assert tried == ["gold-0", "third-0", "tokens-0", "gold-0", "third-0"]

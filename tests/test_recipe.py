@@ -92,7 +92,7 @@ def test_every_problem_at_once_by_path():
         ({"task": {"target_languages": ["de", "de"]}}, "names a language twice"),
         ({"task": {"target_languages": ["de"], "prompt": "Translate:"}}, "must contain {language}"),
         ({"rank": None}, "recover is set but rank is null"),
-        ({"finetune": None}, "there is no teacher"),
+        ({"finetune": None, "quantize": {"start": "teacher"}}, "no stage of this recipe makes that model"),
         ({"rank": {"metric": {"zh": "chrf"}}}, "names no metric for 'de'"),
         (
             {"model": {"base": "builtin:mini", "device": "gpu"}},

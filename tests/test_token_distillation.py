@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,14 @@ from trimlingual.data.audio import load_audio
 from trimlingual.models.inputs import Collator, Example, Prompter
 from trimlingual.models.loading import load_model, load_processor, pick_device
 from trimlingual.models.saving import save_model
-from trimlingual.recipe import TokenDistillation, TrainSettings
+from trimlingual.pipeline import compress
+from trimlingual.recipe import TokenDistillation, TrainSettings, load_recipe
 from trimlingual.stages.finetune import finetune
 from trimlingual.training.loss import answer_forward, divergence
 from trimlingual.training.selection import Guide
 from trimlingual.training.token_distillation import teacher_tokens
+
+from .test_pipeline import SMALL
 
 
 @pytest.fixture
@@ -137,3 +141,13 @@ def test_a_student_comes_nearer_to_its_teacher(
         for folder in (model_dir, tmp_path / "out")
     )
     assert after < 0.9 * before
+
+
+def test_a_base_that_is_its_own_teacher(manifests, tmp_path):
+    """It is pruned, teaches by its translations and its distribution, and is what the student is compared with."""
+    words = ["finetune=null", "rank.strategy=middle", "quantize=null", "export=null", "recover.token_distillation={}"]
+    compress(load_recipe("mini", [*SMALL, *manifests, *words]), tmp_path)
+    assert not (tmp_path / "teacher").exists()
+    result = json.loads((tmp_path / "evaluations" / "recovered" / "result.json").read_text())
+    assert result["languages"]["de"]["retained"]["baseline"] == "base"
+    assert "kept, % of base" in (tmp_path / "report" / "report.md").read_text()

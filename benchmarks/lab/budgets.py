@@ -6,7 +6,7 @@
 * `proxy-N`: the same actions as `mixed-N`, chosen as the 2026 compression track chose its 3-bit sublayers: every action is scored once,
   alone, by the loss of the teacher's translations (no translation is made), and the losses are taken to add up.
 
-All go through the same short recovery and the same short training in their bits. `compare` needs the runs on disk.
+All have the base as their teacher, the same short recovery, and the same short training in their bits. `compare` reads the runs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from trimlingual.search.rounded import RoundedModel
 from trimlingual.steps import folder_of
 
 SHORT_IN_BITS = [
-    "finetune.epochs=1", "finetune.selection_checks=1", "data.select={kind: manifest, path: LAB/select-100.jsonl}",
-    "data.out_of_domain={kind: manifest, path: LAB/general-5000.jsonl}", "evaluate.models=[base, teacher, quantized]",
+    "finetune=null", "data.select={kind: manifest, path: LAB/select-100.jsonl}",
+    "data.out_of_domain={kind: manifest, path: LAB/general-5000.jsonl}", "evaluate.models=[base, quantized]",
     "recover.max_steps=300", "recover.batch_size=64", "recover.selection_checks=1", "quantize.train.max_steps=200",
     "quantize.train.batch_size=64", "quantize.train.selection_checks=1",
 ]  # fmt: skip

@@ -5,9 +5,9 @@
 
 Without names: every experiment of experiments.py with seed 0, and systems and sizes with the seeds that docs/results.md has. An
 experiment that has its result is left out, one that another process of this script runs is left to it, so one process for each GPU
-may share a list. What is stopped after --minutes goes on where it was. Where NVIDIA's MPS is installed it is started: trainings of
-this size leave a GPU mostly idle. It stays; `echo quit | CUDA_MPS_PIPE_DIRECTORY=LAB/mps nvidia-cuda-mps-control` ends it. What each
-experiment prints is in LAB/logs/.
+may share a list. One that fails goes on once more after all others: together they can be short of GPU memory. What is stopped after
+--minutes goes on where it was. Where NVIDIA's MPS is installed it is started: trainings of this size leave a GPU mostly idle. It stays;
+`echo quit | CUDA_MPS_PIPE_DIRECTORY=LAB/mps nvidia-cuda-mps-control` ends it. What each experiment prints is in LAB/logs/.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 THREE, TWO = (0, 1, 2), (0, 1)
+TRIES = 2
 STOP_S = 60  # what a stopped training gets to save itself
 Job = tuple[str, int]
 
@@ -124,9 +125,9 @@ class Runner:
             thread.join()
 
     def _some(self, wanted: Sequence[Job]) -> None:
-        for name, seed in wanted:
+        for name, seed in [*wanted, *wanted]:
             job = f"{name}-{seed}"
-            if self.left() <= 0 or job in self.failed:
+            if self.left() <= 0 or self.failed.count(job) == TRIES:
                 continue
             try:
                 with FileLock(self.lab / "locks" / f"{job}.lock", timeout=0):

@@ -222,6 +222,7 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None, oth
     if recipe.finetune:
         step = finetune_step("teacher", recipe, recipe.finetune, start, data.ref, None, None, run_dir / "teacher")
         teacher = student = models["teacher"] = add(step).ref
+    judge = list(models)[-1]  # without fine-tuning the model is its own teacher
     if recipe.rank:
         ranked = add(rank_step(recipe, teacher, data.ref, run_dir / "rank", others))
         found = plan_ref(ranked.ref)
@@ -244,7 +245,7 @@ def plan(recipe: Recipe, run_dir: Path, remembered: HashCache | None = None, oth
     evaluated: dict[str, Ref] = {}
     for name in models:  # in the order they are made: what comes after the teacher is compared with it
         if name in recipe.evaluate.models:
-            baseline = evaluated.get("teacher")
+            baseline = evaluated.get(judge)
             step = evaluate_step(name, recipe, models[name], data.ref, baseline, run_dir / "evaluations" / name)
             evaluated[name] = add(step).ref
     last = list(models)[-1]

@@ -82,7 +82,7 @@ class Recipe(Section):
     decode: DecodeSettings = Field(default=DecodeSettings(), description="how everything is translated")
     vocab: VocabSettings | None = Field(default=None, description="tokens that stay; null: all")
     finetune: TrainSettings | None = Field(
-        default=TrainSettings(), description="the teacher; null: the base model is pruned as it is"
+        default=TrainSettings(), description="the teacher; null: the base is its own teacher"
     )
     rank: RankSettings | None = Field(default=RankSettings(), description="which layers go; null: none")
     distill: DistillSettings | None = Field(
@@ -151,8 +151,6 @@ class Recipe(Section):
                 )
             if train.token_distillation and path == "finetune":
                 problems.append("finetune.token_distillation must be null: the teacher is what is learned from")
-            if train.token_distillation and not self.finetune:
-                problems.append(f"{path}.token_distillation is set but finetune is null: there is no teacher")
             if train.data.taught and path == "finetune":
                 problems.append("finetune.data.distilled must be 0: the teacher is what translates, so it comes first")
         if self.recover and not self.rank:
@@ -161,8 +159,6 @@ class Recipe(Section):
             )
         if self.distill and self.distill.out_of_domain and self.data.out_of_domain is None:
             problems.append("distill.out_of_domain is true but data.out_of_domain is not set")
-        if self.distill and not self.finetune:
-            problems.append("distill is set but finetune is null: there is no teacher")
         problems += [*self._quantize_problems(), *self._budget_problems()]
         if self.rank:
             for language in self.task.target_languages:
