@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 import threading
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -84,3 +86,15 @@ def test_what_failed_is_tried_once_more_after_all_others(script, monkeypatch, tm
     options = {"lab": tmp_path, "minutes": 1.0, "at_once": 1, "commit": "", "out": None}
     run_all.Runner(argparse.Namespace(**options)).experiments([("gold", 0), ("third", 0), ("tokens", 0)])
     assert tried == ["gold-0", "third-0", "tokens-0", "gold-0", "third-0"]
+
+
+def test_the_plots_in_the_documents_are_those_of_the_results(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["plots.py", "--out", str(tmp_path)])
+    script("plots").main()
+    images = LAB.parents[1] / "docs" / "images"
+    drawn = sorted(tmp_path.iterdir())
+    assert len(drawn) == 4
+    assert [path.read_text() for path in drawn] == [(images / path.name).read_text() for path in drawn]
+    for path in drawn:
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        assert path.name in (LAB.parents[1] / "docs" / "results.md").read_text()
