@@ -151,3 +151,11 @@ def test_full_size(tmp_path):
         (tmp_path / name).mkdir(exist_ok=True)
         steps[name] = make()
     assert {step.folder for step in steps.values()} == {tmp_path / name for name in bench.parts}
+
+
+@pytest.mark.slow
+def test_reading(tmp_path):
+    out = tmp_path / "reading.json"
+    result = benchmark("reading").main(["--clips", "2", "--blocks", "1", "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    assert result["equal_losses"]

@@ -25,6 +25,7 @@ from trimlingual.models.loading import resolve_base
 from trimlingual.pipeline import compress, run_stage
 from trimlingual.recipe import load_recipe
 from trimlingual.run.artifacts import read_artifact
+from trimlingual.run.handed_on import TEACHER_TOKENS
 from trimlingual.search.plan import read_plan
 
 from .processes import free_port
@@ -210,11 +211,19 @@ def test_two_processes_compress_like_one(few_clips, tmp_path, start):
         assert [read_result(folder)["speed"]["num_processes"] for folder in folders] == [1, 2]
     for stage in TRAINED:
         _losses_are_equal(one / stage, two / stage)
-    taught = [*few_clips, CPU, "recover.token_distillation={weight: 0.5}"]
-    run_stage(load_recipe("mini", [*WHOLE, *taught, *batches[4]]), one, "recovered", force=True)
-    words = as_words(*WHOLE, *taught, *batches[2])
-    start(["finetune", "mini", "--stage", "recovered", "--run-dir", str(two), "--force", *words], 2).succeed()
-    _losses_are_equal(one / "recovered", two / "recovered")
+    asked = [f"{section}.token_distillation={{weight: 0.5}}" for section in ("recover", "quantize.train")]
+    taught = [*few_clips, CPU, *asked]
+    for stage, verb in (
+        ("recovered", ["finetune", "mini", "--stage", "recovered"]),
+        ("quantized", ["quantize", "mini"]),
+    ):
+        run_stage(load_recipe("mini", [*WHOLE, *taught, *batches[4]]), one, stage, force=True)
+        words = as_words(*WHOLE, *taught, *batches[2])
+        done = start([*verb, "--run-dir", str(two), "--force", *words], 2)
+        done.succeed()
+        assert ("training examples were read before" in done.stderr()) == (stage == "quantized")
+        _losses_are_equal(one / stage, two / stage)
+        assert (two / TEACHER_TOKENS).exists() == (stage == "recovered")
 
 
 def _losses_are_equal(*folders: Path) -> None:

@@ -29,6 +29,7 @@ from trimlingual.run.artifacts import (
     write_json,
 )
 from trimlingual.run.fingerprint import HashCache, hash_file
+from trimlingual.run.handed_on import TEACHER_TOKENS, discard
 from trimlingual.run.ownership import ARTIFACT_FILE, WORK_FILE, read_record
 from trimlingual.run.processes import gather, is_main_process
 from trimlingual.run.progress import say
@@ -78,6 +79,8 @@ def compress(recipe: Recipe, run_dir: Path, force: bool = False, others: Sequenc
         say(f"[{number}/{len(steps)}] {step.name}")
         artifact = step.run(force=force or step.derived)
         say(f"[{number}/{len(steps)}] {step.name}: {artifact.seconds:.1f} s")
+    if is_main_process():
+        discard(run_dir / TEACHER_TOKENS)
     return json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
 
 
@@ -141,7 +144,10 @@ def run_stage(
             raise ArtifactError(
                 f"stage {name!r} needs the {role} in {ref.folder}, which is {maker.status()}; run {maker.name!r} first"
             )
-    return replace(step, inputs=inputs).run(force=force)
+    artifact = replace(step, inputs=inputs).run(force=force)
+    if is_main_process() and all(steps[n].status() == "done" for n in ("recovered", "quantized") if n in steps):
+        discard(run_dir / TEACHER_TOKENS)
+    return artifact
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> dict[str, Any]:

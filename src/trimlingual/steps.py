@@ -16,6 +16,7 @@ from trimlingual.exports.shipped import Shipped, clip_lengths, read_shipped
 from trimlingual.recipe import EXPORT_STAGES, MixSettings, Recipe, Runtime, TrainSettings
 from trimlingual.run.artifacts import Artifact, find_artifact, produce, trespass, unfinished_changes
 from trimlingual.run.fingerprint import FORMAT, UNREAD, HashCache, decisive, differences, fingerprint, flatten
+from trimlingual.run.handed_on import TEACHER_TOKENS
 from trimlingual.run.lineage import ModelFolder, public_name, read_lineage
 from trimlingual.run.ownership import WORK_FILE, describe_work, partial_of, read_record, why_not_as_made
 from trimlingual.run.processes import is_main_process, num_processes
@@ -215,7 +216,7 @@ def finetune_step(
         given = folder_of(inputs["model"], recipe)
         given = replace(given, lineage=given.lineage.after("finetune"))
         examples = _training_data(recipe, train.data, inputs)
-        return finetune(given, examples, recipe.shared, train, folder, _guide(train, inputs))
+        return finetune(given, examples, recipe.shared, train, folder, _guide(train, inputs, out.parent))
 
     inputs = _inputs(model=model, data=data, distilled=distilled, teacher=teacher, deepspeed=_deepspeed(train))
     settings = _train_settings(recipe, train, train=train)
@@ -302,7 +303,9 @@ def quantize_step(
         given, examples = folder_of(inputs["model"], recipe), _training_data(recipe, settings.data, inputs)
         planned = read_plan(inputs["plan"].folder) if "plan" in inputs else None
         bits = {fewer.part: fewer.bits for fewer in planned.bits} if planned else {}
-        return quantize(given, examples, recipe.shared, settings.with_bits(bits), folder, _guide(train, inputs))
+        return quantize(
+            given, examples, recipe.shared, settings.with_bits(bits), folder, _guide(train, inputs, out.parent)
+        )
 
     return Step(
         "quantized",
@@ -404,11 +407,11 @@ def _train_settings(recipe: Recipe, trained: TrainSettings | None, /, **sections
     return _settings(recipe, **sections, **decoding)
 
 
-def _guide(train: TrainSettings | None, inputs: Mapping[str, Ref]) -> Guide:
+def _guide(train: TrainSettings | None, inputs: Mapping[str, Ref], run_dir: Path) -> Guide:
     from trimlingual.training.selection import Guide
 
     select = load_splits(inputs["data"].folder).select if train and train.selection_checks else None
-    return Guide(select, inputs["teacher"].folder if "teacher" in inputs else None)
+    return Guide(select, inputs["teacher"].folder if "teacher" in inputs else None, run_dir / TEACHER_TOKENS)
 
 
 def _training_data(recipe: Recipe, mixture: MixSettings, inputs: Mapping[str, Ref]) -> TrainingData:

@@ -37,14 +37,14 @@ def rows_in_parts(
     """The rows 0 to n - 1 that `batches` divide among them, in every process. What `folder` has with this digest is not made again.
 
     `make` is given the batches of this process and yields the rows of each; it is not called where there are none. `title` is for the
-    progress, `made` what is said of what is there: "3 of 9 `made` by an earlier run". `folder` belongs to one stage with one
+    progress, `made` what is said of what is there: "3 of 9 `made` before". `folder` belongs to one stage with one
     fingerprint: the digest tells apart what that stage does not, such as the order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = _read(folder, digest)
     missing = gather([batch for batch in batches if not all(i in rows for i in batch)])[0]
     if rows:
-        say(f"  {len(rows)} of {sum(map(len, batches))} {made} by an earlier run")
+        say(f"  {len(rows)} of {sum(map(len, batches))} {made} before")
     if mine := missing[process_index() :: num_processes()]:
         with progress(title, sum(map(len, mine))) as advance, closing(make(mine)) as found:
             rows |= _written(folder, digest, mine, found, advance)

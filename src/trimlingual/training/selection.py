@@ -33,10 +33,14 @@ BEST_FILE = "best.safetensors"
 
 @dataclass(frozen=True)
 class Guide:
-    """What training looks at beside its examples: clips to choose the best weights by, and the teacher whose tokens it learns."""
+    """What training looks at beside its examples: clips to choose the best weights by, and the teacher whose tokens it learns.
+
+    `reading` is where stages that learn from the same teacher leave to each other what it read.
+    """
 
     select: Split | None = None
     teacher_dir: Path | None = None
+    reading: Path | None = None
 
 
 UNGUIDED = Guide()

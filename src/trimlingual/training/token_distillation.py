@@ -23,6 +23,7 @@ from trimlingual.decoding.translate_clips import split_on_oom
 from trimlingual.models.inputs import Collator, Example
 from trimlingual.models.loading import free_memory
 from trimlingual.recipe import TokenDistillation
+from trimlingual.run.fingerprint import HashCache, hash_model
 from trimlingual.training.ahead import prepared_ahead
 from trimlingual.training.loss import answer_forward
 from trimlingual.training.parts import Batches, Row, rows_in_parts
@@ -42,14 +43,16 @@ def teacher_tokens(
     settings: TokenDistillation,
     work_dir: Path,
     num_workers: int = 0,
+    digest: str | None = None,
 ) -> dict[Example, TeacherTokens]:
     """The teacher's distribution at every answer token of every example.
 
     The processes share the examples; each loads the teacher if anything is left for it to read, and none after a restart that finds
-    all in `work_dir`. `num_workers` processes load the audio and prepare the batches. That the teacher is the same one is for the
-    caller to see to: `work_dir` belongs to one stage with one fingerprint.
+    all in `work_dir`. `num_workers` processes load the audio and prepare the batches. What `digest` does not cover, which is made by
+    `digest_of`, is for the caller to see to: `work_dir` belongs to one stage with one fingerprint.
     """
-    digest = hashlib.sha256(repr((settings.top_k, settings.temperature, [*examples])).encode()).hexdigest()
+    digest = digest or digest_of(examples, settings)
+    examples = [*dict.fromkeys(examples)]  # a mixture may repeat them
     order = sorted(range(len(examples)), key=lambda i: (examples[i].clip, i))  # a clip's examples together
     batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     make = partial(_read, load_teacher, collator, examples, settings, num_workers)
@@ -57,6 +60,27 @@ def teacher_tokens(
     rows = rows_in_parts(work_dir / FOLDER, digest, batches, make, title, made)
     free_memory()
     return {example: (ids, log_probs) for example, (ids, log_probs) in zip(examples, rows, strict=True)}
+
+
+def digest_of(examples: Sequence[Example], settings: TokenDistillation, *more: Any) -> str:
+    """Tells readings apart by what was asked, and by `more` of what the answers depend on."""
+    asked = (settings.top_k, settings.temperature, [*dict.fromkeys(examples)], *more)
+    return hashlib.sha256(repr(asked).encode()).hexdigest()
+
+
+def all_it_depends_on(
+    collator: Collator, examples: Sequence[Example], audio: Sequence[str], teacher_dir: Path
+) -> list[Any]:
+    """What the teacher hears and reads, and what it is: the hashes of the clips, the extractor, all tokens; the model's files.
+
+    The files are read, once for as long as they stay as they are.
+    """
+    prompter = collator.prompter
+    extractor = prompter.processor.feature_extractor
+    prompts = {example.language: prompter.parts(example.language) for example in examples}
+    answers = {example.text: prompter.answer_ids(example.text) for example in examples}
+    heard = sorted(extractor.to_dict().items(), key=str)
+    return [[*audio], heard, prompts, answers, hash_model(teacher_dir, HashCache())]
 
 
 def _batch(collator: Collator, examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, Any]:

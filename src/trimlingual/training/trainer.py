@@ -31,7 +31,8 @@ from trimlingual.models.loading import load_model, pick_device
 from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower, freeze_
 from trimlingual.recipe import FLASH_ADAMW, SharedSettings, TrainSettings
 from trimlingual.run import interruptions
-from trimlingual.run.processes import launched, num_processes
+from trimlingual.run.handed_on import give, take
+from trimlingual.run.processes import gather, is_main_process, launched, num_processes, wait_for_everyone
 from trimlingual.run.progress import say
 from trimlingual.training.batches import LengthGroupedSampler, divided
 from trimlingual.training.checkpoints import Checkpoints, last_complete_checkpoint, step_size_of
@@ -41,7 +42,7 @@ from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.selection import UNGUIDED, Guide, KeepBest
 from trimlingual.training.sharding import SHARED_ON, only_here, sharding, whole_tower
 from trimlingual.training.stored_audio import stored_states
-from trimlingual.training.token_distillation import TeacherTokens, teacher_tokens
+from trimlingual.training.token_distillation import FOLDER, TeacherTokens, all_it_depends_on, digest_of, teacher_tokens
 
 NEVER = 10**9  # steps
 
@@ -147,17 +148,33 @@ def read_teacher(
     guide: Guide,
     work_dir: Path,
 ) -> dict[Example, TeacherTokens] | None:
-    """What the recipe's token-level distillation learns from; the teacher has left the GPU again when this returns."""
-    if not settings.token_distillation:
+    """What the recipe's token-level distillation learns from; the teacher has left the GPU again when this returns.
+
+    Another stage of the run may have had the teacher read the same (`guide.reading`): then it is not asked again.
+    """
+    asked, examples = settings.token_distillation, data.examples
+    if not asked:
         return None
     assert guide.teacher_dir is not None
     device = pick_device(shared.model.device)
     load_teacher = partial(load_model, guide.teacher_dir, shared.model.dtype, device)
     mels_on = "cpu" if settings.num_workers else device
     collator = Collator(Prompter(processor, shared.task), partial(_load_clip, data.clips), mels_on=mels_on)
-    return teacher_tokens(
-        load_teacher, collator, data.examples, settings.token_distillation, work_dir, settings.num_workers
-    )
+    read = partial(teacher_tokens, load_teacher, collator, examples, asked, work_dir, settings.num_workers)
+    if not guide.reading:
+        return read()
+    folder, digest = work_dir / FOLDER, ""
+    if is_main_process():
+        audio = [clip.audio_sha256 for clip in data.clips]
+        known = all_it_depends_on(collator, examples, audio, guide.teacher_dir)
+        digest = digest_of(examples, asked, shared.model.dtype, device.type, known)
+        take(guide.reading, digest, folder)
+    digest = gather(digest)[0]
+    tokens = read(digest=digest)
+    wait_for_everyone()  # who may still be reading the files
+    if is_main_process():
+        give(folder, digest, guide.reading)
+    return tokens
 
 
 @only_here()
