@@ -32,6 +32,8 @@ from typing import Any
 
 from commit import commit
 
+from trimlingual.run.handed_on import TEACHER_TOKENS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE_S = 90  # for a run that got SIGTERM to save and end
@@ -63,6 +65,8 @@ def under_way(run_dir: Path) -> str:
     for pattern in PARTIALS:
         with contextlib.suppress(FileNotFoundError):
             for path in run_dir.glob(pattern):
+                if path.name == TEACHER_TOKENS:  # lies between two stages
+                    continue
                 found[str(path.relative_to(run_dir)).removesuffix(".partial")] = path.stat().st_mtime
     return max(found, key=lambda name: found[name], default="none")
 
