@@ -30,9 +30,16 @@ def train(given, split, shared):
     return run
 
 
-def scores_of(*scores: float):
-    remaining = iter(scores)
-    return lambda self: {"de": next(remaining)}
+@pytest.fixture
+def scored(monkeypatch):
+    """Gives the selection clips these scores, one after the other, without a translation."""
+
+    def use(*scores: float) -> None:
+        remaining = iter(scores)
+        monkeypatch.setattr(KeepBest, "_translations", lambda self: {})
+        monkeypatch.setattr(KeepBest, "_score", lambda self, said: {"de": next(remaining)})
+
+    return use
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,9 +50,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("scores", "best"), [((10, 30, 20), 2), ((10, 20, 30), 4), ((30, 20, 10), 0), ((30, 30, 30), 0)]
 )
-def test_best_weights_are_kept(train, model_dir, tmp_path: Path, monkeypatch, capsys, method, scores, best) -> None:
+def test_best_weights_are_kept(train, model_dir, tmp_path: Path, scored, capsys, method, scores, best) -> None:
     rate = {"learning_rate": 1e-2, "method": method}
-    monkeypatch.setattr(KeepBest, "_score", scores_of(*scores))
+    scored(*scores)
     info = train(tmp_path / "kept", **rate)
     assert info["selection"]["best_step"] == best
     assert [record["score"] for record in info["selection"]["scores"]] == list(scores)
@@ -66,10 +73,26 @@ def test_scores_are_real_and_the_clips_are_remembered(train, split, tmp_path: Pa
     assert set(read_lineage(tmp_path / "out").seen["select"]) == split.audio_hashes
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_a_gain_that_may_be_chance_is_said(train, split, tmp_path: Path, monkeypatch, capsys, better: bool) -> None:
+    """The interval is that of the clips: all of them right is beyond doubt, one word of one clip is not."""
+    right = {code: {clip.id: clip.references[code] for clip in split.clips} for code in ("de", "zh")}
+    wrong = {code: dict.fromkeys(said, "Unsinn") for code, said in right.items()}
+    first = split.clips[0].id
+    looks = iter([wrong, right if better else wrong | {"de": wrong["de"] | {first: right["de"][first]}}])
+    monkeypatch.setattr(KeepBest, "_translations", lambda self: next(looks))
+    info = train(tmp_path / "out", learning_rate=1e-4, selection_checks=1)["selection"]
+    assert info["best_step"] == 4
+    assert (info["gain"]["de"]["low"] > 0) == better
+    assert "said" not in info["scores"][0]
+    said = capsys.readouterr().err
+    assert ("cannot tell that training made the model better (de +" in said) == (not better)
+
+
 def test_a_killed_training_repeats_no_look(train, killed_in_step, tmp_path: Path, monkeypatch) -> None:
     calls = []
     real = KeepBest._score
-    monkeypatch.setattr(KeepBest, "_score", lambda self: calls.append(1) or real(self))
+    monkeypatch.setattr(KeepBest, "_score", lambda self, said: calls.append(1) or real(self, said))
     whole = train(tmp_path / "whole", learning_rate=1e-2)
     assert len(calls) == 3
     calls.clear()
@@ -82,13 +105,13 @@ def test_a_killed_training_repeats_no_look(train, killed_in_step, tmp_path: Path
     assert again["selection"] == whole["selection"]
 
 
-def test_the_rate_that_the_selection_clips_like_best_is_kept(train, tmp_path: Path, monkeypatch) -> None:
+def test_the_rate_that_the_selection_clips_like_best_is_kept(train, tmp_path: Path, scored) -> None:
     rates = {"sweep": [1e-4, 1e-2, 3e-2], "selection_checks": 1}
-    monkeypatch.setattr(KeepBest, "_score", scores_of(10, 20, 10, 30, 10, 25))
+    scored(10, 20, 10, 30, 10, 25)
     info = train(tmp_path / "swept", **rates)
     assert info["learning_rate"] == 1e-2
     assert [(tried["learning_rate"], tried["score"]) for tried in info["sweep"]] == [(1e-4, 20), (1e-2, 30), (3e-2, 25)]
-    monkeypatch.setattr(KeepBest, "_score", scores_of(10, 30))
+    scored(10, 30)
     train(tmp_path / "alone", learning_rate=1e-2, selection_checks=1)
     swept, alone = weights(tmp_path / "swept"), weights(tmp_path / "alone")
     assert all(torch.equal(tensor, alone[name]) for name, tensor in swept.items())
@@ -99,11 +122,11 @@ def test_a_killed_sweep_tries_no_rate_again(train, tmp_path: Path, monkeypatch) 
     calls = []
     real = KeepBest._score
 
-    def score(self):
+    def score(self, said):
         calls.append(1)
         if len(calls) == die_at:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, said)
 
     die_at = 0
     monkeypatch.setattr(KeepBest, "_score", score)

@@ -8,8 +8,9 @@ worse on these clips than what went in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 
 from trimlingual.data.splits import Split
 from trimlingual.decoding.translate_clips import translate_clips
-from trimlingual.evaluation.quality import corpus_score
+from trimlingual.evaluation.quality import Interval, corpus_score, paired_bootstrap_difference, sentence_statistics
 from trimlingual.models.loading import free_memory
 from trimlingual.quantization.straight_through import as_it_ships
 from trimlingual.recipe import SharedSettings, languages
@@ -83,8 +84,12 @@ class KeepBest(TrainerCallback):
         return max(self.scores, key=lambda record: record["score"])
 
     def finish(self) -> dict[str, Any]:
-        """Put the best weights back in place, and say which they are. Returns what the artefact remembers."""
+        """Put the best weights back in place, and say which they are. Returns what the artefact remembers.
+
+        `gain`: what they have over those before training, points by language with a paired 95 % interval over the clips.
+        """
         best, last = self.best, self.scores[-1]
+        gains = self._gains()
         if best["step"] != last["step"]:
             wait_for_everyone()
             stored = load_file(self.work_dir / BEST_FILE)
@@ -98,14 +103,42 @@ class KeepBest(TrainerCallback):
             )
         else:
             say(f"  the weights after step {best['step']} are kept: {best['score']:.2f} on the selection clips")
-        return {"scores": self.scores, "best_step": best["step"]}
+            if gains and all(gain.low <= 0 for gain in gains.values()):
+                found = ", ".join(f"{code} {g.value:+.2f} [{g.low:+.2f}, {g.high:+.2f}]" for code, g in gains.items())
+                say(
+                    f"WARNING: {len(self.clips)} selection clips cannot tell that training made the model better ({found} points): "
+                    "take more of them, or trust it as little as the weights before"
+                )
+        kept = ({key: value for key, value in record.items() if key != "said"} for record in self.scores)
+        return {
+            "scores": list(kept),
+            "best_step": best["step"],
+            "gain": {code: asdict(gain) for code, gain in gains.items()},
+        }
+
+    def _gains(self) -> dict[str, Interval]:
+        """By language, the best weights' score less that before training, on resampled clips; nothing if these are the best."""
+        before, after = self.scores[0].get("said"), self.best.get("said")
+        if not before or not after or self.best is self.scores[0]:
+            return {}
+        found = {}
+        for language in self.task.target_languages:
+            metric = languages.language(language).main_metric
+            ours, theirs = (
+                sentence_statistics(metric, *self._pairs(said, language), language) for said in (after, before)
+            )
+            found[language], _ = paired_bootstrap_difference(ours, theirs)
+        return found
 
     def _look(self, step: int) -> None:
         if any(record["step"] == step for record in self.scores):
             return
-        by_language = self._score()
-        record = {"step": step, "score": sum(by_language.values()) / len(by_language), "scores": by_language}
+        said = self._translations()
+        by_language = self._score(said)
+        record: dict[str, Any] = {"step": step, "score": mean(by_language.values()), "scores": by_language}
         better = not self.scores or record["score"] > self.best["score"]
+        if better:
+            record["said"] = said
         self.scores.append(record)
         say(f"  step {step}: {record['score']:.2f} on the selection clips")
         if is_main_process():
@@ -122,8 +155,8 @@ class KeepBest(TrainerCallback):
         """What training changes: of tied weights one, of a LoRA model the adapter."""
         return {name: weight for name, weight in self.trained.named_parameters() if weight.requires_grad}
 
-    def _score(self) -> dict[str, float]:
-        """Main metric by language, 0..100."""
+    def _translations(self) -> dict[str, dict[str, str]]:
+        """By language and clip."""
         self.trained.eval()
         for module in self.trained.modules():
             # bitsandbytes' 4-bit layer in eval mode on a CPU lays its weight out anew, for good, and has no gradient after that.
@@ -133,14 +166,20 @@ class KeepBest(TrainerCallback):
             said = translate_clips(self.model, self.processor, self.task, mine, self.decode, label="selection clips")
         self.trained.train()
         free_memory()  # decoding leaves its memory and CUDA graphs, and training needs the room now
-        every = {(t.id, t.language): t.hypothesis for part in gather(said) for t in part}
+        found: dict[str, dict[str, str]] = {language: {} for language in self.task.target_languages}
+        for translation in (t for part in gather(said) for t in part):
+            found[translation.language][translation.id] = translation.hypothesis
+        return found
+
+    def _score(self, said: dict[str, dict[str, str]]) -> dict[str, float]:
+        """Main metric by language, 0..100."""
         return {
             language: corpus_score(
-                languages.language(language).main_metric, *self._pairs(every, language), language
+                languages.language(language).main_metric, *self._pairs(said, language), language
             ).value
             for language in self.task.target_languages
         }
 
-    def _pairs(self, said: dict[tuple[str, str], str], language: str) -> tuple[Sequence[str], Sequence[str]]:
+    def _pairs(self, said: dict[str, dict[str, str]], language: str) -> tuple[Sequence[str], Sequence[str]]:
         chosen = [clip for clip in self.clips if language in clip.references]
-        return [said[clip.id, language] for clip in chosen], [clip.references[language] for clip in chosen]
+        return [said[language][clip.id] for clip in chosen], [clip.references[language] for clip in chosen]
