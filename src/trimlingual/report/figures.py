@@ -60,7 +60,7 @@ class Stack:
 
 
 def trades(report: dict[str, Any], runs: Sequence[str] = ()) -> list[Trade]:
-    """A chart for each language: bytes on disk, and the share of the teacher's score that is kept (the score, without a teacher)."""
+    """A chart for each language: bytes on disk, and the share of the teacher's score that is kept (or the score)."""
     return [_trade(report, code, runs) for code in languages(report)]
 
 
