@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for do, *asked in work:
             do(bench, *asked)
             result = {
-                "command": " ".join(["python", "benchmarks/bits.py", *given]),
+                "command": shlex.join(["python", "benchmarks/bits.py", *given]),
                 "commit": commit(),
                 "machine": machine(),
                 "seconds": round(time.perf_counter() - started, 1),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     set_budget(search, size=args.budget or f"{(0.4 * start + 0.6 * least) / 1e3:.1f} kB")
     rounds = drawn(search)
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/budget_search.py", *args.given]), "commit": commit(args.commit),
+        "command": shlex.join(["python", "benchmarks/budget_search.py", *args.given]), "commit": commit(args.commit),
         "machine": machine(), "size": args.size, "dtype": str(case.model.dtype), "clips": len(case.split.clips),
         "budget": search.scorer.settings.model_dump()["budget"], "bytes": {"before": start, "least": least},
         "seconds_to_start": clock(case.device) - started, "rounds": [],

@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 import math
+import shlex
 import statistics
 import sys
 import tempfile
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args.layers = args.layers or shape["layers"]
     args.limit = tuple(float(number) * 1e9 for number in args.limit.split(",")) if args.limit else None
     head = {
-        "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "command": "python benchmarks/decode.py " + shlex.join(sys.argv[1:] if arguments is None else arguments),
         "commit": commit(args.commit),
         "machine": machine(),
         "size": args.size,

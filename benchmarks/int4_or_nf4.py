@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=RESULTS / "int4_or_nf4_mini.json")
     args = parser.parse_args(arguments)
     result: dict[str, Any] = {
-        "command": "python benchmarks/int4_or_nf4.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "command": "python benchmarks/int4_or_nf4.py " + shlex.join(sys.argv[1:] if arguments is None else arguments),
         "commit": commit(),
         "machine": machine(),
         "rows": [],

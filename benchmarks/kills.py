@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -124,7 +125,7 @@ class Benchmark:
             stages[kill["stage"]] = stages.get(kill["stage"], 0) + 1
         compared = sum(run["kills"] for run in self.runs)
         return {
-            "command": "python " + " ".join(["benchmarks/kills.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
             "commit": commit(self.args.commit),
             "kills": len(self.kills),
             "compared_kills": compared,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -159,7 +160,7 @@ def main() -> None:
         child(args)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        result = {"command": "python " + " ".join(["benchmarks/long_audio.py", *sys.argv[1:]]), "machine": machine()}
+        result = {"command": shlex.join(["python", "benchmarks/long_audio.py", *sys.argv[1:]]), "machine": machine()}
         result["cost"] = cost(args, Path(scratch))
         print(json.dumps(result["cost"]), file=sys.stderr, flush=True)
         result["memory"] = memory(args, Path(scratch))

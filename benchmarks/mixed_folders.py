@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     out = args.out or RESULTS / f"mixed_folders_{args.size}.json"
     given = [a for a in (arguments if arguments is not None else sys.argv[1:])]
-    result: dict[str, Any] = {"command": " ".join(["python benchmarks/mixed_folders.py", *given])}
+    result: dict[str, Any] = {"command": shlex.join(["python", "benchmarks/mixed_folders.py", *given])}
     result |= {"commit": commit(), "machine": machine(), "folders": {}}
     for size, state in plans(32 if args.size == "7b" else 6).items():
         with tempfile.TemporaryDirectory(dir=args.temporary) as folder:

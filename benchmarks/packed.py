@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     pairs = [*zip(said[row["format"]], said[other])]
                     row |= {"compared": len(pairs), "different": sum(a != b for a, b in pairs)}
     result = {
-        "command": "python benchmarks/packed.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "command": "python benchmarks/packed.py " + shlex.join(sys.argv[1:] if arguments is None else arguments),
         "commit": commit(args.commit),
         "machine": machine(),
         "rows": rows,

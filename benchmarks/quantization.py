@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training = merges(bench, args.steps, args.rate)
     given = arguments if arguments is not None else sys.argv[1:]
     result = {
-        "command": " ".join(["python", "benchmarks/quantization.py", *given]),
+        "command": shlex.join(["python", "benchmarks/quantization.py", *given]),
         "commit": commit(),
         "machine": machine(),
         "seconds": round(time.perf_counter() - started, 1),

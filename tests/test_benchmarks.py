@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def benchmark(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_command_in_a_result_can_be_given_to_a_shell():
+    """Words with spaces ("by QLoRA", {size: 4 MB}) are quoted, which joining by spaces alone would not do."""
+    plain = re.compile(r'" "\.join\(.*\b(argv|given)\b')
+    assert [path.name for path in BENCHMARKS.rglob("*.py") if plain.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_formats(tmp_path, monkeypatch):
