@@ -36,6 +36,7 @@ from trimlingual.run.artifacts import append_jsonl, read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
 from trimlingual.search.budget import BudgetSearch
+from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.stages.rank import JOURNAL_FILE, rank
@@ -142,6 +143,24 @@ def test_a_restart_gives_the_same_plan_and_makes_nothing_twice(folder, split, ta
         assert (resumed.removals, resumed.bits) == (plain.removals, plain.bits)
         found = [json.loads(line) for line in _lines(again / JOURNAL_FILE)]
         assert len(set(map(_identity, found))) == len(found) == len(lines)
+
+
+def test_by_loss_nothing_is_translated(folder, split, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(BudgetScorer, "_translate", None)
+    start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
+    settings = {"metric": "loss", "budget": {"size": f"{start * 0.75 / 1e3:.1f} kB", "bits": EVERY}}
+    plan = searched(folder, split, task, tmp_path / "plain", "", **settings)
+    assert plan.num_bytes <= start * 0.75
+    first = [c for c in plan.candidates if c["round"] == 1]
+    assert {c["bits"] for c in first} == {0, 3, 4}
+    assert [c["score"] for c in first] == [-sum(c["loss"].values()) / 2 for c in first]
+    per_byte = {(c["part"], c["bits"]): max(0, c["lost"]) / min(c["saved_bytes"], start / 4) for c in first}
+    taken = _gone_in(plan, 1) or next((b.part, b.bits) for b in plan.bits if b.round == 1)
+    assert per_byte[taken] == min(per_byte.values())
+    (tmp_path / "again").mkdir()
+    lines = _lines(tmp_path / "plain" / JOURNAL_FILE)
+    (tmp_path / "again" / JOURNAL_FILE).write_text("".join(line + "\n" for line in lines[: len(lines) // 2]))
+    assert searched(folder, split, task, tmp_path / "again", "", **settings).bits == plan.bits
 
 
 def _identity(record):
@@ -260,7 +279,10 @@ def test_bytes_fall_with_every_action(folder):
         (["rank.budget={size: 3 GiB}", "quantize.scheme=int4"], "such as 3.3 GB"),
         (["quantize.scheme=nf4", "rank.budget={size: 5 MB}"], "needs quantize.scheme int4"),
         (["rank.budget={size: 5 MB, bits: {mlp: [5]}}", "quantize.scheme=int4"], "mlp 5 bits; allowed"),
-        (["rank.budget={size: 5 MB}", "quantize.scheme=int4", "rank.metric=loss"], "does not go with rank.metric"),
+        (
+            ["rank.budget={size: 5 MB}", "quantize.scheme=int4", "rank.metric={de: loss, zh: chrf}"],
+            "does not go with rank.metric",
+        ),
         (["rank.budget={size: 5 MB}", "quantize.scheme=int4", "quantize.start=teacher"], "start pruned or recovered"),
     ],
 )

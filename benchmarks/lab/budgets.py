@@ -1,10 +1,11 @@
-"""Three ways to the same size, at four sizes: experiments of experiments.py, the plan by a proxy, and the comparison.
+"""Four ways to the same size, at four sizes: experiments of experiments.py, the plan by a proxy, and the comparison.
 
 * `mixed-N`: our search under a budget of N MB.
 * `uniform-N`: layers go by the layer search, what is left has 4 bits. At 120 MB embeddings and head have 8 bits (that is `system-b`),
   at the smaller sizes 4: with 8 more than half of the layers would have to go.
 * `proxy-N`: the same actions as `mixed-N`, chosen as the 2026 compression track chose its 3-bit sublayers: every action is scored once,
   alone, by the loss of the teacher's translations (no translation is made), and the losses are taken to add up.
+* `loss-N`: our search by the loss of the references, without a translation too, but all is scored anew in each round.
 
 All have the base as their teacher, the same short recovery, and the same short training in their bits. `compare` reads the runs.
 """
@@ -53,7 +54,7 @@ SIZES: dict[int, tuple[str, int, list[str]]] = {
     83: ("78.5 MB", 13, FOUR_BIT_ROWS),
     104: ("99.3 MB", 2, FOUR_BIT_ROWS),
 }
-KINDS = ("mixed", "proxy", "uniform")
+KINDS = ("mixed", "proxy", "loss", "uniform")
 AT_ONCE = 1000  # actions per round of a plan whose actions are all scored once
 
 
@@ -71,6 +72,7 @@ def experiments() -> dict[str, list[str]]:
         found[f"mixed-{number}"] = [*SHORT_IN_BITS, *searched(number)]
         found[f"uniform-{number}"] = [*SHORT_IN_BITS, f"rank.num_layers_to_remove={num_layers}", *rows]
         found[f"proxy-{number}"] = [*SHORT_IN_BITS, *searched(number, AT_ONCE)]
+        found[f"loss-{number}"] = [*SHORT_IN_BITS, *searched(number), "rank.metric=loss"]
     return found
 
 

@@ -3,7 +3,7 @@
     python benchmarks/lab/experiments.py --lab runs/lab base                 # train the base (base.yaml), once
     python benchmarks/lab/experiments.py --lab runs/lab system-b a-nf4 ...   # the experiments named below, seed by seed
     python benchmarks/lab/experiments.py --lab runs/lab --table
-    python benchmarks/lab/experiments.py --lab runs/lab --compare --seeds 0 1    # three ways to a size (budgets.py), of runs there are
+    python benchmarks/lab/experiments.py --lab runs/lab --compare --seeds 0 1    # ways to a size (budgets.py), of runs there are
 
 Everything resumes: a run goes on where it was stopped. A stage that another run has made with the same fingerprint is taken from there,
 and one that another run is making is waited for, so experiments may run side by side (run_all.py). Each experiment's rows are in

@@ -25,7 +25,7 @@ TABLES = {
     "Bits": (list(BITS), ("quantized",)),
     "Layers": (list(LAYERS), ("pruned", "recovered")),
     "Recovery": (["select-200", *RECOVERY], ("recovered",)),
-    "Three ways to a size": (list(BUDGETS), ("quantized",)),
+    "Ways to a size": (list(BUDGETS), ("quantized",)),
 }
 Row = dict[str, Any]
 

@@ -32,7 +32,8 @@ class BudgetSettings(Section):
     )
     shortlist: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.25,
-        description="share of a round's candidates that are translated: those for which the references' loss rises least per byte",
+        description="share of a round's candidates that are translated: those for which the references' loss rises least per byte; "
+        "none with metric loss",
     )
 
     @property
@@ -106,13 +107,13 @@ class RankSettings(Section):
             others = {
                 "strategy": self.strategy != "greedy",
                 "selection": self.selection != "exact",
-                "metric": "loss" in named,
+                "metric": "loss" in named and len(named) > 1,
             }
             others |= {name: bool(getattr(self, name)) for name in ("min_retained", "finetune_each_round")}
             if wrong := [name for name, is_wrong in others.items() if is_wrong]:
                 raise ValueError(
-                    f"budget does not go with rank.{wrong[0]}: it needs strategy greedy, selection exact, a translation metric, no "
-                    "min_retained and no finetune_each_round"
+                    f"budget does not go with rank.{wrong[0]}: it needs strategy greedy, selection exact, translation metrics or loss "
+                    "for all languages, no min_retained and no finetune_each_round"
                 )
         return self
 

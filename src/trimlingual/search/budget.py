@@ -8,7 +8,8 @@ has less noise, because it moves with every token and not only where a translati
 done, or the best few, each in a layer of its own; then everything is scored again, until the budget holds. A score above the parent's
 counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for nothing, unless they
 are spent (`spend_rest`): then parts get more bits while the budget holds, first the one that gains most per byte, until none gains.
-What is missing to the budget is negative then, and so is what an action saves.
+What is missing to the budget is negative then, and so is what an action saves. With the metric "loss" nothing is translated: the loss
+is the score.
 
 The processes of a distributed run share a round's actions. Each result is in the journal, so a search that was killed goes on. A
 search for another size of the same model goes through the same states as long as its choices are the same, and takes the results of
@@ -94,6 +95,10 @@ class BudgetSearch:
             )
         return self._plan(taken, baseline)
 
+    @property
+    def _by_loss(self) -> bool:
+        return not self.scorer.translated
+
     def _read(self) -> list[dict[str, Any]]:
         """The records of other searches, marked as such, and of this one; none of a candidate that an earlier version gave up."""
         theirs = [{**record, "shared": True} for journal in self.others for record in read_journal(journal)]
@@ -136,11 +141,14 @@ class BudgetSearch:
         def first(a: Action) -> tuple[float, int, Action]:
             return _per_byte(loss[a] - loss[None], saves[a], missing), -min(saves[a], missing), a
 
-        short = sorted(saves, key=first)[: math.ceil(budget.shortlist * len(saves))]
-        words = _words(state)
-        if any((words, *action) not in self.translated for action in short):
-            self.scorer.prepare()
-        self._make(f"round {number}, translations", state, short, self.translated, self._with_translations)
+        short, words = [*saves], _words(state)
+        if self._by_loss:
+            self.translated |= {(words, *action): _as_score(self.losses[words, *action]) for action in saves}
+        else:
+            short = sorted(saves, key=first)[: math.ceil(budget.shortlist * len(saves))]
+            if any((words, *action) not in self.translated for action in short):
+                self.scorer.prepare()
+            self._make(f"round {number}, translations", state, short, self.translated, self._with_translations)
         records = []
         for action, saved in saves.items():
             translated = self.translated[words, *action] if action in short else None
@@ -237,13 +245,15 @@ class BudgetSearch:
     def _add_to_curve(self, state: State, record: Mapping[str, Any]) -> None:
         first = self.curve[0]["score"] if self.curve else record["score"]
         entry = {"num_removed": sum(map(len, removed_by(state).values())), "num_bytes": self.smaller.num_bytes(state)}
-        self.curve.append({**entry, "score": record["score"], "retained": record["score"] / first if first else 1.0})
+        kept = {} if self._by_loss else {"retained": record["score"] / first if first else 1.0}
+        self.curve.append({**entry, "score": record["score"], **kept})
 
     def _plan(self, taken: Sequence[tuple[Action, dict[str, Any]]], baseline: dict[str, Any]) -> PrunePlan:
         state = tuple(action for action, _ in taken)
         final = bits_after(state)
         assert self.scorer.settings.budget is not None
         shortlist = self.scorer.settings.budget.shortlist
+        how = "by loss" if self._by_loss else f"{shortlist:.0%} translated"
         removals: list[Removal] = []
         fewer: dict[str, FewerBits] = {}
         for action, record in taken:
@@ -262,7 +272,7 @@ class BudgetSearch:
             baseline_scores=baseline["scores"],
             candidates=[_for_plan(record) for record in self.records],
             curve=self.curve,
-            selection_mode="budget" if shortlist == 1 else f"budget, {shortlist:.0%} translated",
+            selection_mode="budget" if shortlist == 1 and not self._by_loss else f"budget, {how}",
         )
 
 
@@ -280,6 +290,13 @@ def _translations(tally: Tally) -> dict[str, Any]:
     scores = tally.scores()
     tokens = {str(clip): rows for clip, rows in sorted(tally.tokens.items())}
     return {"score": mean(scores.values()), "scores": scores, "tokens": tokens}
+
+
+def _as_score(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of losses as one of scores, where the loss is the metric."""
+    scores = {language: -value for language, value in loss["loss"].items()}
+    record = {key: value for key, value in loss.items() if key != "loss"}
+    return record | {"seconds": 0.0, "score": mean(scores.values()), "scores": scores, "tokens": {}}
 
 
 def _merged(loss: Mapping[str, Any], translated: Mapping[str, Any] | None) -> dict[str, Any]:
