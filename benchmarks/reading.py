@@ -1,6 +1,6 @@
 """What 4-bit training is spared where the stage before it had the teacher read the same examples, on the built-in model.
 
-    python benchmarks/reading.py [--clips 120] [--epochs 0.75] [--blocks 2]
+    python benchmarks/reading.py [--clips 360] [--epochs 0.75] [--blocks 2]
 
 The built-in model teaches itself in both languages; all weights train while they are rounded, the audio tower is frozen. The stage
 is made in turn as it is alone ("asked": the teacher reads) and after another one ("found"); each block has one of both. Losses must be
@@ -87,7 +87,7 @@ def measure(folder: Path, num_clips: int, epochs: float, blocks: int) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--clips", type=int, default=360)
     parser.add_argument("--epochs", type=float, default=0.75, help="how much of the examples is trained on")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--name", default="reading_mini")
