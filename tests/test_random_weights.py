@@ -86,9 +86,9 @@ def test_the_shipped_recipe_can_be_planned_with_it():
     recipe = ["qwen2-audio-en-de", f"model.base={FULL}"]
     guesses = estimate(load_recipe(recipe[0], recipe[1:]))
     assert gb(guesses["teacher"].disk) == "~16.79 GB"
-    assert gb(guesses["quantized"].disk) == "~5.41 GB"
+    assert gb(guesses["quantized"].disk) == "~6.08 GB"  # of which the adapter that stays beside it takes 0.67
     smaller = ["quantize.scheme=int4", "quantize.eight_bit=[embeddings, lm_head]"]
-    assert estimate(load_recipe(recipe[0], [*recipe[1:], *smaller]))["quantized"].disk_text.startswith("~4.13 GB")
+    assert estimate(load_recipe(recipe[0], [*recipe[1:], *smaller]))["quantized"].disk_text.startswith("~4.80 GB")
 
 
 @pytest.mark.parametrize(

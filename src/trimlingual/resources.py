@@ -178,11 +178,10 @@ def memory_notes(recipe: Recipe, names: Sequence[str], estimates: dict[str, Esti
     if not wanted:
         return  # less than any machine has
     import psutil
+    import torch
 
     size = machine = psutil.virtual_memory().total
-    if device == "cuda":
-        import torch
-
+    if device == "cuda" and torch.cuda.is_available():  # that there is none is said elsewhere
         size = torch.cuda.get_device_properties(torch.device(recipe.model.device.replace("auto", "cuda"))).total_memory
     for name, one in wanted.items():
         host = one.host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + one.host_main
