@@ -48,7 +48,8 @@ def table(rows: dict[str, list[Row]], names: Sequence[str], models: Sequence[str
             chosen = [row for row in rows.get(name, []) if row["model"] == model and row["voice"] == voice]
             if not chosen:
                 continue
-            cells = [name, model, _range(row["layers"] for row in chosen), f"{chosen[0]['disk_bytes'] / 1e6:.0f}"]
+            size = _range(round(row["disk_bytes"] / 1e6) for row in chosen)
+            cells = [name, model, _range(row["layers"] for row in chosen), size]
             for language in ("de", "zh"):
                 of_one = [row for row in chosen if row["language"] == language]
                 cells += [f"{mean(row['score'] for row in of_one):.1f}", _kept(of_one)] if of_one else ["", ""]

@@ -107,7 +107,7 @@ class KeepBest(TrainerCallback):
                 found = ", ".join(f"{code} {g.value:+.2f} [{g.low:+.2f}, {g.high:+.2f}]" for code, g in gains.items())
                 say(
                     f"WARNING: {len(self.clips)} selection clips cannot tell that training made the model better ({found} points): "
-                    "take more of them, or trust it as little as the weights before"
+                    "put more of them into data.select to know"
                 )
         kept = ({key: value for key, value in record.items() if key != "said"} for record in self.scores)
         return {
