@@ -57,3 +57,17 @@ def test_moving_rows_keeps_what_is_filled(make_model):
     assert torch.equal(got[:, :3], expected[:, :3])
     assert not got[:, 3:].any()
     assert kept.num_rows == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_process_with_a_share_of_the_gpu_takes_no_more(make_model):
+    decoder = PackedDecoder(make_model(layers=3).cuda())
+    total = torch.cuda.mem_get_info()[1]
+    free = decoder.free_bytes()
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    try:
+        assert decoder.free_bytes() <= 0.1 * total < free
+        assert decoder.free_bytes() > 0.09 * total
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import budgets
+import torch
 from filelock import FileLock
 
 from trimlingual.evaluation.quality import SentenceStatistics, paired_bootstrap_ratio, sentence_statistics
@@ -133,6 +134,16 @@ BUDGETS = budgets.experiments()
 EXPERIMENTS: dict[str, list[str]] = {**SYSTEMS, **BITS, **LAYERS, **RECOVERY, **BUDGETS}
 VOICES = {"all": None, "heard": True, "unheard": False}
 SAMPLES = 1000
+# Of a GPU's memory, per experiment: a search would take all that is free, and trainings beside it would run out.
+TRAININGS = ("teacher", "recovered", "quantized")
+TRAINING_SHARE, OTHER_SHARE = 0.5, 0.15
+
+
+def take_share(share: float) -> None:
+    """Let this process have no more than this share of a GPU's memory."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def recipe_of(lab: Path, name: str, overrides: Sequence[str], seed: int) -> Recipe:
@@ -223,6 +234,8 @@ def run_experiment(lab: Path, name: str, seed: int, overrides: Sequence[str], co
         names = names[: names.index(until) + 1]
     for stage in names:
         with shared(lab, recipe, run, stage):
+            trains = stage in TRAININGS or bool(recipe.rank and recipe.rank.finetune_each_round)
+            take_share(TRAINING_SHARE if trains else OTHER_SHARE)
             if stage == "rank" and name.startswith("proxy-"):
                 budgets.rank_by_proxy(recipe, run)
             else:

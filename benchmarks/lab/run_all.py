@@ -68,6 +68,8 @@ class Runner:
         """Whether the command came to its end; one that fails or is stopped is said."""
         started = time.monotonic()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        # The trainings beside it need the memory that PyTorch would keep after a long batch.
+        environment |= {"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.4"}
         environment |= {"CUDA_VISIBLE_DEVICES": str(self.args.gpu), "OMP_NUM_THREADS": "2"}
         if mps:
             environment |= mps_folders(self.lab)

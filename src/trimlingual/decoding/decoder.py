@@ -50,11 +50,16 @@ class PackedDecoder:
         return 2 * len(self.layers) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def free_bytes(self) -> int:
-        """Free memory of the device. What PyTorch has reserved and does not use counts as free."""
+        """Memory of the device that this process may take: what is free, or what is left of its share if it was given one.
+
+        What PyTorch has reserved and does not use counts as free.
+        """
         if self.device.type != "cuda":
             return psutil.virtual_memory().available
-        reserve = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + reserve
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        share = int(torch.cuda.get_per_process_memory_fraction(self.device) * total)
+        return max(0, min(free, share - reserved)) + reserved - torch.cuda.memory_allocated(self.device)
 
     def slots(self, rows: int, total: int, width: int) -> Slots:
         """Empty slots for `rows` rows, with at most `width` positions per row and `total` positions in all."""
