@@ -3,9 +3,13 @@
     python benchmarks/shortlist.py RUN      # RUN holds the teacher of `trimlingual compress mini`; 10 minutes on one core
 
 Every action of the first round is done alone on the teacher as it ships (int4 and 8 bits). All clips of the selection and the test
-split are translated, and the loss of their references is computed. Then a search's first round is played many times. It sees some
-clips, drawn by lot, and takes the best actions by translation score per byte, each in a layer of its own, from a shortlist by loss per
-byte. What they lost is read off the other clips, where it adds up over the actions. A shortlist of all is a search by score alone.
+split are translated. Two losses are computed: of the references, and of what the model itself said before any action. Then a search's
+first round is played many times. It sees some clips, drawn by lot, and takes the best actions by translation score per byte, each in a
+layer of its own, from a shortlist by loss per byte. What they lost is read off the other clips, where it adds up over the actions. A
+shortlist of all is a search by score alone; a shortlist of 0 takes the best by the loss alone.
+
+How well a measure on the clips that are seen orders the actions is told by its correlations with the points lost on the others: of
+what each action loses (Pearson), and of the ranks of what it loses per byte (Spearman).
 
 Prints a line per shortlist, then one JSON document, and writes it to benchmarks/results (or --out).
 """
@@ -15,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +44,23 @@ from trimlingual.search.scorer import Tally
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = "rank.budget={size: 1 MB, bits: {attention: [3], mlp: [3], embeddings: [4], lm_head: [4]}}"
-SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 CLIPS = (40, 64, 100)
 ACTIONS = (1, 4, 8)  # per round
+REFERENCES, OWN = "references", "own translations"  # what a loss is of
 
 
 class Lost:
     """What each action loses on any clips: points of score, and nats per token, mean of the languages."""
 
-    def __init__(self, metrics: dict[str, str], tallies: Sequence[Tally], nats: Sequence[dict[str, np.ndarray]]):
-        """Of the model without any action first, then of every action; `nats` (N clips, 2): nats and tokens per language."""
+    def __init__(
+        self, metrics: dict[str, str], tallies: Sequence[Tally], nats: dict[str, Sequence[dict[str, np.ndarray]]]
+    ):
+        """Of the model without any action first, then of every action; `nats` (N clips, 2): by answer nats and tokens per language."""
         self.metrics = metrics
         self.counts = {code: np.stack([t.statistics(code).counts for t in tallies]).astype(float) for code in metrics}
-        self.nats = {code: np.stack([each[code] for each in nats]) for code in metrics}
+        self.nats = {of: {c: np.stack([each[c] for each in found]) for c in metrics} for of, found in nats.items()}
+        self.num_clips = self.counts[next(iter(metrics))].shape[1]
 
     def score(self, clips: np.ndarray) -> np.ndarray:
         """Points (actions,)."""
@@ -58,11 +68,18 @@ class Lost:
         mean = np.mean(scores, 0)
         return mean[0] - mean[1:]
 
-    def loss(self, clips: np.ndarray) -> np.ndarray:
+    def loss(self, of: str, clips: np.ndarray) -> np.ndarray:
         """Nats per token (actions,)."""
-        sums = [each[:, clips].sum(1) for each in self.nats.values()]
-        mean = np.mean([nats / tokens for nats, tokens in (s.T for s in sums)], 0)
+        mean = self._loss(of, clips)
         return mean[1:] - mean[0]
+
+    def loss_before(self, of: str) -> float:
+        """Nats per token of the model without any action, on all clips."""
+        return float(self._loss(of, np.arange(self.num_clips))[0])
+
+    def _loss(self, of: str, clips: np.ndarray) -> np.ndarray:
+        sums = [each[:, clips].sum(1) for each in self.nats[of].values()]
+        return np.mean([nats / tokens for nats, tokens in (s.T for s in sums)], 0)
 
 
 def measure(recipe: Recipe, teacher: Path, num_clips: int | None) -> tuple[list[Action], list[int], Lost]:
@@ -81,12 +98,18 @@ def measure(recipe: Recipe, teacher: Path, num_clips: int | None) -> tuple[list[
     scorer.rounded = RoundedModel(model, lineage.layers, recipe.quantize, dtype)
 
     def nats(action: Action | None) -> dict[str, np.ndarray]:
-        found = scorer.reference_losses(action)
+        found = scorer.answer_losses(action)
         return {code: np.array([by_clip[clip] for clip in sorted(by_clip)]) for code, by_clip in found.items()}
 
     parent, actions = scorer.parent_tally(), smaller.possible([])
-    scorer.begin_round({}, parent.tokens)
-    losses = [nats(action) for action in (None, *actions)]
+    references = {
+        clip: [scorer.prompter.answer_ids(scorer.reference(clip, code)) for code in scorer.languages(clip)]
+        for clip in parent.tokens
+    }
+    losses = {}
+    for of, scorer.answers in ((REFERENCES, references), (OWN, parent.tokens)):
+        scorer.begin_round({}, parent.tokens)  # forgets the pass over other answers
+        losses[of] = [nats(action) for action in (None, *actions)]
     scorer.prepare()
     tallies = [parent]
     with progress("actions", len(actions)) as advance:
@@ -97,21 +120,26 @@ def measure(recipe: Recipe, teacher: Path, num_clips: int | None) -> tuple[list[
     return actions, saved, Lost(dict(scorer.metrics), tallies, losses)
 
 
+def drawn(lost: Lost, num_clips: int, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The clips that a search sees, and the others: the same draws each time."""
+    rng = np.random.default_rng(0)
+    for _ in range(draws):
+        clips = rng.permutation(lost.num_clips)
+        yield clips[:num_clips], clips[num_clips:]
+
+
 def played(
-    actions: Sequence[Action], saved: Sequence[int], lost: Lost, num_clips: int, at_once: int, draws: int
+    actions: Sequence[Action], saved: Sequence[int], lost: Lost, of: str, num_clips: int, at_once: int, draws: int
 ) -> dict[float, dict[str, float]]:
     """By share on the shortlist what the actions of a round lost and saved, on average, and points per MB with their standard error."""
-    rng, found = np.random.default_rng(0), dict[float, list[tuple[float, float]]]()
-    in_all = lost.counts[next(iter(lost.counts))].shape[1]
-    for _ in range(draws):
-        clips = rng.permutation(in_all)
-        seen, others = clips[:num_clips], clips[num_clips:]
-        score, loss, truth = lost.score(seen), lost.loss(seen), lost.score(others)
-
+    found = dict[float, list[tuple[float, float]]]()
+    for seen, others in drawn(lost, num_clips, draws):
+        score, loss, truth = lost.score(seen), lost.loss(of, seen), lost.score(others)
+        by_loss = _first(loss, range(len(actions)), saved)
         for share in SHARES:
-            short = _first(loss, range(len(actions)), saved)[: max(at_once, math.ceil(share * len(actions)))]
+            short = by_loss[: max(at_once, math.ceil(share * len(actions)))]
             taken: dict[str, int] = {}
-            for i in _first(score, short, saved):
+            for i in _first(score, short, saved) if share else by_loss:
                 taken.setdefault(actions[i].layer or actions[i].part, i)
             chosen = [*taken.values()][:at_once]
             found.setdefault(share, []).append((sum(truth[i] for i in chosen), sum(saved[i] for i in chosen) / 1e6))
@@ -124,9 +152,21 @@ def played(
     return result
 
 
+def correlations(saved: Sequence[int], lost: Lost, num_clips: int, draws: int) -> dict[str, dict[str, float]]:
+    """By measure on the clips that are seen: its mean correlations with the points lost on the others."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for seen, others in drawn(lost, num_clips, draws):
+        truth = lost.score(others)
+        measures = {"score": lost.score(seen), **{of: lost.loss(of, seen) for of in lost.nats}}
+        for name, measure in measures.items():
+            ranks = [(each / np.array(saved)).argsort().argsort() for each in (measure, truth)]
+            found[name].append((np.corrcoef(measure, truth)[0, 1], np.corrcoef(ranks)[0, 1]))
+    return {name: dict(zip(("lost", "rank_per_byte"), np.mean(pairs, 0).tolist())) for name, pairs in found.items()}
+
+
 def _first(lost: np.ndarray, among: Sequence[int], saved: Sequence[int]) -> list[int]:
     """Actions in order of what is lost per byte; of those that lose nothing the one that saves most."""
-    return sorted(among, key=lambda i: (max(0.0, lost[i]) / saved[i], -saved[i]))
+    return sorted(among, key=lambda i: (max(0.0, lost[i]) / saved[i], -saved[i], i))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -138,23 +178,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     recipe = load_recipe("mini", ["model.device=cpu", BUDGET])
     actions, saved, lost = measure(recipe, args.run / "teacher", args.clips)
-    in_all = lost.counts[next(iter(lost.counts))].shape[1]
-    everywhere = np.arange(in_all)
+    everywhere = np.arange(lost.num_clips)
+    losses = {of: lost.loss(of, everywhere) for of in lost.nats}
     result: dict[str, Any] = {
-        "command": "python benchmarks/shortlist.py RUN", "commit": commit(), "machine": machine(), "clips": in_all,
-        "draws": args.draws,
+        "command": "python benchmarks/shortlist.py RUN", "commit": commit(), "machine": machine(), "clips": lost.num_clips,
+        "draws": args.draws, "loss_before": {of: lost.loss_before(of) for of in lost.nats},
         "actions": [
-            {"part": a.part, "bits": a.bits, "saved_bytes": s, "lost": float(points), "loss": float(nats)}
-            for a, s, points, nats in zip(actions, saved, lost.score(everywhere), lost.loss(everywhere))
+            {
+                "part": action.part, "bits": action.bits, "saved_bytes": saved[i], "lost": float(points),
+                "loss": {of: float(nats[i]) for of, nats in losses.items()},
+            }
+            for i, (action, points) in enumerate(zip(actions, lost.score(everywhere)))
         ],
-        "rounds": [],
+        "correlations": [], "rounds": [],
     }  # fmt: skip
-    for num_clips in (n for n in CLIPS if n < in_all):
-        for at_once in ACTIONS:
-            for share, row in played(actions, saved, lost, num_clips, at_once, args.draws).items():
-                row = {"selection_clips": num_clips, "actions_per_round": at_once, "shortlist": share, **row}
-                result["rounds"].append(row)
-                print(json.dumps(row), flush=True)
+    for num_clips in (n for n in CLIPS if n < lost.num_clips):
+        found = correlations(saved, lost, num_clips, args.draws)
+        result["correlations"].append({"selection_clips": num_clips, "with_points_lost_elsewhere": found})
+        print(json.dumps(result["correlations"][-1]), flush=True)
+        for at_once, of in product(ACTIONS, lost.nats):
+            for share, row in played(actions, saved, lost, of, num_clips, at_once, args.draws).items():
+                names = {"selection_clips": num_clips, "actions_per_round": at_once, "loss_of": of, "shortlist": share}
+                result["rounds"].append(names | row)
+                print(json.dumps(result["rounds"][-1]), flush=True)
     write_json(args.out, result)
     print(json.dumps(result))
     return result

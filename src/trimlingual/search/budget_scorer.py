@@ -8,7 +8,7 @@ decoding step takes as long as reading the weights, a candidate of bits takes se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trimlingual.models.tree import lm_head, text_decoder
 from trimlingual.search.actions import GONE, Action, layer_of
@@ -24,17 +24,19 @@ class BudgetScorer(Scorer):
     """Scores actions. `rounded` holds the model's weights as they ship."""
 
     rounded: RoundedModel
+    # What losses are of: clip -> one answer per language; None: the references.
+    answers: Mapping[int, list[list[int]]] | None = None
 
     def loss(self, action: Action | None) -> dict[str, float]:
-        """Loss of the references per language, in nats per token, of the parent with this action done; None: of the parent."""
+        """Loss of the answers per language, in nats per token, of the parent with this action done; None: of the parent."""
         found = {}
-        for language, by_clip in self.reference_losses(action).items():
+        for language, by_clip in self.answer_losses(action).items():
             nats, tokens = map(sum, zip(*by_clip.values()))
             found[language] = nats / tokens
         return found
 
-    def reference_losses(self, action: Action | None) -> dict[str, dict[int, tuple[float, int]]]:
-        """Per language and clip the loss of the reference, (nats, tokens), of the parent with this action done; None: of the parent."""
+    def answer_losses(self, action: Action | None) -> dict[str, dict[int, tuple[float, int]]]:
+        """Per language and clip the loss of the answer, (nats, tokens), of the parent with this action done; None: of the parent."""
         every = range(len(self.select.clips))
         if action is None or action.bits == GONE:
             candidate = Candidate(*layer_of(action)) if action else None
@@ -115,6 +117,11 @@ class BudgetScorer(Scorer):
         """The blocks, so many at a time as are decoded together."""
         count = BLOCKS_AT_ONCE if self._stepper.decoder.device.type == "cuda" else 1
         return [self.blocks[start : start + count] for start in range(0, len(self.blocks), count)]
+
+    def _answer(self, clip: int, language: str) -> list[int]:
+        if self.answers is None:
+            return super()._answer(clip, language)
+        return self.answers[clip][self.languages(clip).index(language)]
 
     def _may_change(self, active: Sequence[int]) -> list[int]:
         return list(active)

@@ -199,6 +199,10 @@ class Scorer:
         """The languages that a clip is translated into; the decoder has one row for each."""
         return self.select.clips[clip].languages(self.translated)
 
+    def _answer(self, clip: int, language: str) -> list[int]:
+        """What a loss is of: the tokens of the clip's reference."""
+        return self.prompter.answer_ids(self.reference(clip, language))
+
     def _with_reference(self, block: Sequence[int], language: str) -> list[int]:
         return [clip for clip in block if language in self.select.clips[clip].references]
 
@@ -332,11 +336,11 @@ class Scorer:
         return {clip: list(islice(remaining, len(self.languages(clip)))) for clip in block}
 
     def _losses(self, candidate: Candidate | None, block: Sequence[int], language: str) -> dict[int, tuple[float, int]]:
-        """Teacher-forced loss of each clip's reference: clip -> (sum in nats, tokens). No candidate: the parent's."""
+        """Teacher-forced loss of each clip's `_answer`: clip -> (sum in nats, tokens). No candidate: the parent's."""
         block = self._with_reference(block, language)
         if not block:
             return {}
-        answers = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
+        answers = [self._answer(clip, language) for clip in block]
         traced = self._trace(block, language) if candidate and candidate.tower == "decoder" else None
         if traced and candidate:
             sums = losses_without(self._stepper.decoder, traced, self._layer_index(candidate))
@@ -360,7 +364,7 @@ class Scorer:
             return None
         if language:
             limits = [0] * len(block)
-            drafts = [self.prompter.answer_ids(self.reference(clip, language)) for clip in block]
+            drafts = [self._answer(clip, language) for clip in block]
         else:
             limits = self._limits(block)
             if any(clip not in self.parent for clip in block):
