@@ -3,6 +3,7 @@
     python benchmarks/decode.py                                   # one GPU of 80 GB, no network
     python benchmarks/decode.py --formats bf16,int4 --layers 24 --batches 1,32 --engines ours
     python benchmarks/decode.py --size tiny                       # the same path on a CPU in seconds
+    python benchmarks/decode.py --size lab --formats bf16,int4 --engines ours    # the shapes of benchmarks/lab
 
 The int4 folder (linear layers in groups of 128, embeddings and head in 8 bits) is written with random words and loaded as any other.
 Each row is one format, number of layers, engine and batch: seconds of encoding, of prefill, and of the decode steps alone, each
@@ -56,8 +57,18 @@ from trimlingual.run.artifacts import machine, write_json
 PREFILLS = 6  # timed; the first one sets things up
 RESULTS = Path(__file__).parent / "results"
 # Seconds a clip, weights a scale, and tokens an answer has.
+LAB = {  # Whisper-base's encoder and SmolLM2-135M's decoder
+    "audio": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048},
+    "text": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49216, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    },
+    "mels": 80,
+    "window_s": 10,
+}  # fmt: skip
 SHAPES = {
     "7b": {"base": "qwen2-audio-7b", "seconds": 10, "group": 128, "tokens": 128, "layers": "32,24,16"},
+    "lab": {"model": LAB, "seconds": 4, "group": 64, "tokens": 32, "layers": "30,22,20"},
     "tiny": {"base": "qwen2-audio-tiny", "seconds": 2, "group": 64, "tokens": 8, "layers": "6,4"},
 }
 
@@ -92,12 +103,14 @@ class Bench:
 
     def __init__(self, shape: dict[str, Any], device: torch.device, folder: Path):
         self.shape, self.device, self.folder = shape, device, folder
-        self.base = resolve_base("random:" + shape["base"])
-        self.processor = load_processor(self.base)
+        if "model" in shape:
+            self.processor = FAMILY.random_processor(shape["model"], folder / "processor")
+        else:
+            self.processor = load_processor(resolve_base("random:" + shape["base"]))
         self.prompter = Prompter(self.processor, TaskSettings(target_languages=["de"]))
 
     def config(self, num_layers: int) -> Any:
-        shape = FAMILY.shapes[self.shape["base"]]
+        shape = self.shape.get("model") or FAMILY.shapes[self.shape["base"]]
         rows = self.shape["rows"] or shape["text"]["vocab_size"]
         return FAMILY.random_config(shape, self.processor, num_hidden_layers=num_layers, vocab_size=rows)
 
