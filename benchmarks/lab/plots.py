@@ -3,14 +3,15 @@
     python benchmarks/lab/plots.py [--results benchmarks/results] [--out docs/images]
 
 `lab-sizes-LANGUAGE.svg`: quality kept against the bytes that ship (third round). `lab-layers-LANGUAGE.svg`: quality kept against the
-number of layers removed, before and after recovery (second round). An interval is that over the clips of one seed, or what several
-seeds span.
+number of layers removed, before and after recovery (second and third round). An interval is that over the clips of one seed, or what
+several seeds span.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -28,7 +29,15 @@ WAYS = {
     "M": ("mixed", "our search"),
     "P": ("proxy", "the proxy"),
 }
-REMOVED = {"remove-4": 4, "select-200": 8, "remove-12": 12}
+LONG = {  # trained for longer than those
+    "A": ("system-a", "System A: 4 bits, no layer gone"),
+    "T": ("third", "a third of the layers gone, 4 bits"),
+    "L": ("long-mixed-120", "our search, recovered as long as these"),
+}
+REMOVED = {
+    "second": {"remove-4": 4, "select-200": 8, "remove-12": 12},
+    "third": {"stop-at-90": 2, "select-200": 8, "remove-15": 15},
+}
 COLOURS = ("#0072b2", "#c2500a", "#00806a", "#a8578c")
 STYLE = """text { fill: #5b6270; font: 12px system-ui, sans-serif; } .axis { fill: #1d2026; } .grid { stroke: #dcdad3; }
 .line { fill: none; stroke-width: 2; } .interval { fill: none; stroke-width: 1.5; } .mark { fill: #fff; font-size: 11px; }
@@ -53,23 +62,26 @@ def point(rows: Sequence[Row], x: float, what: str, mark: str) -> Point:
 
 
 def sizes(rows: Mapping[str, Sequence[Row]], language: str) -> Plot:
-    """Each way to a size, and System A, by megabytes that ship."""
+    """Each way to a size, and what was recovered for longer, by megabytes that ship."""
     series = []
     for number, (mark, (way, what)) in enumerate(WAYS.items(), 1):
         found = [chosen(rows, name, "quantized", language) for name in rows if name.startswith(f"{way}-")]
         points = [point(each, mean(row["disk_bytes"] for row in each) / 1e6, what, mark) for each in found if each]
         series.append(Series(what, sorted(points, key=lambda p: p.x), number))
-    if every := chosen(rows, "system-a", "quantized", language):
-        series.append(Series("System A", [point(every, every[0]["disk_bytes"] / 1e6, "System A", "A")], 4))
+    for mark, (name, what) in LONG.items():
+        if every := chosen(rows, name, "quantized", language):
+            series.append(Series(what, [point(every, every[0]["disk_bytes"] / 1e6, what, mark)], 4))
     title = f"{language_name(language)}: quality against size"
     return plot(f"sizes-{language}", title, "MB that ship", NAMES[language], series)
 
 
-def layers(rows: Mapping[str, Sequence[Row]], language: str) -> Plot:
-    """The pruned and the recovered model by the number of layers removed."""
+def layers(rounds: Mapping[str, Mapping[str, Sequence[Row]]], language: str) -> Plot:
+    """The pruned and the recovered model by the number of layers removed, of each round."""
     series = []
-    for number, (model, what) in enumerate({"recovered": "after recovery", "pruned": "before recovery"}.items(), 1):
-        found = {removed: chosen(rows, name, model, language) for name, removed in REMOVED.items()}
+    models = {"recovered": "after recovery", "pruned": "before recovery"}
+    for number, (which, (model, when)) in enumerate(product(REMOVED, models.items()), 1):
+        what = f"{when}, {which} round"
+        found = {removed: chosen(rounds[which], name, model, language) for name, removed in REMOVED[which].items()}
         points = [
             point(each, removed, f"{removed} layers, {what}", str(removed)) for removed, each in found.items() if each
         ]
@@ -100,7 +112,7 @@ def main() -> None:
     second, third = read(args.results), read(args.results / "lab_third")
     for language in NAMES:
         draw(sizes(third, language), args.out / f"lab-sizes-{language}.svg")
-        draw(layers(second, language), args.out / f"lab-layers-{language}.svg")
+        draw(layers({"second": second, "third": third}, language), args.out / f"lab-layers-{language}.svg")
 
 
 if __name__ == "__main__":

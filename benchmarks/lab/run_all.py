@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME[:SEED,SEED]", help="experiments; default: all")
     parser.add_argument("--lab", type=Path, required=True, help="folder of the laboratory; text in its text/")
     parser.add_argument("--gpu", type=int, default=0, help="its number")
-    parser.add_argument("--at-once", type=int, default=5, help="experiments that share the GPU; up to 25 GB each")
+    parser.add_argument("--at-once", type=int, default=5, help="experiments that share the GPU; 25 to 57 GB each")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many, to go on later")
     parser.add_argument("--espeak-root", help="as in speech.py")
     parser.add_argument("--flite-root", help="as in speech.py")
