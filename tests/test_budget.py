@@ -235,6 +235,25 @@ def test_a_large_part_is_not_given_up_for_the_last_bytes(tmp_path):
     assert [record["part"] for record in search._choose(records, 170)] == ["embeddings", "lm_head"]
 
 
+def test_what_the_budget_no_longer_needs_is_not_done(tmp_path):
+    """A large part comes last and saves more than is missing: of what was chosen before it, what loses most is not done."""
+    settings = RankSettings.model_validate(
+        {"num_layers_to_remove": 1, "budget": {"size": "1 kB", "actions_per_round": 4}}
+    )
+    search = BudgetSearch(SimpleNamespace(settings=settings), None, tmp_path / JOURNAL_FILE)
+
+    def chosen(missing, saved_bytes):
+        parts = [("decoder.1.mlp", 0.0), ("decoder.2.mlp", 0.1), ("embeddings", 5.0)]
+        records = [{"part": p, "bits": 3, "lost": lost, "saved_bytes": n} for (p, lost), n in zip(parts, saved_bytes)]
+        return [record["part"] for record in search._choose(records, missing)]
+
+    assert chosen(100, [40, 40, 500]) == ["embeddings"]
+    assert chosen(100, [40, 40, 60]) == ["decoder.1.mlp", "embeddings"]
+    assert chosen(100, [40, 40, 59]) == ["decoder.1.mlp", "decoder.2.mlp", "embeddings"]
+    gains = [{"part": f"decoder.{n}.mlp", "bits": 8, "lost": -1.0, "saved_bytes": -30} for n in (1, 2)]
+    assert search._choose(gains, -100) == gains  # what is left of the budget is spent
+
+
 def test_a_budget_that_cannot_be_reached_is_refused_before_anything_is_scored(folder, split, task, tmp_path):
     with pytest.raises(ValueError, match="is the least that this recipe can reach"):
         searched(folder, split, task, tmp_path / "rank", "10 kB")

@@ -210,7 +210,10 @@ class BudgetSearch:
         return [_record(state, action, seconds) | _translations(tally) for action, tally in zip(actions, tallies)]
 
     def _choose(self, records: Sequence[dict[str, Any]], missing: int) -> list[dict[str, Any]]:
-        """The best actions that do not touch the same layer, until the budget holds; or parts that gain by more bits, while it does."""
+        """The best actions that do not touch the same layer, until the budget holds; or parts that gain by more bits, while it does.
+
+        Where a large part came last, what was chosen before it may not be needed any more, and is not done.
+        """
         budget = self.scorer.settings.budget
         assert budget is not None
 
@@ -240,6 +243,10 @@ class BudgetSearch:
             missing -= record["saved_bytes"]
             if record["bits"] == GONE:
                 break
+        for record in [] if spends else sorted(chosen, key=lambda r: -r["lost"]):
+            if missing + record["saved_bytes"] <= 0:
+                chosen.remove(record)
+                missing += record["saved_bytes"]
         return chosen
 
     def _add_to_curve(self, state: State, record: Mapping[str, Any]) -> None:
