@@ -76,6 +76,7 @@ class Bench:
             "pruned": lambda: self.step("pruned", "pruned", {"model": "teacher", "plan": "middle"}),
             "recovered": lambda: self.step("recovered", "recovered", {"model": "pruned", "distilled": "distilled"}),
             f"int4-{self.few}": lambda: self.quantized(self.few, "pruned", self._int4(), "int4"),
+            f"trained-{self.few}": lambda: self.quantized(self.few, "pruned", self._trained(), "trained"),
             f"quantized-{self.few}": lambda: self.quantized(self.few, "pruned", []),
             "evaluate-quantized": lambda: self.step(
                 "evaluate quantized", "evaluate-quantized", {"model": f"quantized-{self.few}"}
@@ -88,6 +89,7 @@ class Bench:
             "pruned": ["teacher"],
             "recovered": ["recovered"],
             f"int4-{self.few}": [f"int4-{self.few}"],
+            f"trained-{self.few}": [f"trained-{self.few}"],
             f"quantized-{self.few}": ["pruned"],
         }
 
@@ -115,6 +117,12 @@ class Bench:
         group = 128 if self.width % 128 == 0 else 64
         eight_bit = "quantize.eight_bit=[embeddings, lm_head]"  # whose rows cannot be taken out afterwards
         return ["vocab=null", "quantize.scheme=int4", f"quantize.group_size={group}", eight_bit]
+
+    def _trained(self) -> list[str]:
+        """int4 whose rounded weights are trained, all of them."""
+        optimizer = "adamw_torch" if self.device.type == "cpu" else "flash_adamw"
+        train = f"{{method: full, batch_size: 4, optimizer: {optimizer}, data: {{gold: 1}}, max_steps: {STEPS}, num_workers: 0, "
+        return [*self._int4(), f"quantize.train={train} gradient_checkpointing: true, checkpoint_from_tokens: 1600}}"]
 
     def step(self, name: str, folder: str, inputs: dict[str, str] | None = None, overrides: Sequence[str] = ()) -> Step:
         """The run's step `name`, reading the folders of other parts and writing to `folder`."""
@@ -169,7 +177,7 @@ class Bench:
 @contextmanager
 def no_checkpoints(part: str) -> Iterator[None]:
     """Full fine-tuning ends without the checkpoint after its last step."""
-    if part not in ("teacher", "recovered"):
+    if not part.startswith(("teacher", "recovered", "trained")):
         yield
         return
     usual = trainer.training_arguments

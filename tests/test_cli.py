@@ -72,6 +72,8 @@ def test_recipes_lists_all():
         "qwen2-audio-en-zh",
         "qwen2-audio-en-de-qlora",
         "qwen2-audio-en-zh-qlora",
+        "qwen2-audio-en-de-int4",
+        "qwen2-audio-en-zh-int4",
         "voxtral-mini-en-de",
         "voxtral-small-en-de",
         "audio-flamingo-3-en-de",
