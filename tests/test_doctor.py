@@ -76,6 +76,13 @@ def test_pruning_may_be_done_beside_the_gpu(monkeypatch):
     assert not doctor._prunes_on_cpu(recipe, notes, wanted)
 
 
+def test_with_less_memory_everything_is_trained_by_lora():
+    for name in ("qwen2-audio-en-de-int4", "qwen2-audio-en-de"):
+        recipe = load_recipe(name, doctor._with_less_memory(load_recipe(name)))
+        assert {train.method for train in (recipe.finetune, recipe.recover, recipe.quantize.train)} == {"lora"}
+        assert not doctor._with_less_memory(recipe)
+
+
 def test_the_lines_say_the_same(facts):
     text = "\n".join(doctor.lines(facts))
     assert "mini: fits as it is" in text

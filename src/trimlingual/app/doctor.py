@@ -26,11 +26,7 @@ from trimlingual.run.artifacts import machine
 from trimlingual.run.extras import EXTRAS, FOR_GPUS, GIVES, install_line, missing
 
 PROBE = 256  # N and K of the layer that is packed to see what computes on it
-LESS_MEMORY = {
-    "finetune": ("method=lora", "optimizer=adamw_torch_fused", "checkpoint_from_tokens=0"),
-    "recover": ("method=lora", "optimizer=adamw_torch_fused", "checkpoint_from_tokens=0"),
-    "quantize.train": ("checkpoint_from_tokens=0",),
-}  # docs/recipes.md, "What to set"
+LESS_MEMORY = {"method": "lora", "optimizer": "adamw_torch_fused", "checkpoint_from_tokens": 0}  # docs/recipes.md, "What to set"
 
 
 def examine(folder: Path = Path("runs")) -> dict[str, Any]:
@@ -128,7 +124,8 @@ def _shape_of(base: str) -> str | None:
 def _with_less_memory(recipe: Recipe) -> list[str]:
     there = {"finetune": recipe.finetune, "recover": recipe.recover}
     there["quantize.train"] = recipe.quantize.train if recipe.quantize else None
-    return [f"{path}.{setting}" for path, settings in LESS_MEMORY.items() if there[path] for setting in settings]
+    asked = [(path, train, *setting) for path, train in there.items() if train for setting in LESS_MEMORY.items()]
+    return [f"{path}.{key}={value}" for path, train, key, value in asked if getattr(train, key) != value]
 
 
 def _wanted(recipe: Recipe) -> dict[str, Estimate]:
