@@ -26,7 +26,11 @@ from trimlingual.run.artifacts import machine
 from trimlingual.run.extras import EXTRAS, FOR_GPUS, GIVES, install_line, missing
 
 PROBE = 256  # N and K of the layer that is packed to see what computes on it
-LESS_MEMORY = {"method": "lora", "optimizer": "adamw_torch_fused", "checkpoint_from_tokens": 0}  # docs/recipes.md, "What to set"
+LESS_MEMORY = {
+    "method": "lora",
+    "optimizer": "adamw_torch_fused",
+    "checkpoint_from_tokens": 0,
+}  # docs/recipes.md, "What to set"
 
 
 def examine(folder: Path = Path("runs")) -> dict[str, Any]:
