@@ -1,15 +1,17 @@
 """Which actions of a search under a budget should be translated: how many, and what is lost if all are.
 
     python benchmarks/shortlist.py RUN      # RUN holds the teacher of `trimlingual compress mini`; 10 minutes on one core
+    python benchmarks/shortlist.py          # the built-in model, before it is fine-tuned
 
-Every action of the first round is done alone on the teacher as it ships (int4 and 8 bits). All clips of the selection and the test
+Every action of the first round is done alone on the model as it ships (int4 and 8 bits). All clips of the selection and the test
 split are translated. Two losses are computed: of the references, and of what the model itself said before any action. Then a search's
 first round is played many times. It sees some clips, drawn by lot, and takes the best actions by translation score per byte, each in a
 layer of its own, from a shortlist by loss per byte. What they lost is read off the other clips, where it adds up over the actions. A
 shortlist of all is a search by score alone; a shortlist of 0 takes the best by the loss alone.
 
 How well a measure on the clips that are seen orders the actions is told by its correlations with the points lost on the others: of
-what each action loses (Pearson), and of the ranks of what it loses per byte (Spearman).
+what each action loses (Pearson), and of the ranks of what it loses per byte (Spearman). What the one loss's choice loses more than the
+other's has a 95 % interval over clips drawn anew with repetition, each sample split into seen and others ten times.
 
 Prints a line per shortlist, then one JSON document, and writes it to benchmarks/results (or --out).
 """
@@ -32,7 +34,7 @@ from trimlingual.data.sources import read_source
 from trimlingual.data.splits import Split
 from trimlingual.evaluation.cost import bytes_beside_weights
 from trimlingual.evaluation.quality import scores_from_sums
-from trimlingual.models.loading import load_model, load_processor, pick_device
+from trimlingual.models.loading import load_model, load_processor, pick_device, resolve_base
 from trimlingual.recipe import BuiltinSource, Recipe, load_recipe
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.run.lineage import read_lineage
@@ -47,6 +49,7 @@ BUDGET = "rank.budget={size: 1 MB, bits: {attention: [3], mlp: [3], embeddings: 
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 CLIPS = (40, 64, 100)
 ACTIONS = (1, 4, 8)  # per round
+RESAMPLES, SPLITS = 100, 10  # for an interval
 REFERENCES, OWN = "references", "own translations"  # what a loss is of
 
 
@@ -82,19 +85,19 @@ class Lost:
         return np.mean([nats / tokens for nats, tokens in (s.T for s in sums)], 0)
 
 
-def measure(recipe: Recipe, teacher: Path, num_clips: int | None) -> tuple[list[Action], list[int], Lost]:
+def measure(recipe: Recipe, folder: Path, num_clips: int | None) -> tuple[list[Action], list[int], Lost]:
     """The actions of the first round, the bytes that each saves, and what they lose."""
     assert recipe.rank
     assert recipe.quantize
     languages = recipe.task.target_languages
     clips = [
-        c for s in ("select", "test") for c in read_source(BuiltinSource(kind="builtin", split=s), languages, teacher)
+        c for s in ("select", "test") for c in read_source(BuiltinSource(kind="builtin", split=s), languages, folder)
     ]
     split = Split("both", tuple(clips[:num_clips]))
-    model = load_model(teacher, recipe.model.dtype, pick_device("cpu"))
-    lineage, dtype = read_lineage(teacher), recipe.model.storage_dtype
-    scorer = BudgetScorer(model, load_processor(teacher), split, recipe.shared, recipe.rank, lineage, lineage.layers)
-    smaller = Smaller(model, lineage.layers, recipe.rank, recipe.quantize, dtype, bytes_beside_weights(teacher))
+    model = load_model(folder, recipe.model.dtype, pick_device("cpu"))
+    lineage, dtype = read_lineage(folder, recipe.model.base), recipe.model.storage_dtype
+    scorer = BudgetScorer(model, load_processor(folder), split, recipe.shared, recipe.rank, lineage, lineage.layers)
+    smaller = Smaller(model, lineage.layers, recipe.rank, recipe.quantize, dtype, bytes_beside_weights(folder))
     scorer.rounded = RoundedModel(model, lineage.layers, recipe.quantize, dtype)
 
     def nats(action: Action | None) -> dict[str, np.ndarray]:
@@ -120,20 +123,29 @@ def measure(recipe: Recipe, teacher: Path, num_clips: int | None) -> tuple[list[
     return actions, saved, Lost(dict(scorer.metrics), tallies, losses)
 
 
-def drawn(lost: Lost, num_clips: int, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The clips that a search sees, and the others: the same draws each time."""
-    rng = np.random.default_rng(0)
+def drawn(
+    lost: Lost, num_clips: int, draws: int, sample: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The clips that a search sees, and the others: the same draws each time. Of a sample, each as often as it is there."""
+    rng, every = np.random.default_rng(0), np.arange(lost.num_clips) if sample is None else sample
     for _ in range(draws):
-        clips = rng.permutation(lost.num_clips)
-        yield clips[:num_clips], clips[num_clips:]
+        seen = np.isin(every, rng.permutation(lost.num_clips)[:num_clips])
+        yield every[seen], every[~seen]
 
 
 def played(
-    actions: Sequence[Action], saved: Sequence[int], lost: Lost, of: str, num_clips: int, at_once: int, draws: int
+    actions: Sequence[Action],
+    saved: Sequence[int],
+    lost: Lost,
+    of: str,
+    num_clips: int,
+    at_once: int,
+    draws: int,
+    sample: np.ndarray | None = None,
 ) -> dict[float, dict[str, float]]:
     """By share on the shortlist what the actions of a round lost and saved, on average, and points per MB with their standard error."""
     found = dict[float, list[tuple[float, float]]]()
-    for seen, others in drawn(lost, num_clips, draws):
+    for seen, others in drawn(lost, num_clips, draws, sample):
         score, loss, truth = lost.score(seen), lost.loss(of, seen), lost.score(others)
         by_loss = _first(loss, range(len(actions)), saved)
         for share in SHARES:
@@ -150,6 +162,19 @@ def played(
         error = (points - per_mb * megabytes).std() / megabytes.mean() / math.sqrt(draws)
         result[share] = {"lost": points.mean(), "mb": megabytes.mean(), "lost_per_mb": per_mb, "error": error}
     return result
+
+
+def own_less_references(
+    actions: Sequence[Action], saved: Sequence[int], lost: Lost, num_clips: int, at_once: int
+) -> dict[float, list[float]]:
+    """By share on the shortlist the 95 % interval of the points per MB that the loss of the own translations loses more."""
+    found: dict[float, list[float]] = defaultdict(list)
+    for seed in range(RESAMPLES):
+        sample = np.random.default_rng(seed).integers(0, lost.num_clips, lost.num_clips)
+        of = {of: played(actions, saved, lost, of, num_clips, at_once, SPLITS, sample) for of in lost.nats}
+        for share in SHARES:
+            found[share].append(of[OWN][share]["lost_per_mb"] - of[REFERENCES][share]["lost_per_mb"])
+    return {share: np.percentile(values, [2.5, 97.5]).tolist() for share, values in found.items()}
 
 
 def correlations(saved: Sequence[int], lost: Lost, num_clips: int, draws: int) -> dict[str, dict[str, float]]:
@@ -171,18 +196,19 @@ def _first(lost: np.ndarray, among: Sequence[int], saved: Sequence[int]) -> list
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", help="default: the model before any training")
     parser.add_argument("--clips", type=int, help="of selection and test split together; default all")
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=RESULTS / "shortlist_mini.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     recipe = load_recipe("mini", ["model.device=cpu", BUDGET])
-    actions, saved, lost = measure(recipe, args.run / "teacher", args.clips)
+    folder = args.run / "teacher" if args.run else resolve_base(recipe.model.base)
+    actions, saved, lost = measure(recipe, folder, args.clips)
     everywhere = np.arange(lost.num_clips)
     losses = {of: lost.loss(of, everywhere) for of in lost.nats}
     result: dict[str, Any] = {
-        "command": "python benchmarks/shortlist.py RUN", "commit": commit(), "machine": machine(), "clips": lost.num_clips,
-        "draws": args.draws, "loss_before": {of: lost.loss_before(of) for of in lost.nats},
+        "command": "python benchmarks/shortlist.py" + (" RUN" if args.run else ""), "commit": commit(), "machine": machine(),
+        "clips": lost.num_clips, "draws": args.draws, "loss_before": {of: lost.loss_before(of) for of in lost.nats},
         "actions": [
             {
                 "part": action.part, "bits": action.bits, "saved_bytes": saved[i], "lost": float(points),
@@ -190,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             }
             for i, (action, points) in enumerate(zip(actions, lost.score(everywhere)))
         ],
-        "correlations": [], "rounds": [],
+        "correlations": [], "rounds": [], "own_less_references": [],
     }  # fmt: skip
     for num_clips in (n for n in CLIPS if n < lost.num_clips):
         found = correlations(saved, lost, num_clips, args.draws)
@@ -201,7 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 names = {"selection_clips": num_clips, "actions_per_round": at_once, "loss_of": of, "shortlist": share}
                 result["rounds"].append(names | row)
                 print(json.dumps(result["rounds"][-1]), flush=True)
-    write_json(args.out, result)
+        for at_once in ACTIONS:
+            for share, interval in own_less_references(actions, saved, lost, num_clips, at_once).items():
+                names = {"selection_clips": num_clips, "actions_per_round": at_once, "shortlist": share}
+                result["own_less_references"].append(names | {"interval": interval})
+                print(json.dumps(result["own_less_references"][-1]), flush=True)
+    write_json(args.out or RESULTS / f"shortlist_mini{'' if args.run else '_base'}.json", result)
     print(json.dumps(result))
     return result
 
