@@ -5,7 +5,7 @@
 
 The actions of a whole search are drawn by lot first, since scores of random weights mean nothing: per round the state of the model
 and the candidates. Then whole rounds of it are run, the first, one in the middle and the last, as `rank` runs them: the parent's
-translations, every candidate's loss of the references, and the shortlist's translations. The seconds of a candidate of each kind are
+translations, every candidate's loss of the first translations, and the shortlist's own. The seconds of a candidate of each kind are
 interpolated over the number of missing layers, which gives every round's. As in search.py all answers have lengths drawn around 4
 tokens per second of audio, and every draft is wrong at once. Prints one JSON document and writes it to benchmarks/results.
 """
@@ -184,6 +184,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     print(f"{len(rounds)} rounds; {result['seconds_to_start']:.0f} s to start", flush=True)
     torch.manual_seed(0)
+    search.begin()
     with peak_memory(case.device) as memory:
         for number in sorted({1, (1 + len(rounds)) // 2, len(rounds)}):
             result["rounds"].append(measured(search, case, number, rounds[number - 1]))

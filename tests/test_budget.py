@@ -32,11 +32,10 @@ from trimlingual.recipe import (
 )
 from trimlingual.report.figures import removal_curve
 from trimlingual.report.heat_map import heat_maps
-from trimlingual.run.artifacts import append_jsonl, read_artifact
+from trimlingual.run.artifacts import read_artifact
 from trimlingual.run.lineage import ModelFolder, read_lineage
 from trimlingual.search.actions import GONE, Action, Smaller, bits_after
 from trimlingual.search.budget import BudgetSearch
-from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.plan import PlanError, read_plan
 from trimlingual.search.rounded import RoundedModel
 from trimlingual.stages.rank import JOURNAL_FILE, rank
@@ -130,88 +129,12 @@ def _gone_in(plan, number):
     return next(((f"{r.tower}.{r.layer}", GONE) for r in plan.removals if r.round == number), None)
 
 
-def test_a_restart_gives_the_same_plan_and_makes_nothing_twice(folder, split, task, tmp_path):
-    size = f"{bytes_of(folder, num_layers_to_remove=2).num_bytes() * 0.75 / 1e3:.1f} kB"
-    budget = {"size": size, "bits": EVERY, "shortlist": 0.4}
-    plain = searched(folder, split, task, tmp_path / "plain", "", budget=budget)
-    lines = _lines(tmp_path / "plain" / JOURNAL_FILE)
-    again = tmp_path / "again"
-    for kept in (1, len(lines) // 2, len(lines) - 3):
-        again.mkdir(exist_ok=True)
-        (again / JOURNAL_FILE).write_text("".join(line + "\n" for line in lines[:kept]))
-        resumed = searched(folder, split, task, again, "", budget=budget)
-        assert (resumed.removals, resumed.bits) == (plain.removals, plain.bits)
-        found = [json.loads(line) for line in _lines(again / JOURNAL_FILE)]
-        assert len(set(map(_identity, found))) == len(found) == len(lines)
-
-
-def test_by_loss_nothing_is_translated(folder, split, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(BudgetScorer, "_translate", None)
-    start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
-    settings = {"metric": "loss", "budget": {"size": f"{start * 0.75 / 1e3:.1f} kB", "bits": EVERY}}
-    plan = searched(folder, split, task, tmp_path / "plain", "", **settings)
-    assert plan.num_bytes <= start * 0.75
-    first = [c for c in plan.candidates if c["round"] == 1]
-    assert {c["bits"] for c in first} == {0, 3, 4}
-    assert [c["score"] for c in first] == [-sum(c["loss"].values()) / 2 for c in first]
-    per_byte = {(c["part"], c["bits"]): max(0, c["lost"]) / min(c["saved_bytes"], start / 4) for c in first}
-    taken = _gone_in(plan, 1) or next((b.part, b.bits) for b in plan.bits if b.round == 1)
-    assert per_byte[taken] == min(per_byte.values())
-    (tmp_path / "again").mkdir()
-    lines = _lines(tmp_path / "plain" / JOURNAL_FILE)
-    (tmp_path / "again" / JOURNAL_FILE).write_text("".join(line + "\n" for line in lines[: len(lines) // 2]))
-    assert searched(folder, split, task, tmp_path / "again", "", **settings).bits == plan.bits
-
-
-def _identity(record):
-    return record["state"], record["part"], record["bits"], "loss" in record
-
-
-@pytest.mark.parametrize("shortlist", [0.3, 1])
-def test_searches_for_other_sizes_share_scores_and_choose_as_alone(folder, split, task, tmp_path, shortlist):
-    """Whichever goes first: each plan is the one that the search makes alone, and what was scored is not scored again."""
-    split = Split("select", split.clips[:4])
-    start = bytes_of(folder, num_layers_to_remove=2).num_bytes()
-    budgets = [
-        {"size": f"{start * share / 1e3:.1f} kB", "bits": EVERY, "shortlist": shortlist} for share in (0.92, 0.84, 0.75)
-    ]
-    alone = [searched(folder, split, task, tmp_path / f"alone {i}", "", budget=b) for i, b in enumerate(budgets)]
-    for order in ([0, 1, 2], [2, 1, 0]):
-        done = []
-        for number in order:
-            out = tmp_path / f"{order[0]} {number}"
-            plan = searched(folder, split, task, out, "", budget=budgets[number], others=done)
-            wanted = alone[number]
-            assert (plan.removals, plan.bits, plan.num_bytes) == (wanted.removals, wanted.bits, wanted.num_bytes)
-            assert [_without_time(c) for c in plan.candidates] == [_without_time(c) for c in wanted.candidates]
-            assert any(c.get("shared") for c in plan.candidates) == bool(done)
-            before = {_identity(json.loads(line)) for other in done for line in _lines(other / JOURNAL_FILE)}
-            assert not {_identity(json.loads(line)) for line in _lines(out / JOURNAL_FILE)} & before
-            done.append(out)
-
-
-def test_a_candidate_that_an_earlier_version_gave_up_is_scored(folder, split, task, tmp_path):
-    split, other = Split("select", split.clips[:2]), tmp_path / "other"
-    size = f"{bytes_of(folder, num_layers_to_remove=2).num_bytes() * 0.97 / 1e3:.1f} kB"
-    alone = searched(folder, split, task, tmp_path / "alone", size)
-    other.mkdir()
-    for record in map(json.loads, _lines(tmp_path / "alone" / JOURNAL_FILE)):
-        if "score" in record and record["part"]:
-            append_jsonl(other / JOURNAL_FILE, record | {"score": None, "tokens": {}, "below": 1.0})
-    plan = searched(folder, split, task, tmp_path / "again", size, others=[other])
-    assert (plan.removals, plan.bits) == (alone.removals, alone.bits)
-
-
-def _without_time(candidate):
-    return {key: value for key, value in candidate.items() if key not in ("seconds", "shared")}
-
-
-def _lines(path):
+def lines_of(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
 def test_several_actions_of_a_round_are_in_layers_of_their_own(folder, split, task, tmp_path):
-    size = f"{(bytes_of(folder, num_layers_to_remove=1).num_bytes() - 9_000) / 1e3:.1f} kB"
+    size = f"{(bytes_of(folder, num_layers_to_remove=1).num_bytes() - 14_000) / 1e3:.1f} kB"
     budget = {"size": size, "actions_per_round": 3, "bits": {"attention": [3, 2], "mlp": [3, 2]}}
     plan = searched(folder, split, task, tmp_path / "rank", size, budget=budget, protected=[0, 1, 2, 3])
     assert not plan.removals
@@ -431,7 +354,7 @@ def test_those_are_translated_whose_loss_rises_least_per_byte(folder, split, tas
     budget = {"size": size, "bits": {"mlp": [3], "attention": [3]}, "shortlist": 0.25}
     plan = searched(folder, split, task, tmp_path / "rank", "", budget=budget, protected=[0, 1, 2, 3])
     assert plan.selection_mode == "budget, 25% translated"
-    journal = [json.loads(line) for line in _lines(tmp_path / "rank" / JOURNAL_FILE)]
+    journal = [json.loads(line) for line in lines_of(tmp_path / "rank" / JOURNAL_FILE)]
     parents = [record["loss"] for record in journal if record["part"] is None and "loss" in record]
     for number, parent in enumerate(parents, 1):
         tried = [c for c in plan.candidates if c["round"] == number]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from trimlingual.data.splits import Split
 from trimlingual.decoding.decoder import PackedDecoder
 from trimlingual.decoding.loop import Stepper
 from trimlingual.decoding.translate_clips import greedy
@@ -14,6 +17,7 @@ from trimlingual.search.actions import GONE, Action
 from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.from_parent import Trace, trace, translate_changed
 from trimlingual.search.rounded import RoundedModel
+from trimlingual.search.scorer import Scorer
 
 from .test_budget import EVERY, METRICS, STORED, shared
 from .test_from_parent import random_case
@@ -112,7 +116,7 @@ def test_tables_in_fewer_bits_are_translated_by_drafts(make_model, processor, sp
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_loss_that_starts_from_the_parent_is_that_of_the_whole_model(make_model, processor, split, task, tied):
-    """For every kind of action; float32, whose additions come in another order."""
+    """For every kind of action, of what the model said; float32, whose additions come in another order."""
     model = make_model(layers=4, heads=2, kv_heads=1, width=64, seed=5, tied=tied)
     layers = {"decoder": list(range(4)), "encoder": [0, 1]}
     lineage = Lineage("tiny", layers, {tower: len(numbers) for tower, numbers in layers.items()})
@@ -121,6 +125,7 @@ def test_a_loss_that_starts_from_the_parent_is_that_of_the_whole_model(make_mode
     )
     scorer = BudgetScorer(model, processor, split, shared(task), settings, lineage, layers)
     scorer.rounded = RoundedModel(model, layers, STORED, "float32")
+    scorer.answers = scorer.parent_tally().tokens
     found = {None: scorer.loss(None)}
     for action in (
         Action("decoder.2.mlp", 2),
@@ -138,3 +143,39 @@ def test_a_loss_that_starts_from_the_parent_is_that_of_the_whole_model(make_mode
         assert found[action] == pytest.approx(scorer.loss(None), rel=1e-5)
         scorer.begin_round({}, None)
     assert len({round(loss["de"], 6) for loss in found.values()}) == len(found)
+
+
+@torch.no_grad()
+def test_losses_are_of_each_language_s_answer(make_model, processor, split, task):
+    """With the references as answers they are the layer search's; of the model's own translations they are what it gives them."""
+    model = make_model(layers=4, heads=2, kv_heads=1, width=64, seed=5)
+    layers = {"decoder": list(range(4)), "encoder": [0, 1]}
+    lineage = Lineage("tiny", layers, {tower: len(numbers) for tower, numbers in layers.items()})
+    first, *others = split.clips
+    split = Split("select", (replace(first, references={"zh": first.references["zh"]}), *others))
+    settings = RankSettings.model_validate({"metric": "loss", "budget": {"size": "1 MB", "bits": EVERY}})
+    scorer = BudgetScorer(model, processor, split, shared(task), settings, lineage, layers)
+    plain = Scorer(model, processor, split, shared(task), settings, lineage, layers).parent_tally()
+    references = [
+        [scorer.prompter.answer_ids(text) for code, text in sorted(clip.references.items())] for clip in split.clips
+    ]
+    scorer.answers = dict(enumerate(references))
+    wanted = {language: -score for language, score in plain.scores().items()}
+    assert scorer.loss(None) == pytest.approx(wanted, rel=1e-6)
+    scorer.answers = None
+    said = scorer.parent_tally()
+    assert said.tokens == scorer.answers
+    assert [len(said.tokens[clip]) for clip in range(len(split.clips))] == [1, *[2] * len(others)]
+    nats = {language: 0.0 for language in METRICS}
+    for clip, rows in said.tokens.items():
+        for language, row in zip(scorer.languages(clip), rows, strict=True):
+            (prompt,) = scorer._prompts([clip], language=language)
+            answer = torch.tensor(row)
+            read = torch.cat([prompt, model.get_input_embeddings()(answer[:-1])])
+            logits = model.lm_head(model.model.language_model(inputs_embeds=read[None]).last_hidden_state)[0]
+            nats[language] += torch.nn.functional.cross_entropy(logits[-len(row) :], answer, reduction="sum").item()
+            assert logits[-len(row) :].argmax(-1).tolist() == row
+    tokens = {language: sum(count for _, count in said.losses[language].values()) for language in METRICS}
+    assert {language: -value for language, value in said.scores().items()} == pytest.approx(
+        {language: nats[language] / tokens[language] for language in METRICS}, rel=1e-5
+    )

@@ -159,6 +159,19 @@ def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path, sta
     assert len({(r["round"], r["layer"]) for r in map(json.loads, after)}) == len(after)
 
 
+@pytest.mark.parametrize("metric", [[], ["rank.metric=loss"]])
+def test_two_processes_search_under_a_budget_like_one(manifests, tmp_path, start, metric):
+    """Every process knows the translations that losses are of; one makes them."""
+    stored = ["quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]"]
+    budget = ["rank.budget={size: 5 MB, bits: {mlp: [3]}, actions_per_round: 4}", "decode.max_new_tokens=8"]
+    for processes, name in ((1, "one"), (2, "two")):
+        start(search(manifests, tmp_path / name, CPU, *stored, *budget, *metric), processes).succeed()
+    one, two = read_plan(tmp_path / "one" / "rank"), read_plan(tmp_path / "two" / "rank")
+    assert one.bits
+    assert (two.removals, [b.part for b in two.bits]) == (one.removals, [b.part for b in one.bits])
+    assert [c["loss"] for c in two.candidates] == [pytest.approx(c["loss"], rel=1e-6) for c in one.candidates]
+
+
 WHOLE = [
     "task.target_languages=[de]", "model.dtype=float32", "decode.batch_size=2", "evaluate.models=[teacher, pruned, quantized]",
     "finetune.learning_rate=1e-4", "recover.learning_rate=1e-4", "quantize.train.learning_rate=1e-4",

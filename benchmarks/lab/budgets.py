@@ -5,7 +5,8 @@
   at the smaller sizes 4: with 8 more than half of the layers would have to go.
 * `proxy-N`: the same actions as `mixed-N`, chosen as the 2026 compression track chose its 3-bit sublayers: every action is scored once,
   alone, by the loss of the teacher's translations (no translation is made), and the losses are taken to add up.
-* `loss-N`: our search by the loss of the references, without a translation too, but all is scored anew in each round.
+* `loss-N`: our search by the loss of the same translations, but all is scored anew in each round. (Up to commit bf187a3, and in the
+  result `lab_third/lab_loss-93_0.json`, by the loss of the references.)
 
 All have the base as their teacher, the same short recovery, and the same short training in their bits. `compare` reads the runs.
 """
@@ -110,7 +111,7 @@ def by_proxy(given: ModelFolder, select: Split, recipe: Recipe, stored: Quantize
     everything = range(len(model.model.language_model.layers))
 
     def loss(without: int | None = None) -> float:
-        prompts = scorer._prompts(clips, scorer.translated)
+        prompts = scorer._prompts(clips)
         active = [layer for layer in everything if layer != without]
         return sum(losses(scorer._stepper.decoder, prompts, answers, active)) / sum(map(len, answers))
 

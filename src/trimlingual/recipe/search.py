@@ -32,8 +32,8 @@ class BudgetSettings(Section):
     )
     shortlist: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.25,
-        description="share of a round's candidates that are translated: those for which the references' loss rises least per byte; "
-        "none with metric loss",
+        description="share of a round's candidates that are translated: those for which the loss of what the model said before the "
+        "search rises least per byte; none with metric loss",
     )
 
     @property

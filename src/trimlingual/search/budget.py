@@ -1,15 +1,16 @@
 """The search for the best model of a size: layers and bits, by translation score lost per byte saved.
 
-It starts from the model as `quantize` would store it. In every round the loss of the references is computed for each possible action
-(actions.py). Those for which it rises least, per byte saved, are the shortlist, and are scored by real translations, as in the layer
-search: an action in a decoder layer shares with its parent all that is below, and the parent's translations are its drafts. (On a
-hundred clips a score's noise is larger than what most actions cost: the best of all by score alone is often one of the worst. The loss
-has less noise, because it moves with every token and not only where a translation changes.) The action that loses least per byte is
+It starts from the model as `quantize` would store it, and translates the selection clips. In every round the loss of these first
+translations is computed for each possible action (actions.py). Those for which it rises least, per byte saved, are the shortlist, and
+are scored by real translations, as in the layer search: an action in a decoder layer shares with its parent all that is below, and the
+parent's translations are its drafts. (On a hundred clips a score's noise is larger than what most actions cost: the best of all by
+score alone is often one of the worst. The loss has less noise, because it moves with every token and not only where a translation
+changes. The references have a loss too, but the model may be far from their words.) The action that loses least per byte is
 done, or the best few, each in a layer of its own; then everything is scored again, until the budget holds. A score above the parent's
 counts as no loss, and of actions without loss the one that saves most goes first. Bytes below the budget count for nothing, unless they
 are spent (`spend_rest`): then parts get more bits while the budget holds, first the one that gains most per byte, until none gains.
-What is missing to the budget is negative then, and so is what an action saves. With the metric "loss" nothing is translated: the loss
-is the score.
+What is missing to the budget is negative then, and so is what an action saves. With the metric "loss" nothing else is translated: the
+loss is the score.
 
 The processes of a distributed run share a round's actions. Each result is in the journal, so a search that was killed goes on. A
 search for another size of the same model goes through the same states as long as its choices are the same, and takes the results of
@@ -38,6 +39,7 @@ from trimlingual.search.scorer import Tally
 
 State = tuple[Action, ...]
 Identity = tuple[str, str | None, int | None]
+LOSS_OF = {"loss_of": "own translations"}  # in records of losses; earlier versions took the references
 
 
 @dataclass
@@ -64,7 +66,7 @@ class BudgetSearch:
         for record in gather(self._read() if is_main_process() else [])[0]:
             self._remember(record)
         state: State = ()
-        parent = baseline = self._parent(state)
+        parent = baseline = self.begin()
         taken: list[tuple[Action, dict[str, Any]]] = []
         self._add_to_curve(state, baseline)
         start = self.smaller.num_bytes()
@@ -95,15 +97,29 @@ class BudgetSearch:
             )
         return self._plan(taken, baseline)
 
+    def begin(self) -> dict[str, Any]:
+        """The record of the model before any action. Losses are of its translations."""
+        record = self._parent(())
+        self.scorer.answers = _tokens(record)
+        return record
+
     @property
     def _by_loss(self) -> bool:
         return not self.scorer.translated
 
     def _read(self) -> list[dict[str, Any]]:
-        """The records of other searches, marked as such, and of this one; none of a candidate that an earlier version gave up."""
+        """The records of other searches, marked as such, and of this one.
+
+        Left out is what earlier versions made otherwise: losses of the references, and candidates that were given up.
+        """
         theirs = [{**record, "shared": True} for journal in self.others for record in read_journal(journal)]
         every = [*theirs, *read_journal(self.journal)]
-        return [record for record in every if "loss" in record or record["score"] is not None]
+        return [record for record in every if self._holds(record)]
+
+    def _holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether it is what this version would make."""
+        of_loss = self._by_loss or "loss" in record
+        return record.items() >= LOSS_OF.items() if of_loss else record["score"] is not None
 
     def _remember(self, record: dict[str, Any]) -> None:
         known = self.losses if "loss" in record else self.translated
@@ -123,6 +139,7 @@ class BudgetSearch:
             if is_main_process():
                 tally = scorer.parent_tally()
                 made = _record(state, None, time.perf_counter() - started) | _translations(tally)
+                made |= LOSS_OF if self._by_loss else {}
             self._add_to_journal(gather(made)[0])
         parent = self.translated[key]
         scorer.begin_round(removed, _tokens(parent))
@@ -200,7 +217,7 @@ class BudgetSearch:
         for action in actions:
             started = time.perf_counter()
             loss = self.scorer.loss(action)
-            records.append(_record(state, action, time.perf_counter() - started) | {"loss": loss})
+            records.append(_record(state, action, time.perf_counter() - started) | {"loss": loss} | LOSS_OF)
         return records
 
     def _with_translations(self, state: State, actions: Sequence[Action]) -> list[dict[str, Any]]:

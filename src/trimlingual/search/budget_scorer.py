@@ -1,4 +1,4 @@
-"""Scores the actions of the search under a budget, by the loss of the references and by real translations of the selection set.
+"""Scores the actions of the search under a budget, by the loss of the model's own translations and by real ones of the selection set.
 
 Layers that go are decoded together, as in the layer search. A part in fewer bits is rounded in place once, and translates all clips.
 It goes on from its parent's pass: a block of the decoder from its layer, the head from the last one. Other embeddings change the
@@ -9,6 +9,7 @@ decoding step takes as long as reading the weights, a candidate of bits takes se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from trimlingual.models.tree import lm_head, text_decoder
 from trimlingual.search.actions import GONE, Action, layer_of
@@ -24,8 +25,7 @@ class BudgetScorer(Scorer):
     """Scores actions. `rounded` holds the model's weights as they ship."""
 
     rounded: RoundedModel
-    # What losses are of: clip -> one answer per language; None: the references.
-    answers: Mapping[int, list[list[int]]] | None = None
+    answers: Mapping[int, list[list[int]]] | None = None  # what losses are of: clip -> one per language
 
     def loss(self, action: Action | None) -> dict[str, float]:
         """Loss of the answers per language, in nats per token, of the parent with this action done; None: of the parent."""
@@ -52,6 +52,21 @@ class BudgetScorer(Scorer):
                     nats = losses_changed(self._stepper.decoder, traced, self._position(action, traced))
                     found[language] = dict(zip(blocks[language], zip(nats, map(len, traced.drafts))))
         return found
+
+    def languages(self, clip: int) -> list[str]:
+        """All that are scored, by loss too: the clip is translated once at least, for the answers."""
+        return self.select.clips[clip].languages([*self.metrics])
+
+    def parent_tally(self, journal: Path | None = None) -> Tally:
+        """As in any search. By loss it has translations where there are no answers yet, which are these from then on."""
+        if self.translated:
+            return super().parent_tally(journal)
+        tally = Tally(self)
+        if self.answers is None:
+            self.answers = {clip: rows for block in self.blocks for clip, rows in self._translate(None, block).items()}
+            tally.add(self.answers)
+        tally.losses = self.answer_losses(None)
+        return tally
 
     def prepare(self) -> None:
         """Run the parent over all clips: every translation starts from there. What was in memory before makes way for it."""
@@ -101,7 +116,7 @@ class BudgetScorer(Scorer):
     def _traced_anew(self, clips: Sequence[int], traced: Trace) -> Trace | None:
         """The pass over the same clips and drafts with the embeddings as they are now; None where memory does not allow it."""
         decoder, last = self._stepper.decoder, traced.active[-1:]
-        prompts = self._prompts(clips, self.translated)
+        prompts = self._prompts(clips)
         needed = Trace.num_bytes(decoder, len(traced.active), len(last), prompts, traced.drafts)
         if needed > TRACE_SHARE * decoder.free_bytes():
             return None
@@ -119,8 +134,7 @@ class BudgetScorer(Scorer):
         return [self.blocks[start : start + count] for start in range(0, len(self.blocks), count)]
 
     def _answer(self, clip: int, language: str) -> list[int]:
-        if self.answers is None:
-            return super()._answer(clip, language)
+        assert self.answers is not None
         return self.answers[clip][self.languages(clip).index(language)]
 
     def _may_change(self, active: Sequence[int]) -> list[int]:

@@ -327,7 +327,7 @@ class Scorer:
 
     def _translate(self, candidate: Candidate | None, block: Sequence[int]) -> dict[int, list[list[int]]]:
         """Translations of a block, decoded from the beginning: clip -> one translation per language. No candidate: the parent's."""
-        prompts = self._prompts(block, self.translated, candidate)
+        prompts = self._prompts(block, candidate)
         rows = greedy(self._stepper, prompts, self._limits(block), self.decode.batch_size, self._active(candidate))
         return self._by_clip(block, rows)
 
@@ -345,7 +345,7 @@ class Scorer:
         if traced and candidate:
             sums = losses_without(self._stepper.decoder, traced, self._layer_index(candidate))
         else:
-            prompts = self._prompts(block, [language], candidate)
+            prompts = self._prompts(block, candidate, language)
             sums = losses(self._stepper.decoder, prompts, answers, self._active(candidate))
         return {clip: (nats, len(answer)) for clip, nats, answer in zip(block, sums, answers)}
 
@@ -359,7 +359,7 @@ class Scorer:
         if not self._sharing or key in self._traces:
             return self._traces.get(key)
         decoder = self._stepper.decoder
-        prompts = self._prompts(block, [language] if language else self.translated)
+        prompts = self._prompts(block, language=language)
         if not prompts:
             return None
         if language:
@@ -389,13 +389,14 @@ class Scorer:
         return [i for i in active if Candidate("decoder", self.present["decoder"][i]) in allowed]
 
     def _prompts(
-        self, block: Sequence[int], languages: Sequence[str], candidate: Candidate | None = None
+        self, block: Sequence[int], candidate: Candidate | None = None, language: str | None = None
     ) -> list[Tensor]:
+        """Prompts of a block's clips in every language that they are translated into, or in one."""
         states = self._encoded(block, candidate)
         return [
-            embed_prompt(self.model, self.prompter, states[clip], language)
+            embed_prompt(self.model, self.prompter, states[clip], each)
             for clip in block
-            for language in self.select.clips[clip].languages(languages)
+            for each in ([language] if language else self.languages(clip))
         ]
 
     def _encoded(self, block: Sequence[int], candidate: Candidate | None) -> dict[int, Tensor]:
