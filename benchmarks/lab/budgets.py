@@ -5,8 +5,8 @@
   at the smaller sizes 4: with 8 more than half of the layers would have to go.
 * `proxy-N`: the same actions as `mixed-N`, chosen as the 2026 compression track chose its 3-bit sublayers: every action is scored once,
   alone, by the loss of the teacher's translations (no translation is made), and the losses are taken to add up.
-* `loss-N`: our search by the loss of the same translations, but all is scored anew in each round. (Up to commit bf187a3, and in the
-  result `lab_third/lab_loss-93_0.json`, by the loss of the references.)
+* `loss-N`: our search by the loss of what the model says as it is stored before the search, but all is scored anew in each round.
+  (Before commit dd5e96f, and in the result `lab_third/lab_loss-93_0.json`, by the loss of the references.)
 
 All have the base as their teacher, the same short recovery, and the same short training in their bits. `compare` reads the runs.
 """
