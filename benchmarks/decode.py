@@ -56,7 +56,6 @@ from trimlingual.run.artifacts import machine, write_json
 
 PREFILLS = 6  # timed; the first one sets things up
 RESULTS = Path(__file__).parent / "results"
-# Seconds a clip, weights a scale, and tokens an answer has.
 LAB = {  # Whisper-base's encoder and SmolLM2-135M's decoder
     "audio": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048},
     "text": {
@@ -66,6 +65,7 @@ LAB = {  # Whisper-base's encoder and SmolLM2-135M's decoder
     "mels": 80,
     "window_s": 10,
 }  # fmt: skip
+# Seconds a clip, weights a scale, and tokens an answer has.
 SHAPES = {
     "7b": {"base": "qwen2-audio-7b", "seconds": 10, "group": 128, "tokens": 128, "layers": "32,24,16"},
     "lab": {"model": LAB, "seconds": 4, "group": 64, "tokens": 32, "layers": "30,22,20"},
