@@ -152,16 +152,17 @@ class BudgetSearch:
             return []
         budget = self.scorer.settings.budget
         assert budget is not None
-        self._make(f"round {number}, losses", state, [None, *saves], self.losses, self._with_losses)
-        loss = {a: mean(self.losses[_words(state), *(a or (None, None))]["loss"].values()) for a in (None, *saves)}
-
-        def first(a: Action) -> tuple[float, int, Action]:
-            return _per_byte(loss[a] - loss[None], saves[a], missing), -min(saves[a], missing), a
-
-        short, words = [*saves], _words(state)
-        if self._by_loss:
+        title, short, words = f"round {number}, losses", [*saves], _words(state)
+        if self._by_loss:  # the parent's loss is its score
+            self._make(title, state, short, self.losses, self._with_losses)
             self.translated |= {(words, *action): _as_score(self.losses[words, *action]) for action in saves}
         else:
+            self._make(title, state, [None, *short], self.losses, self._with_losses)
+            loss = {a: mean(self.losses[words, *(a or (None, None))]["loss"].values()) for a in (None, *saves)}
+
+            def first(a: Action) -> tuple[float, int, Action]:
+                return _per_byte(loss[a] - loss[None], saves[a], missing), -min(saves[a], missing), a
+
             short = sorted(saves, key=first)[: math.ceil(budget.shortlist * len(saves))]
             if any((words, *action) not in self.translated for action in short):
                 self.scorer.prepare()
