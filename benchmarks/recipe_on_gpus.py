@@ -9,8 +9,8 @@ model's scores hang. The recipe itself removes the middle block. With several GP
 weights, as one GPU cannot.
 
 Every number of GPUs has runs of its own under --work, made by the command line under torchrun: what is stopped after --minutes loses
-nothing, and the same command goes on. At 7B a run needs 120 GB of disk, which it gives back at its end. The output is written after
-each number of GPUs; the last line is one JSON document.
+nothing, and the same command goes on. At 7B a run needs 130 GB of disk, which it gives back at its end, and FSDP 220 GB (a RAM disk
+will do; without either give --no-fsdp). The output is written after each number of GPUs; the last line is one JSON document.
 
 What must be the same as with one GPU: the plan and the distilled clips; the losses within `LOSS_TOLERANCE`, since additions are in
 another order; translations in bfloat16 may differ where two words are as likely.
@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import psutil
 import torch
 from commit import commit
 from true_size import write_manifests
@@ -98,12 +99,18 @@ def run(words: list[str], processes: int, until: float) -> bool:
 
 
 def stages(folder: Path) -> dict[str, Any]:
-    """Seconds of every stage of a run, and the losses of those that train."""
+    """Seconds of every stage of a run; of those that train also losses, clips per second (all GPUs) and memory (the fullest GPU)."""
     found = {}
     for path in sorted(folder.rglob("artifact.json")):
         artifact = json.loads(path.read_text(encoding="utf-8"))
-        losses = [entry["loss"] for entry in artifact["info"].get("losses", [])]
-        found[artifact["stage"]] = {"seconds": artifact["seconds"]} | ({"losses": losses} if losses else {})
+        info, stage = artifact["info"], {"seconds": artifact["seconds"]}
+        if "losses" in info:
+            stage |= {
+                "losses": [entry["loss"] for entry in info["losses"]],
+                "clips_per_s": round(STEP / info["seconds_per_step"], 3),
+                "peak_memory_bytes": info["peak_memory_bytes"],
+            }
+        found[artifact["stage"]] = stage
     return found
 
 
@@ -121,7 +128,12 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A run against that of one GPU: times, and what must be the same."""
+    """A run against that of one GPU: times, clips per second, and what must be the same."""
+    faster = {
+        name: round(stage["clips_per_s"] / one["stages"][name]["clips_per_s"], 3)
+        for name, stage in other["stages"].items()
+        if "clips_per_s" in stage
+    }
     ratio = {
         name: round(stage["seconds"] / one["stages"][name]["seconds"], 3)
         for name, stage in other["stages"].items()
@@ -137,6 +149,7 @@ def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "time_ratio": ratio,
+        "clips_per_s_ratio": faster,
         "largest_loss_difference": losses,
         "losses_equal": max(losses.values()) <= LOSS_TOLERANCE,
         "same_plan": one["removed"] == other["removed"],
@@ -160,7 +173,8 @@ def measured(
         ("run", ["compress"], ["rank.strategy=middle"]),
         ("fsdp", ["finetune"], [f"finetune.{setting}" for setting in FSDP]),
     ]
-    for name, words, more in commands if processes > 1 and torch.cuda.is_available() else commands[:2]:
+    fsdp = args.fsdp and processes > 1 and torch.cuda.is_available()
+    for name, words, more in commands if fsdp else commands[:2]:
         words = [words[0], RECIPE, *words[1:], "--run-dir", str(folder / name)]
         if not run([*words, *(word for setting in settings + more for word in ("--set", setting))], processes, until):
             return None
@@ -180,6 +194,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="after which the run under way is stopped, to go on later"
     )
+    parser.add_argument(
+        "--no-fsdp", dest="fsdp", action="store_false", help="leave FSDP out, whose checkpoints are large"
+    )
     parser.add_argument("--commit", default="", help="default: git's")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
@@ -189,11 +206,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.work = args.work.resolve()
     manifests = write_manifests(args.work / "clips", load_processor(resolve_base(args.base)), CLIPS)
     flags = f"--base {args.base} --processes {' '.join(map(str, args.processes))}"
+    args.work.mkdir(parents=True, exist_ok=True)
+    mounts = [part for part in psutil.disk_partitions(all=True) if args.work.is_relative_to(part.mountpoint)]
+    disk = max(mounts, key=lambda part: len(part.mountpoint))
     record: dict[str, Any] = {
         "command": f"python benchmarks/recipe_on_gpus.py {flags}",
         "commit": commit(args.commit),
         "machine": machine(),
-        "setup": {"clips": CLIPS, "clips_per_step": STEP, "steps": STEPS, "loss_tolerance": LOSS_TOLERANCE},
+        "setup": {
+            "clips": CLIPS,
+            "clips_per_step": STEP,
+            "steps": STEPS,
+            "loss_tolerance": LOSS_TOLERANCE,
+            "disk": disk.fstype,
+        },
         "results": {},
         "complete": False,
     }

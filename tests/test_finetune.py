@@ -91,6 +91,9 @@ def test_training_learns_and_records(given, split, shared, data, tmp_path):
     settings = TrainSettings(epochs=6.0, batch_size=4, learning_rate=3e-3, logging_steps=1)
     info = finetune(given, data, shared, settings, tmp_path)
     assert info["losses"][-1]["loss"] < 0.6 * info["losses"][0]["loss"]
+    weights = sum(f.stat().st_size for f in given.path.glob("*.safetensors"))
+    assert info["peak_memory_bytes"] > weights
+    assert info["seconds_per_step"] > 0
     assert read_lineage(tmp_path).seen["train"] == sorted({c.audio_sha256 for c in split.clips})
     assert load_model(tmp_path, "float32", torch.device("cpu")) is not None
 

@@ -13,7 +13,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Checkpoints(TrainerCallback):
         self.interrupted = False
         self._cost = _guess(trainer.model) / FIRST_GUESS  # seconds that writing a checkpoint takes
         self._starts = 1  # starts from where this one goes on
+        self._begins: list[float] = []  # seconds of the clock at which this start's steps began
         self._note = ""
         self._stack = ExitStack()  # closed when training ends, whether it comes to its end or not
 
@@ -77,6 +80,15 @@ class Checkpoints(TrainerCallback):
         self._advance(step, earlier=True)
         self._remember(step, step)
         self._from, self._last = step, self.clock()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begins.append(self.clock())
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median of this start's steps, from one's beginning to the next one's; None for fewer than two."""
+        steps = [after - before for before, after in pairwise(self._begins)]
+        return round(median(steps), 4) if steps else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         due = self.clock() - self._last >= self._interval()

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trimlingual.data.audio import load_audio
 from trimlingual.data.sources import Clip
+from trimlingual.evaluation.cost import peak_memory
 from trimlingual.models.inputs import Collator, Example, Prompter, TrainingData
 from trimlingual.models.loading import load_model, pick_device
 from trimlingual.models.tree import attention_for_unlike_lengths, audio_tower, freeze_
@@ -190,6 +191,8 @@ def train_(
 ) -> dict[str, Any]:
     """Train `model` in place; checkpoints in `work_dir`. With `method: lora` the info holds the PEFT model under `adapted`.
 
+    `peak_memory_bytes` is that of the process that took most, `seconds_per_step` the median of what this start did (None: one step).
+
     Where each process held its share of the weights (FSDP, DeepSpeed), `model` is of no use any more, and the info holds the whole
     weights under `weights`, in the main process. Raises TrainingError when the loss is not finite.
     """
@@ -199,7 +202,7 @@ def train_(
         best = KeepBest(model, trained, processor, shared, guide.select, settings.selection_checks, work_dir)
         trainer.callback_handler.callbacks.insert(0, best)  # before Checkpoints: what is saved has been looked at
     try:
-        with trainer.checkpoints.told():
+        with peak_memory(trainer.args.device) as peak, trainer.checkpoints.told():
             trainer.train(resume_from_checkpoint=trainer.checkpoints.resumed)
     except BaseException as error:
         # The traceback would keep the data loader, whose workers ignore signals: the process could not end without them.
@@ -221,6 +224,8 @@ def train_(
         ),  # the Trainer's own forgets what came before a restart
         "losses": losses,
         "num_trainable": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        "peak_memory_bytes": max(gather(peak.num_bytes)),
+        "seconds_per_step": trainer.checkpoints.seconds_per_step,
     }
     if selection:
         info["selection"] = selection
