@@ -5,15 +5,15 @@
 
 Random weights of the true shapes, few clips of noise, few steps; each step takes the same eight clips whatever the number of GPUs.
 The search runs on the base model, whose weights are the same everywhere: the teacher's differ in their last bits, on which a random
-model's scores hang. The recipe itself removes the middle block. With several GPUs the teacher is also trained under FSDP, with float32
-weights, as one GPU cannot.
+model's scores and translations hang. So the recipe itself removes the middle block, and its trainings take the references alone. With
+several GPUs the teacher is also trained under FSDP, with float32 weights, as one GPU cannot.
 
 Every number of GPUs has runs of its own under --work, made by the command line under torchrun: what is stopped after --minutes loses
-nothing, and the same command goes on. At 7B a run needs 130 GB of disk, which it gives back at its end, and FSDP 220 GB (a RAM disk
-will do; without either give --no-fsdp). The output is written after each number of GPUs; the last line is one JSON document.
+nothing, and the same command goes on. Of a run that is done only its results are kept. At 7B a run needs 130 GB of disk, and FSDP
+220 GB (a RAM disk will do; without either give --no-fsdp). The output is written after each run; the last line is one JSON document.
 
-What must be the same as with one GPU: the plan and the distilled clips; the losses within `LOSS_TOLERANCE`, since additions are in
-another order; translations in bfloat16 may differ where two words are as likely.
+What must be the same as with one GPU: the plan, and the losses within `LOSS_TOLERANCE`, since additions are in another order. Distilled
+clips and translations may differ where two words are as likely, in bfloat16.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def overrides(base: str, manifests: dict[str, Path], processes: int) -> list[str
     given = [f"data.{split}={{kind: manifest, path: '{path}'}}" for split, path in manifests.items()]
     given += [f"model.base={base}", "data.out_of_domain=null", "data.too_long=drop", "decode.max_new_tokens=40"]
     given += [
-        "quantize.train.data={gold: 1, distilled: 1}",
         "evaluate.models=[teacher, quantized]",
         "evaluate.bootstrap_samples=100",
     ]
@@ -68,6 +67,7 @@ def overrides(base: str, manifests: dict[str, Path], processes: int) -> list[str
             f"{section}.batch_size={STEP // processes}",
             f"{section}.max_steps={STEPS}",
             f"{section}.logging_steps=1",
+            f"{section}.data={{gold: 1}}",
         ]
         given += [] if gpu else [f"{section}.optimizer=adamw_torch", f"{section}.num_workers=0"]
     layers = load_layers(base)
@@ -114,71 +114,71 @@ def stages(folder: Path) -> dict[str, Any]:
     return found
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """What the runs of a number of processes came to: stages, plan, distilled clips and translations."""
-    folders = sorted((folder / "run" / "evaluations").iterdir())
-    translations = {f.name: [line["hypothesis"] for line in read_translations(f, "de")] for f in folders}
+def said(folder: Path) -> dict[str, list[str]]:
+    """The translations of every model that a run evaluated."""
     return {
-        "stages": {"search": stages(folder / "search")["rank"], **stages(folder / "run")},
-        "fsdp": stages(folder / "fsdp").get("teacher"),
-        "removed": [removal.layer for removal in read_plan(folder / "search" / "rank").removals],
-        "distilled": (folder / "run" / "distilled" / "distilled.jsonl").read_text(encoding="utf-8").splitlines(),
-        "said": translations,
+        each.name: [line["hypothesis"] for line in read_translations(each, "de")]
+        for each in sorted((folder / "evaluations").iterdir())
     }
+
+
+def outcome(name: str, folder: Path) -> dict[str, Any]:
+    """What a run came to: its stages, and what is compared with the run of one GPU."""
+    result: dict[str, Any] = {"stages": stages(folder)}
+    if name == "search":
+        result["removed"] = [removal.layer for removal in read_plan(folder / "rank").removals]
+    if name == "recipe":
+        result["distilled"] = (folder / "distilled" / "distilled.jsonl").read_text(encoding="utf-8").splitlines()
+        result["said"] = said(folder)
+    return result
+
+
+def share_equal(one: list[str], other: list[str]) -> float:
+    """Share of the lines that are the same."""
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
 
 
 def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """A run against that of one GPU: times, clips per second, and what must be the same."""
-    faster = {
-        name: round(stage["clips_per_s"] / one["stages"][name]["clips_per_s"], 3)
-        for name, stage in other["stages"].items()
-        if "clips_per_s" in stage
-    }
-    ratio = {
-        name: round(stage["seconds"] / one["stages"][name]["seconds"], 3)
-        for name, stage in other["stages"].items()
-        if name in one["stages"] and one["stages"][name]["seconds"]
-    }
-    losses = {
-        name: max(abs(a - b) / abs(a) for a, b in zip(one["stages"][name]["losses"], stage["losses"], strict=True))
-        for name, stage in other["stages"].items()
-        if "losses" in stage
-    }
-    equal = {
-        name: [a == b for a, b in zip(said, other["said"][name], strict=True)] for name, said in one["said"].items()
-    }
-    return {
-        "time_ratio": ratio,
-        "clips_per_s_ratio": faster,
-        "largest_loss_difference": losses,
-        "losses_equal": max(losses.values()) <= LOSS_TOLERANCE,
-        "same_plan": one["removed"] == other["removed"],
-        "same_distilled": one["distilled"] == other["distilled"],
-        "share_of_equal_translations": {name: sum(flags) / len(flags) for name, flags in equal.items()},
-    }
+    result: dict[str, Any] = {"time_ratio": {}, "clips_per_s_ratio": {}, "largest_loss_difference": {}}
+    for name, stage in other["stages"].items():
+        before = one["stages"][name]
+        if before["seconds"]:
+            result["time_ratio"][name] = round(stage["seconds"] / before["seconds"], 3)
+        if "losses" in stage:
+            result["clips_per_s_ratio"][name] = round(stage["clips_per_s"] / before["clips_per_s"], 3)
+            differences = [abs(a - b) / abs(a) for a, b in zip(before["losses"], stage["losses"], strict=True)]
+            result["largest_loss_difference"][name] = max(differences)
+    if losses := result["largest_loss_difference"]:
+        result["losses_equal"] = max(losses.values()) <= LOSS_TOLERANCE
+    if "removed" in other:
+        result["same_plan"] = one["removed"] == other["removed"]
+    if "said" in other:
+        result["share_of_equal_translations"] = {"distilled": share_equal(one["distilled"], other["distilled"])}
+        for name, lines in other["said"].items():
+            result["share_of_equal_translations"][name] = share_equal(one["said"][name], lines)
+    return {name: value for name, value in result.items() if value != {}}
 
 
-def measured(
-    args: argparse.Namespace, processes: int, manifests: dict[str, Path], until: float
-) -> dict[str, Any] | None:
-    """The run of so many processes; None if it has to go on in another command."""
-    folder = args.work / str(processes)
-    done = args.work / f"{processes}.json"
+def commands(args: argparse.Namespace, processes: int) -> dict[str, tuple[list[str], list[str]]]:
+    """The runs of so many processes by name: the words of the command, and settings of its own."""
+    base = ["--model", str(resolve_base(args.base))]
+    found = {"search": (["rank", RECIPE, *base], []), "recipe": (["compress", RECIPE], ["rank.strategy=middle"])}
+    if args.fsdp and processes > 1 and torch.cuda.is_available():
+        found["fsdp"] = (["finetune", RECIPE], [f"finetune.{setting}" for setting in FSDP])
+    return found
+
+
+def measured(args: argparse.Namespace, processes: int, name: str, settings: list[str]) -> dict[str, Any] | None:
+    """What a run came to, now or in an earlier command; None if it has to go on in another command."""
+    folder, done = args.work / f"{processes}-{name}", args.work / f"{processes}-{name}.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
-    settings = overrides(args.base, manifests, processes)
-    base = ["--model", str(resolve_base(args.base))]
-    commands = [
-        ("search", ["rank", *base], []),
-        ("run", ["compress"], ["rank.strategy=middle"]),
-        ("fsdp", ["finetune"], [f"finetune.{setting}" for setting in FSDP]),
-    ]
-    fsdp = args.fsdp and processes > 1 and torch.cuda.is_available()
-    for name, words, more in commands if fsdp else commands[:2]:
-        words = [words[0], RECIPE, *words[1:], "--run-dir", str(folder / name)]
-        if not run([*words, *(word for setting in settings + more for word in ("--set", setting))], processes, until):
-            return None
-    result = outcome(folder)
+    words, its_own = commands(args, processes)[name]
+    given = [word for setting in settings + its_own for word in ("--set", setting)]
+    if not run([*words, "--run-dir", str(folder), *given], processes, args.until):
+        return None
+    result = outcome(name, folder)
     write_json(done, result)
     shutil.rmtree(folder)
     return result
@@ -202,38 +202,34 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if any(STEP % processes for processes in args.processes):
         parser.error(f"--processes: each must divide the {STEP} clips of a step")
-    until = time.monotonic() + 60 * args.minutes
+    args.until = time.monotonic() + 60 * args.minutes
     args.work = args.work.resolve()
     manifests = write_manifests(args.work / "clips", load_processor(resolve_base(args.base)), CLIPS)
-    flags = f"--base {args.base} --processes {' '.join(map(str, args.processes))}"
-    args.work.mkdir(parents=True, exist_ok=True)
+    flags = f"--base {args.base} --processes {' '.join(map(str, args.processes))}{'' if args.fsdp else ' --no-fsdp'}"
     mounts = [part for part in psutil.disk_partitions(all=True) if args.work.is_relative_to(part.mountpoint)]
     disk = max(mounts, key=lambda part: len(part.mountpoint))
     record: dict[str, Any] = {
         "command": f"python benchmarks/recipe_on_gpus.py {flags}",
         "commit": commit(args.commit),
         "machine": machine(),
-        "setup": {
-            "clips": CLIPS,
-            "clips_per_step": STEP,
-            "steps": STEPS,
-            "loss_tolerance": LOSS_TOLERANCE,
-            "disk": disk.fstype,
-        },
+        "setup": {"clips": CLIPS, "clips_per_step": STEP, "steps": STEPS, "loss_tolerance": LOSS_TOLERANCE, "disk": disk.fstype},
         "results": {},
         "complete": False,
-    }
-    runs: dict[int, dict[str, Any]] = {}
-    for processes in args.processes:
-        found = measured(args, processes, manifests, until)
+    }  # fmt: skip
+    to_do = [(processes, name) for processes in args.processes for name in commands(args, processes)]
+    runs: dict[tuple[int, str], dict[str, Any]] = {}
+    for processes, name in to_do:
+        found = measured(args, processes, name, overrides(args.base, manifests, processes))
         if found is None:
-            print(f"{processes} processes: not done yet; the same command goes on", flush=True)
+            print(f"{name} in {processes} processes: not done yet; the same command goes on", flush=True)
             break
-        runs[processes] = found
-        record["results"][str(processes)] = {name: found[name] for name in ("stages", "fsdp", "removed")}
-        if 1 in runs and processes > 1:
-            record["results"][str(processes)] |= compared(runs[1], found)
-        record["complete"] = len(runs) == len(args.processes)
+        runs[processes, name] = found
+        record["results"] = {str(number): {} for number, _ in runs}
+        for (number, each), result in runs.items():
+            kept = {key: result[key] for key in ("stages", "removed") if key in result}
+            alone = runs.get((1, each)) if number > 1 else None
+            record["results"][str(number)][each] = kept | (compared(alone, result) if alone else {})
+        record["complete"] = len(runs) == len(to_do)
         write_json(args.out or RESULTS / f"recipe_on_gpus_{args.base.rpartition('-')[2]}.json", record)
     print(json.dumps(record))
     return record

@@ -26,7 +26,8 @@ from trimlingual.search import scorer
 from trimlingual.search.allowed import Candidate
 from trimlingual.search.from_parent import NO_DRAFT
 from trimlingual.search.plan import read_plan
-from trimlingual.search.search import Search, wave_size
+from trimlingual.search.search import Search
+from trimlingual.search.sharing import ROWS_IN_FLIGHT, gpu_block_rows, wave_size
 from trimlingual.stages.rank import JOURNAL_FILE, rank
 from trimlingual.training.loss import answer_logits
 
@@ -394,3 +395,13 @@ def test_no_process_scores_more_than_its_share(processes, most):
     waves = [range(30)[start : start + size] for start in range(0, 30, size)]
     assert all(len(wave) <= 8 * processes for wave in waves)
     assert sum(max(len(wave[index::processes]) for index in range(processes)) for wave in waves) == most
+
+
+@pytest.mark.parametrize("count", [1, 7, 23, 30, 60])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
+def test_a_share_of_the_candidates_keeps_as_many_rows_in_flight(count, processes):
+    """Of fewer candidates more clips at a time: never more rows than a step takes for nothing, and hardly fewer than alone."""
+    alone, shared = (wave_size(count, 19, n) // n for n in (1, processes))
+    rows = gpu_block_rows(count, processes)
+    assert rows * shared <= min(ROWS_IN_FLIGHT, alone * gpu_block_rows(count, 1))
+    assert rows * shared > alone * gpu_block_rows(count, 1) - shared

@@ -39,16 +39,16 @@ from trimlingual.models.layers import drop_layers_, without_layers
 from trimlingual.recipe import TOWERS, RankSettings, SharedSettings, Tower
 from trimlingual.run.artifacts import append_jsonl, read_journal
 from trimlingual.run.lineage import Lineage
+from trimlingual.run.processes import num_processes
 from trimlingual.run.progress import say
 from trimlingual.search.allowed import Candidate, may_go
 from trimlingual.search.bounds import best_possible, settled_counts
 from trimlingual.search.from_parent import NO_DRAFT, Trace, losses, losses_without, trace, translate_without
+from trimlingual.search.sharing import ROWS_IN_FLIGHT, gpu_block_rows
 
 MIN_ACCEPTED = 0.1  # share of the drafts' tokens that are right; below, verifying drafts costs more than it saves
 TRACE_SHARE = 0.5  # of the free memory may be taken by a trace
 ENCODE_BATCH = 32  # clips
-GPU_BLOCK_ROWS = 13  # rows of a block on a GPU: few, because a block takes as long as its longest row
-ROWS_IN_FLIGHT = 256  # rows on a GPU up to which a decoding step takes as long as reading the weights
 
 
 class Tally:
@@ -157,7 +157,7 @@ class Scorer:
         as long as its longest answer. On a CPU it is that of the audio.
         """
         on_gpu = self._stepper.decoder.device.type == "cuda"
-        rows = GPU_BLOCK_ROWS if on_gpu else self.decode.batch_size
+        rows = self._gpu_block_rows() if on_gpu else self.decode.batch_size
         clips = self.select.clips
 
         def length(clip: int) -> tuple[int, float, str]:
@@ -171,6 +171,9 @@ class Scorer:
             if count < len(order)
             else [[c] for c in order]
         )
+
+    def _gpu_block_rows(self) -> int:
+        return gpu_block_rows(len(self.candidates(self.lineage.without(self.removed))), num_processes())
 
     @cached_property
     def empty_counts(self) -> dict[str, np.ndarray]:
@@ -215,7 +218,7 @@ class Scorer:
         `parent` are the translations of the model without `removed`, as far as they are known: clip -> one translation per
         language.
         """
-        self.removed = {tower: list(removed.get(tower, ())) for tower in TOWERS}
+        self.removed: dict[str, list[int]] = {tower: list(removed.get(tower, ())) for tower in TOWERS}
         self.parent = dict(parent or {})
         self.blocks = self._blocks()
         if self._num_drafted:

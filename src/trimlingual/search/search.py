@@ -10,7 +10,6 @@ A record is the result of one candidate in one round, as a dict that the journal
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from trimlingual.search.allowed import Candidate
 from trimlingual.search.approximate import better_half, not_beaten, race
 from trimlingual.search.plan import PrunePlan, Removal
 from trimlingual.search.scorer import Scorer, Tally
+from trimlingual.search.sharing import wave_size
 
 JOURNAL_FILE = "candidates.jsonl"
 TIE = 1e-9  # scores closer than this count as equal, because a bound and a score are summed in different orders
@@ -277,15 +277,6 @@ class Search:
         interval, p_value = paired_bootstrap_difference(self.statistics(best), self.statistics(second))
         margin = {"difference": interval.value, "low": interval.low, "high": interval.high, "p_value": p_value}
         return removal.model_copy(update={"runner_up": {"tower": second["tower"], "layer": second["layer"], **margin}})
-
-
-def wave_size(count: int, group_size: int, processes: int) -> int:
-    """Candidates in a wave, over all processes, when `count` are left and one process scores `group_size` together.
-
-    Waves are of about equal size and give as many to each process: for one more in one of them all others would wait, wave by wave.
-    """
-    waves = math.ceil(count / (group_size * processes))
-    return processes * math.ceil(count / (waves * processes)) if count else 1
 
 
 def second_best(records: Sequence[dict[str, Any]]) -> float | None:
