@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from contextlib import nullcontext
 from itertools import chain
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from trimlingual.models.loading import load_model
 from trimlingual.recipe import LoraSettings, TrainSettings
 from trimlingual.run.lineage import read_lineage
 from trimlingual.stages.finetune import finetune
-from trimlingual.training.checkpoints import last_complete_checkpoint
+from trimlingual.training import checkpoints
 from trimlingual.training.loss import answer_forward, answer_logits
 from trimlingual.training.optimizer import TrainingError, flash_adamw
 from trimlingual.training.stored_audio import stored_states
@@ -235,7 +237,7 @@ def test_resumed_training_ends_with_equal_weights(
     shutil.copytree(tmp_path / "stopped" / "checkpoint-5", half)
     (half / "complete.json").unlink()
     next(half.glob("*model.safetensors")).write_bytes(b"half")
-    assert last_complete_checkpoint(tmp_path / "stopped").endswith("checkpoint-5")
+    assert checkpoints.last_complete_checkpoint(tmp_path / "stopped").endswith("checkpoint-5")
 
     model = make_model(layers=2)
     resumed = weights(train_(model, processor, data, shared, settings, tmp_path / "stopped"), model)
@@ -315,6 +317,13 @@ def test_checkpoints_come_by_time(trained, seconds, writing, settings, expected)
     assert trained(seconds, writing, **settings)[1] == expected
 
 
+def test_writing_a_large_checkpoint_is_told(trained, monkeypatch):
+    advance = Mock()
+    monkeypatch.setattr(checkpoints, "progress", lambda *_, **__: nullcontext(advance))
+    trained(1.0, 30.0)
+    assert ["writing" in call.args[1] for call in advance.call_args_list[-2:]] == [True, False]
+
+
 def test_after_fruitless_starts_a_checkpoint_comes_sooner(trained, killed_in_step, tmp_path, capsys):
     """Killed in every step before a checkpoint would come: each start waits half as long as the one before, so one comes at last."""
     come = []
@@ -324,7 +333,7 @@ def test_after_fruitless_starts_a_checkpoint_comes_sooner(trained, killed_in_ste
                 trained(1.0, 0.0, save_minutes=0.2)
         except pytest.fail.Exception:  # it was not killed any more: it went on beyond step 3
             break
-        come.append(last_complete_checkpoint(tmp_path / "training"))
+        come.append(checkpoints.last_complete_checkpoint(tmp_path / "training"))
         if come[-1]:
             break
     assert come[:2] == [None, None]

@@ -7,6 +7,9 @@ others have the rest, decodes more clips of each at a time: its share of the rou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from trimlingual.search.allowed import Candidate
 
 GPU_BLOCK_ROWS = 13  # rows of a block on a GPU: few, because a block takes as long as its longest row
 ROWS_IN_FLIGHT = 256  # rows on a GPU up to which a decoding step takes as long as reading the weights
@@ -19,6 +22,18 @@ def wave_size(count: int, group_size: int, processes: int) -> int:
     """
     waves = math.ceil(count / (group_size * processes))
     return processes * math.ceil(count / (waves * processes)) if count else 1
+
+
+def share_of(wave: Sequence[Candidate], index: int, processes: int) -> list[Candidate]:
+    """The candidates of a wave that process `index` scores; all shares together are the wave, and take about as long.
+
+    A candidate of the decoder runs the layers above its own, one of the audio tower everything. By what they run the candidates are
+    dealt out to the processes in turn, forwards and backwards, so that no process gets the longest of each turn.
+    """
+    by_cost = sorted(wave, key=lambda candidate: (candidate.tower == "decoder", candidate.layer))
+    turns = [by_cost[start : start + processes] for start in range(0, len(by_cost), processes)]
+    places = [index if number % 2 == 0 else processes - 1 - index for number in range(len(turns))]
+    return [turn[place] for turn, place in zip(turns, places) if place < len(turn)]
 
 
 def gpu_block_rows(count: int, processes: int) -> int:

@@ -97,7 +97,8 @@ class Checkpoints(TrainerCallback):
         if decided[0][0] or self.interrupted:
             control.should_save = True
         control.should_training_stop |= self.interrupted
-        self._advance(1, self._note)
+        saving = ["writing a checkpoint"] if control.should_save and self._cost > SHORTEST_S else []
+        self._advance(1, ", ".join([self._note] * bool(self._note) + saving))
         self._remember(self._from, state.global_step)
         self._began = self.clock()
         return control
@@ -118,6 +119,7 @@ class Checkpoints(TrainerCallback):
         sync(folder / name for name in files)
         self._last = self.clock()
         self._cost = self._last - self._began
+        self._advance(0, self._note or "checkpoint written")
         if state.is_world_process_zero:
             record = {
                 "step": state.global_step,
