@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from trimlingual.search.plan import FINETUNED, PlanError, check_plan, read_plan
 
 # Cached and uncached attention add up in another order; logits may differ by rounding only. Relative to the largest logit.
 CACHE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+MOST_THREADS = 8  # each holds a copy of a weight of a model that is on a GPU
 
 
 def prune(folder: ModelFolder, plan_path: Path, model_settings: ModelSettings, out_dir: Path) -> dict[str, Any]:
@@ -127,16 +130,17 @@ def _cached_difference(model: Any, embeds: Tensor, uncached: Tensor, split: int 
 
 def layer_digests(model: Any) -> dict[str, str]:
     """SHA-256 of every layer's weights, by tower and position."""
-    digests = {}
-    for tower in TOWERS:
-        for position, layer in enumerate(layer_list(model, tower)):
-            digests[f"{tower}.{position}"] = _digest(layer)
-    return digests
+    layers = {
+        f"{tower}.{position}": layer for tower in TOWERS for position, layer in enumerate(layer_list(model, tower))
+    }
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:  # hashing lets go of the interpreter lock
+        return dict(zip(layers, pool.map(_digest, layers.values())))
 
 
 def _digest(layer: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(layer.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)
     return digest.hexdigest()
