@@ -63,6 +63,7 @@ def names_of(tree: ast.Module) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_formats(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = benchmark("formats").main(["--size", "tiny", "--out", str(tmp_path / "results" / "formats_tiny.json")])
@@ -124,7 +125,10 @@ def test_packed(tmp_path):
     assert [row["compared"] for row in result["rows"] if "compared" in row] == [4] * (len(result["rows"]) - 5)
 
 
-@pytest.mark.parametrize("model", [["--model", "builtin:mini"], ["--random", "qwen2-audio-tiny"]])
+@pytest.mark.parametrize(
+    "model",
+    [["--model", "builtin:mini"], pytest.param(["--random", "qwen2-audio-tiny"], marks=pytest.mark.slow)],
+)
 def test_serve(tmp_path, model):
     """No request is lost and none is mixed up, also with packed weights; timings take place."""
     pytest.importorskip("uvicorn")

@@ -159,7 +159,7 @@ def test_two_processes_search_like_one_also_when_killed(manifests, tmp_path, sta
     assert len({(r["round"], r["layer"]) for r in map(json.loads, after)}) == len(after)
 
 
-@pytest.mark.parametrize("metric", [[], ["rank.metric=loss"]])
+@pytest.mark.parametrize("metric", [[], pytest.param(["rank.metric=loss"], marks=pytest.mark.slow)])
 def test_two_processes_search_under_a_budget_like_one(manifests, tmp_path, start, metric):
     """Every process knows the translations that losses are of; one makes them."""
     stored = ["quantize.scheme=int4", "quantize.group_size=64", "quantize.eight_bit=[embeddings, lm_head]"]

@@ -63,7 +63,7 @@ def straight(manifests, tmp_path_factory):
 @pytest.mark.parametrize(
     ("before", "after", "batch_size", "settings", "said"),
     [
-        (2, 1, 3, (), "1 x 3, accumulated 2 times"),
+        pytest.param(2, 1, 3, (), "1 x 3, accumulated 2 times", marks=pytest.mark.slow),
         pytest.param(1, 2, 6, (), "2 x 3, accumulated 1 times", marks=pytest.mark.slow),
         (2, 3, 3, ("finetune.fsdp=true",), "3 x 2, accumulated 1 times"),
     ],

@@ -13,7 +13,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_speed.py"
 
 
-@pytest.mark.parametrize("part", [pytest.param("qlora", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["qlora", "full"])
 def test_every_set_up_trains(tmp_path, part):
     out = tmp_path / "out.json"
     command = [sys.executable, str(SCRIPT), "--size", "small", "--clips", "8", "--blocks", "2", "--workers", "0"]
