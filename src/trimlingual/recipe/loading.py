@@ -261,7 +261,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise RecipeError(f"{path} must hold a mapping of sections, not {type(raw).__name__}")
     for override in overrides:
         _override(raw, override)
-    return parse_recipe(raw, origin=str(path))
+    return parse_recipe(raw, origin=f"{path} with overrides" if overrides else str(path))
 
 
 def parse_recipe(raw: dict[str, Any], origin: str = "recipe") -> Recipe:
