@@ -99,6 +99,16 @@ def test_peak_memory_sees_what_was_freed():
         assert after.num_bytes < peak.num_bytes - 150_000_000
 
 
+def test_a_block_within_a_block_takes_nothing_from_it():
+    """Its reset must not make the outer one forget what came before."""
+    with peak_memory("cpu") as outer:
+        np.ones(25_000_000)  # 200 MB, freed at once
+        with peak_memory("cpu") as inner:
+            pass
+    if inner.method == "VmHWM of the block":
+        assert outer.num_bytes - inner.num_bytes > 150_000_000
+
+
 def test_peak_memory_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(cost, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
     monkeypatch.setattr(cost, "_STATUS", tmp_path / "none" / "status")

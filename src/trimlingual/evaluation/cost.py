@@ -114,7 +114,7 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-@dataclass
+@dataclass(eq=False)
 class PeakMemory:
     """The answer of `peak_memory`: `num_bytes` is set when the block ends, `method` says what was read."""
 
@@ -122,15 +122,21 @@ class PeakMemory:
     method: str = ""
 
 
+_open: list[tuple[torch.device, PeakMemory]] = []  # blocks that have not ended
+
+
 @contextmanager
 def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
-    """Peak memory of a `with` block in bytes.
+    """Peak memory of a `with` block in bytes; blocks may stand in one another.
 
     CUDA: the most that PyTorch's allocator had handed out on `device` (weights included, its cached free blocks and the
     CUDA context not). Elsewhere: the process's peak resident set, Linux's VmHWM, reset first by writing 5 to
     /proc/self/clear_refs (proc(5)); where that is forbidden, the peak since the process began, and `method` says so.
     """
     device = torch.device(device)
+    for outer_device, outer in _open:  # what it has seen so far is forgotten by the reset
+        if outer_device.type == device.type:
+            outer.num_bytes = max(outer.num_bytes, peak_bytes(outer_device))
     peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -138,14 +144,17 @@ def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
         peak.method = "torch.cuda.max_memory_allocated"
     else:
         peak.method = "VmHWM of the block" if _reset_high_water_mark() else "peak of the whole process"
+    entry = (device, peak)
+    _open.append(entry)
     try:
         yield peak
     finally:
-        peak.num_bytes = peak_bytes(device)
+        _open.remove(entry)
+        peak.num_bytes = max(peak.num_bytes, peak_bytes(device))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak so far inside a `peak_memory` block, in bytes; outside of one, that of the process."""
+    """The peak so far inside the innermost `peak_memory` block, in bytes; outside of one, that of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_mark()
 
 
