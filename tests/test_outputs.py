@@ -25,7 +25,7 @@ from trimlingual.data.audio import DataError, describe_audio
 from trimlingual.data.rows import MINI_DATA
 from trimlingual.models.loading import resolve_base
 from trimlingual.recipe import list_recipes
-from trimlingual.run.artifacts import alone
+from trimlingual.run.artifacts import ArtifactError, alone
 from trimlingual.run.jsonl import read_jsonl
 
 from .damage import mutate_bytes
@@ -56,6 +56,8 @@ def test_one_broken_recording_stops_no_other(talks):
     assert "1.ogg is cut short" in records[1]["error"]
     assert "1 could not be read" in done.stderr
     assert translate(talks / "1.ogg").exit_code == 1
+    into = ["--out-dir", talks / "out"]
+    assert [translate(talks, *into).exit_code for _ in range(2)] == [3, 3], "what an earlier run translated counts too"
 
 
 def test_an_answer_that_stayed_wrong_shows_in_the_exit_code(talks, tmp_path):
@@ -112,6 +114,8 @@ def test_a_file_in_the_folders_place_and_beside_its_files_stays(talks, tmp_path)
     (tmp_path / "notes").write_text("mine")
     done = translate(talks, "--format", "srt", "--out-dir", tmp_path / "notes")
     assert "notes is a file; move it away" in str(done.exception)
+    done = translate(talks, "--out-dir", tmp_path / "notes" / "out")
+    assert "notes is a file, so " in str(done.exception)
     (tmp_path / "unplugged").symlink_to(tmp_path / "disk")
     done = translate(talks, "--format", "srt", "--out-dir", tmp_path / "unplugged")
     assert "unplugged is a link to nothing; move it away" in str(done.exception)
@@ -119,6 +123,33 @@ def test_a_file_in_the_folders_place_and_beside_its_files_stays(talks, tmp_path)
         (tmp_path / name).write_text("mine")
     assert translate(talks / "0.ogg", "--format", "srt", "--out-dir", tmp_path).exit_code == 0
     assert {(tmp_path / name).read_text() for name in ("0.de.srt.tmp", f"{MADE_FILE}.tmp", "notes")} == {"mine"}
+
+
+@pytest.mark.parametrize("content", ["mine", ""])
+def test_a_lock_of_ones_own_stays(tmp_path, content):
+    """Taking it as the lock would empty it, and remove it in the end. An empty one is as we leave it in a kill, a link never is."""
+    lock, aim = tmp_path / f".{MADE_FILE}.lock", tmp_path / "aim"
+    aim.write_text(content)
+    lock.symlink_to(aim) if not content else lock.write_text(content)
+    with pytest.raises(ArtifactError, match="was not made by this tool"), alone(tmp_path / MADE_FILE):
+        pass
+    assert (lock.read_text(), lock.is_symlink()) == (content, not content)
+
+
+def test_a_file_that_came_while_the_command_ran_stays(talks, tmp_path):
+    """Corrected by hand, say, while --force makes the others again."""
+    given = Given("0.ogg", talks / "0.ogg")
+    record = {"audio": "0.ogg", "language": "de", "text": "Hallo."}
+    for force in (False, True):
+        folder = OutputFolder(tmp_path, "text", ["de"], {}, force)
+        assert folder.left([given]) == [given]
+        mine = tmp_path / "0.de.txt"
+        mine.write_text("mine")
+        with pytest.raises(DataError, match=r"0\.de\.txt was not made by this command, or was changed since"):
+            folder.write(given, record)
+        assert mine.read_text() == "mine"
+        mine.unlink()
+        folder.write(given, record)
 
 
 def test_files_are_made_once_and_again_only_by_force(talks, tmp_path, monkeypatch):

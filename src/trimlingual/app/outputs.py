@@ -28,6 +28,7 @@ from trimlingual.models.loading import is_on_hub, resolve_base
 from trimlingual.recipe import Recipe
 from trimlingual.run.artifacts import alone, append_jsonl, fingerprint, read_journal, write_json, write_text
 from trimlingual.run.jsonl import write_jsonl
+from trimlingual.run.ownership import why_not_below
 from trimlingual.run.progress import say
 
 Format = Literal["json", "text", "srt", "vtt"]
@@ -65,6 +66,8 @@ class OutputFolder:
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             what = "a link to nothing" if self.folder.is_symlink() else "a file"
             raise DataError(f"{self.folder} is {what}; move it away, or choose another folder (--out-dir)")
+        if problem := why_not_below(self.folder):
+            raise DataError(problem)
         names: dict[str, str] = {}
         for each in given:
             if other := names.get(each.stem):
@@ -100,12 +103,15 @@ class OutputFolder:
         append_jsonl(self.folder / JOURNAL_FILE, {"key": list(key), "segment": vars(segment)})
 
     def write(self, given: Given, record: dict[str, Any]) -> Path:
-        """The file of one recording in one language. It is listed first: a kill leaves no file that nobody is known to have made."""
+        """The file of one recording in one language. It is listed first: a kill leaves no file that nobody is known to have made.
+
+        DataError where a file of the user's came there while the command ran.
+        """
         path = self._path(given, record["language"])
         text = rendered(record, self.form)
         made = {"sha256": _digest(text.encode()), "of": self._of(given), "faults": len(_faults(record))}
-        if path.is_file():
-            made["replaces"] = _digest(path.read_bytes())
+        if digest := self._ours(path):
+            made["replaces"] = digest
         self.made[path.name] = made
         write_json(self.folder / MADE_FILE, {MADE_BY: self.made})
         write_text(path, text)
@@ -128,19 +134,27 @@ class OutputFolder:
 
     def _is_done(self, given: Given, code: str) -> bool:
         path = self._path(given, code)
-        if not os.path.lexists(path):
+        digest = self._ours(path)
+        if digest is None:
             return False
+        made = self.made[path.name]
+        if (made["sha256"], made["of"]) == (digest, self._of(given)) and not self.force:
+            return True
+        if not self.force:
+            raise DataError(f"{path} was made from another recording or with other settings; --force makes it again")
+        return False
+
+    def _ours(self, path: Path) -> str | None:
+        """The hash of a file that this command made, of none nothing. DataError where it is the user's, or changed by them."""
+        if not os.path.lexists(path):
+            return None
         made = self.made.get(path.name)
         digest = _digest(path.read_bytes()) if path.is_file() else None
         if made is None or digest is None or digest not in (made["sha256"], made.get("replaces")):
             raise DataError(
                 f"{path} was not made by this command, or was changed since: move it away, or choose another folder (--out-dir)"
             )
-        if (made["sha256"], made["of"]) == (digest, self._of(given)) and not self.force:
-            return True
-        if not self.force:
-            raise DataError(f"{path} was made from another recording or with other settings; --force makes it again")
-        return False
+        return digest
 
 
 def _read_made(path: Path) -> dict[str, dict[str, Any]]:
@@ -234,6 +248,7 @@ def translate_to(
             todo = folder.left(given)
             if done := [each for each in given if each not in todo]:
                 say(f"  {len(done)} of {len(given)} recordings are done already")
+                count.done_before = len(done)
                 count.left += folder.faults(done)
             given = todo
         if given:
@@ -264,6 +279,7 @@ class Counts:
     segments: int = 0
     second_tries: Counter[str] = field(default_factory=Counter)
     left: int = 0
+    done_before: int = 0  # recordings that an earlier run translated
 
     def add(self, record: dict[str, Any]) -> None:
         """Take in a record of `translate_files`."""
@@ -288,7 +304,7 @@ class Counts:
     def exit_code(self) -> int:
         """0: all well; 1: no recording could be read; 3: some could not; 4: all could, and an answer stayed wrong."""
         if self.failed:
-            return 3 if self.recordings else 1
+            return 3 if self.recordings or self.done_before else 1
         return 4 if self.left else 0
 
 

@@ -40,6 +40,7 @@ from trimlingual.run.ownership import (
     remove,
     temporary_of,
     tool_files,
+    why_not_our_lock,
     why_not_ours,
 )
 from trimlingual.run.processes import gather, is_main_process, wait_for_everyone
@@ -327,10 +328,15 @@ def _check(folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mappin
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other runs from making the same thing; ArtifactError if one does. A process that dies lets go of the lock."""
+    """Keep other runs from making the same thing; ArtifactError if one does, or where the lock's name is taken by a file of the user's.
+
+    A process that dies lets go of the lock.
+    """
     if not is_main_process():
         yield
         return
+    if problem := why_not_our_lock(folder):
+        raise ArtifactError(problem)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = lock_at(lock_of(folder))
     try:

@@ -99,20 +99,35 @@ def why_not_ours(folder: Path, *, replaces: bool) -> str:
     here = Path(os.path.abspath("."))
     if place == here or place in here.parents:
         return f"{folder} is the folder this command runs in, or one above it; name a folder that is to be made, e.g. ./out"
-    above = next((parent for parent in place.parents if parent.exists()), place)
-    if not above.is_dir():
-        return f"{above} is a file, so {folder} cannot be made; move it away or choose another folder"
-    partial, lock = partial_of(folder), lock_of(folder)
+    if problem := why_not_below(folder):
+        return problem
     for path, marks in (
         (folder, (ARTIFACT_FILE,)),
-        (partial, (WORK_FILE, ARTIFACT_FILE)),
+        (partial_of(folder), (WORK_FILE, ARTIFACT_FILE)),
         (aside_of(folder), (ARTIFACT_FILE,)),
     ):
         if problem := _why_not_writable(path, *marks):
             return problem
-    if lock.exists() and (not lock.is_file() or lock.stat().st_size):  # ours are empty
-        return f"{lock} was not made by this tool, which needs that name; move it away or choose another folder"
+    if problem := why_not_our_lock(folder):
+        return problem
     return _why_kept(folder) if replaces else ""
+
+
+def why_not_below(folder: Path) -> str:
+    """Refuses a folder that cannot be made since a file stands where a folder above it would."""
+    place = Path(os.path.abspath(folder))
+    above = next((parent for parent in place.parents if parent.exists()), place)
+    if above.is_dir():
+        return ""
+    return f"{above} is a file, so {folder} cannot be made; move it away or choose another folder"
+
+
+def why_not_our_lock(folder: Path) -> str:
+    """Refuses a lock that is the user's, whose content taking it would remove: ours are empty files."""
+    lock = lock_of(folder)
+    if not os.path.lexists(lock) or (lock.is_file() and not lock.is_symlink() and not lock.stat().st_size):
+        return ""
+    return f"{lock} was not made by this tool, which needs that name; move it away or choose another folder"
 
 
 def _why_not_writable(folder: Path, *marks: str) -> str:
