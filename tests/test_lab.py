@@ -98,3 +98,22 @@ def test_the_plots_in_the_documents_are_those_of_the_results(script, monkeypatch
     for path in drawn:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
         assert path.name in (LAB.parents[1] / "docs" / "results.md").read_text()
+
+
+def test_the_rows_in_the_documents_are_those_of_the_results(script):
+    """Models by experiment, and one way to a size less another."""
+    tables = script("tables")
+    made: set[str] = set()
+    for folder in (tables.RESULTS, *(tables.RESULTS / name for name in ("lab_first", "lab_third"))):
+        rows = tables.read(folder)
+        for voice in ("all", "heard", "unheard"):
+            made |= {*tables.table(rows, list(rows), tables.ORDER, voice)}
+        made |= {*tables.compared(folder)}
+    cells = {tuple(cell.strip() for cell in line.split("|")) for line in made}
+    document = (LAB.parents[1] / "docs" / "results.md").read_text("utf-8").splitlines()
+    told = [tuple(cell.strip() for cell in line.split("|")) for line in document if line.startswith("|")]
+    models = [row for row in told if len(row) > 2 and row[2] in tables.ORDER]
+    pairs = [row for row in told if " less " in row[1]]
+    assert len(models) > 80
+    assert len(pairs) > 20
+    assert [row for row in models + pairs if row not in cells] == []
