@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, create_model
 
+from trimlingual.data.sources import listing_problems
 from trimlingual.pipeline import plan
 from trimlingual.recipe import (
     DecodeSettings,
+    ManifestSource,
     MixSettings,
     QuantizeSettings,
     RankSettings,
@@ -261,6 +263,26 @@ def test_lineage_counts_but_for_the_name_of_the_base(tmp_path):
         == content(base="/home/b", layers=[1])
         != content(base="/home/a", layers=[2])
     )
+
+
+def test_a_pipe_or_device_as_audio_keeps_nobody_waiting(tmp_path):
+    """Neither the estimate of the work nor the hash of the content opens what never ends."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    names = ["pipe.wav", "/dev/zero", "zero\0byte.wav"]
+    lines = [json.dumps({"audio": name, "references": {"de": "Hallo."}, "id": name[:4]}) for name in names]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    code = (
+        "from trimlingual.data.sources import source_files, speech_seconds\n"
+        "from trimlingual.recipe import ManifestSource\n"
+        "from trimlingual.run.fingerprint import HashCache\n"
+        f"source = ManifestSource(path={str(tmp_path / 'm.jsonl')!r})\n"
+        "print(speech_seconds(source, ['de'], float), *HashCache().hashes(source_files(source)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=30, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "missing", "missing", "missing"]
+    problems = listing_problems(ManifestSource(path=str(tmp_path / "m.jsonl")), ["de"])
+    assert problems
+    assert problems[0].count("does not exist or is not a file") == 3
 
 
 def test_hashes_are_remembered_by_size_and_time_of_change(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def listing_problems(
     if lacking:
         return [f"{rows.origin} has no reference in {', '.join(map(repr, lacking))} in any of its {len(rows)} clips"]
     found = [what for _, what in rows.problems]
-    found += [f"{row.where}: {row.audio} does not exist" for row in rows if not is_file(row.audio)]
+    found += [f"{row.where}: {row.audio} does not exist or is not a file" for row in rows if not is_file(row.audio)]
     if sources_wanted:
         found += [f"{row.where}: no source text" for row in rows if not row.source]
     more = f"; ... and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
@@ -165,6 +165,8 @@ def speech_seconds(source: Source, languages: Sequence[str], encoded_s: Callable
         return None
     durations = []
     for row in spread(list(rows), NUM_HEADERS):
+        if not is_file(row.audio):  # opening a pipe waits for who writes to it
+            continue
         with suppress(RuntimeError, OSError):  # whoever reads the source says what is wrong with a file
             durations.append(encoded_s(soundfile.info(row.audio).duration))
     return len(rows) * fmean(durations) if durations else None

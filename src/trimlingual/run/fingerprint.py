@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from pydantic import BaseModel
@@ -224,10 +225,15 @@ class HashCache:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size, time of the last change of the content, and of the entry (which no copying program can set back)."""
+    """Size, time of the last change of the content, and of the entry (which no copying program can set back).
+
+    None where there is no file: also for a pipe or a device, whose reading would never end.
+    """
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name with a zero byte
+        return None
+    if not S_ISREG(stat.st_mode):
         return None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
