@@ -32,6 +32,18 @@ def run_dir(tmp_path) -> Path:
     return make_run(tmp_path / "run")
 
 
+def test_facts_of_a_stage_in_units_that_people_read():
+    info = {
+        "steps": 12,
+        "training_loss": 7.51053,
+        "peak_memory_bytes": 76_859_715_584,
+        "losses": [],
+        "num_bytes": 5_512_345,
+    }
+    told = "steps 12, training loss 7.511, peak memory 76,860 MB, size 5.5 MB"
+    assert reports._facts(info | {"disk_bytes": None}) == told
+
+
 class Page(HTMLParser):
     """Collects tags and attributes, and checks that what is opened is closed."""
 

@@ -257,8 +257,9 @@ def _facts(info: dict[str, Any]) -> str:
     """The short facts of a stage in one line; the rest is in report.json."""
     facts = []
     for key, value in info.items():
-        if key.endswith("_bytes"):
-            facts.append(f"{key.removesuffix('_bytes').replace('_', ' ')} {megabytes_text(value)} MB")
+        if key.endswith("_bytes") and value is not None:
+            name = "size" if key == "num_bytes" else key.removesuffix("_bytes").replace("_", " ")
+            facts.append(f"{name} {megabytes_text(value)} MB")
         elif isinstance(value, float):
             facts.append(f"{key.replace('_', ' ')} {value:.4g}")
         elif isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 40):

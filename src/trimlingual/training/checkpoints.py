@@ -97,8 +97,8 @@ class Checkpoints(TrainerCallback):
         if decided[0][0] or self.interrupted:
             control.should_save = True
         control.should_training_stop |= self.interrupted
-        saving = ["writing a checkpoint"] if control.should_save and self._cost > SHORTEST_S else []
-        self._advance(1, ", ".join([self._note] * bool(self._note) + saving))
+        saving = "writing a checkpoint" if control.should_save and self._cost > SHORTEST_S else ""
+        self._advance(1, ", ".join(filter(None, (self._note, saving))))
         self._remember(self._from, state.global_step)
         self._began = self.clock()
         return control
