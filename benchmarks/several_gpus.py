@@ -34,7 +34,7 @@ from trimlingual.recipe import RankSettings, load_recipe
 from trimlingual.run.artifacts import machine, write_json
 from trimlingual.run.processes import gather, is_main_process, num_processes, wait_for_everyone
 from trimlingual.search.search import second_best
-from trimlingual.search.sharing import GPU_BLOCK_ROWS, gpu_block_rows, share_of
+from trimlingual.search.sharing import GPU_BLOCK_ROWS, gpu_block_rows, longest_first, share_of
 
 STEPS = 12
 SHARED_BY = (1, 2, 4, 8)  # processes
@@ -85,7 +85,7 @@ def shares(bench: Bench) -> dict[str, Any]:
         scorer = search.scorer
         parent, candidates = scorer.parent_tally().tokens, scorer.candidates(scorer.lineage)
         for processes in SHARED_BY:
-            count = len(share_of(candidates, 0, processes))
+            count = len(share_of(candidates, 0, processes, longest_first))
             its_own = gpu_block_rows(len(candidates), processes)
             seconds = {}
             for name, rows in (("seconds", its_own), ("seconds_with_blocks_of_one", GPU_BLOCK_ROWS)):
@@ -94,7 +94,7 @@ def shares(bench: Bench) -> dict[str, Any]:
                     search.known = {}
                     started = clock(case.device)
                     scorer.begin_round({}, parent)
-                    mine = share_of(search._ordered(1, candidates), 0, processes)
+                    mine = share_of(search._ordered(1, candidates), 0, processes, longest_first)
                     search.share_out(1, mine, scorer.blocks, second_best)
                     seconds[name] = clock(case.device) - started
             found[str(processes)] = {"num_candidates": count, "rows": its_own, **seconds}

@@ -29,7 +29,7 @@ from trimlingual.search.allowed import Candidate
 from trimlingual.search.from_parent import NO_DRAFT
 from trimlingual.search.plan import read_plan
 from trimlingual.search.search import Search
-from trimlingual.search.sharing import ROWS_IN_FLIGHT, gpu_block_rows, share_of, wave_size
+from trimlingual.search.sharing import ROWS_IN_FLIGHT, gpu_block_rows, longest_first, share_of, wave_size
 from trimlingual.stages.rank import JOURNAL_FILE, rank
 from trimlingual.training.loss import answer_logits
 
@@ -397,7 +397,7 @@ def test_no_process_scores_more_than_its_share(processes, most):
     candidates = [Candidate("decoder", layer) for layer in range(30)]
     waves = [candidates[start : start + size] for start in range(0, 30, size)]
     assert all(len(wave) <= 8 * processes for wave in waves)
-    shares = [[share_of(wave, index, processes) for index in range(processes)] for wave in waves]
+    shares = [[share_of(wave, index, processes, longest_first) for index in range(processes)] for wave in waves]
     assert sum(max(map(len, parts)) for parts in shares) == most
     assert sorted(chain.from_iterable(chain.from_iterable(shares))) == candidates
 
@@ -407,7 +407,10 @@ def test_shares_run_about_as_many_layers(processes):
     """In whatever order the candidates come: here those with most layers above them first, and by promise."""
     candidates = [Candidate("decoder", layer) for layer in range(1, 31)]
     for wave in (candidates, random.Random(0).sample(candidates, 30)):
-        run = [sum(31 - layer for _, layer in share_of(wave, index, processes)) for index in range(processes)]
+        run = [
+            sum(31 - layer for _, layer in share_of(wave, index, processes, longest_first))
+            for index in range(processes)
+        ]
         assert max(run) <= 1.05 * sum(run) / processes
 
 

@@ -36,6 +36,7 @@ from trimlingual.search.actions import GONE, Action, Smaller, bits_after, layer_
 from trimlingual.search.budget_scorer import BudgetScorer
 from trimlingual.search.plan import FewerBits, PrunePlan, Removal
 from trimlingual.search.scorer import Tally
+from trimlingual.search.sharing import longest_first, share_of, wave_size
 
 State = tuple[Action, ...]
 Identity = tuple[str, str | None, int | None]
@@ -200,7 +201,7 @@ class BudgetSearch:
             advance(len(actions) - len(pending), earlier=True)
             while pending:
                 wave = self._wave(pending)
-                mine = wave[process_index() :: num_processes()]
+                mine = share_of(wave, process_index(), num_processes(), _order)
                 for record in chain(*gather(make(state, mine) if mine else [])):
                     self._add_to_journal(record)
                 pending = [a for a in pending if a not in wave]
@@ -211,7 +212,7 @@ class BudgetSearch:
         gone = [a for a in pending if a and a.bits == GONE]
         if pending[0] not in gone:
             return [a for a in pending if a not in gone][: num_processes()]
-        return list(gone[: self.scorer.group_size() * num_processes()])
+        return list(gone[: wave_size(len(gone), self.scorer.group_size(), num_processes())])
 
     def _with_losses(self, state: State, actions: Sequence[Action | None]) -> list[dict[str, Any]]:
         records = []
@@ -299,6 +300,11 @@ class BudgetSearch:
             curve=self.curve,
             selection_mode="budget" if shortlist == 1 and not self._by_loss else f"budget, {how}",
         )
+
+
+def _order(action: Action | None) -> tuple[bool, int]:
+    """How a wave is dealt out: layers by what is run without them; anything else is one action per process."""
+    return longest_first(layer_of(action)) if action and action.bits == GONE else (False, 0)
 
 
 def _per_byte(lost: float, saved: int, missing: int) -> float:

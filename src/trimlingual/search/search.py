@@ -28,7 +28,7 @@ from trimlingual.search.allowed import Candidate
 from trimlingual.search.approximate import better_half, not_beaten, race
 from trimlingual.search.plan import PrunePlan, Removal
 from trimlingual.search.scorer import Scorer, Tally
-from trimlingual.search.sharing import share_of, wave_size
+from trimlingual.search.sharing import longest_first, share_of, wave_size
 
 JOURNAL_FILE = "candidates.jsonl"
 TIE = 1e-9  # scores closer than this count as equal, because a bound and a score are summed in different orders
@@ -122,7 +122,7 @@ class Search:
         for start in range(0, len(pending), size):
             wave = pending[start : start + size]
             limit = floor(records) if floor else None
-            mine = share_of(wave, process_index(), num_processes())
+            mine = share_of(wave, process_index(), num_processes(), longest_first)
             scored_here = self._score(number, mine, blocks, limit, earlier)
             for record in chain.from_iterable(gather(scored_here)):
                 self._add_to_journal(record)

@@ -7,9 +7,12 @@ others have the rest, decodes more clips of each at a time: its share of the rou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from trimlingual.search.allowed import Candidate
+from trimlingual.recipe import Tower
+
+T = TypeVar("T")
 
 GPU_BLOCK_ROWS = 13  # rows of a block on a GPU: few, because a block takes as long as its longest row
 ROWS_IN_FLIGHT = 256  # rows on a GPU up to which a decoding step takes as long as reading the weights
@@ -24,13 +27,19 @@ def wave_size(count: int, group_size: int, processes: int) -> int:
     return processes * math.ceil(count / (waves * processes)) if count else 1
 
 
-def share_of(wave: Sequence[Candidate], index: int, processes: int) -> list[Candidate]:
-    """The candidates of a wave that process `index` scores; all shares together are the wave, and take about as long.
+def longest_first(layer: tuple[Tower, int]) -> tuple[bool, int]:
+    """A key to sort by: without a layer of the decoder the layers above it are run, without one of the audio tower everything."""
+    tower, index = layer
+    return tower == "decoder", index
 
-    A candidate of the decoder runs the layers above its own, one of the audio tower everything. By what they run the candidates are
-    dealt out to the processes in turn, forwards and backwards, so that no process gets the longest of each turn.
+
+def share_of(wave: Sequence[T], index: int, processes: int, order: Callable[[T], Any]) -> list[T]:
+    """What process `index` scores of a wave; all shares together are the wave, and take about as long.
+
+    In this order the wave is dealt out to the processes in turn, forwards and backwards, so that no process gets the longest of each
+    turn.
     """
-    by_cost = sorted(wave, key=lambda candidate: (candidate.tower == "decoder", candidate.layer))
+    by_cost = sorted(wave, key=order)
     turns = [by_cost[start : start + processes] for start in range(0, len(by_cost), processes)]
     places = [index if number % 2 == 0 else processes - 1 - index for number in range(len(turns))]
     return [turn[place] for turn, place in zip(turns, places) if place < len(turn)]
